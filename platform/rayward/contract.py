@@ -1,0 +1,313 @@
+"""The scoring contract: what turns a conversation into a number, written down once.
+
+Training, evaluation, export and serving all encode through `Encoder`, so the text, the token ids and the pooled position
+cannot drift apart. The rules:
+
+- *Template.* The chat template's text is frozen into the contract. A tokenizer without one gets `PLAIN_TEMPLATE`.
+- *Special tokens.* The rendered text is tokenized with `add_special_tokens=False`: the template alone decides about BOS.
+- *End token.* Whatever white space a template prints after the last end token is cut; a template that prints no end
+  token gets one appended. Hence the last id is always `end_token_id`, and the reward is read at that last position.
+- *Pad token.* Always another id than the end token, because plain Transformers pools at the right-most non-pad id.
+- *Length.* A conversation over `max_tokens` loses its oldest turns (never the system turn, never the last user turn, never a
+  part of the completion). If that does not suffice it is an error. The rule looks at one completion at a time: a
+  score never depends on the other completions of the request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayward.data.comparison import Message
+from rayward.errors import ContractError, ContractMismatchError, TooLongError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTRACT_FILE = "contract.json"
+CONTRACT_VERSION = 1
+PAD_TOKEN = "<|rayward_pad|>"
+FROZEN_DATE = "26 Jul 2024"
+
+PLAIN_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ message['role'].capitalize() }}: {{ message['content'] }}"
+    "{% if loop.last %}{{ end_token }}{% else %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+"""Used when the tokenizer brings no chat template: `Role: text`, turns separated by an empty line."""
+
+
+class GoldenScore(BaseModel):
+    """One conversation with the ids and the reward it had in the training forward."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prompt: tuple[Message, ...]
+    completion: str
+    token_ids: tuple[int, ...]
+    reward: tuple[float, ...]
+
+
+class Contract(BaseModel):
+    """Everything that decides a score besides the weights themselves; saved as `contract.json`.
+
+    Attributes:
+        template: Jinja text of the chat template; template_kwargs are passed to it.
+        end_token: text and id of the token whose hidden state is scored.
+        pad_token: text and id; never equal to the end token.
+        max_tokens: longest conversation, prompt and completion together.
+        outputs: names of the head's outputs, in order.
+        dtype: parameter type of the backbone that the golden scores were computed with; the head is always fp32.
+        golden_tolerance: largest accepted |difference| to a golden reward, relative to max(1, |reward|).
+        files: sha256 of each file of the export, by name; head_sha256 is that of the head's own tensors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: int = CONTRACT_VERSION
+    template: str
+    template_source: str
+    template_kwargs: dict[str, str] = {}
+    bos_token: str | None = None
+    end_token: str
+    end_token_id: int
+    pad_token: str
+    pad_token_id: int
+    max_tokens: int
+    outputs: tuple[str, ...] = ("reward",)
+    dtype: str = "float32"
+    golden: tuple[GoldenScore, ...] = ()
+    golden_tolerance: float = 1e-4
+    files: dict[str, str] = {}
+    head_sha256: str | None = None
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, template_kwargs: Mapping[str, str] | None = None
+    ) -> Self:
+        """Decide template, end token and pad token for a tokenizer; may add a pad token to it.
+
+        Raises:
+            ContractError: the tokenizer has no end token, or its template depends on the date.
+        """
+        if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
+            raise ContractError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so no position can be scored",
+                remedy="set eos_token in its tokenizer_config.json",
+            )
+        template, source = _pick_template(tokenizer)
+        kwargs = dict(template_kwargs or {})
+        if "strftime_now" in template and "date_string" not in kwargs:
+            if "date_string" not in template:
+                raise ContractError(
+                    "the chat template prints the current date (strftime_now), so the same text would score differently tomorrow",
+                    remedy="save the tokenizer with a template without strftime_now",
+                )
+            kwargs["date_string"] = FROZEN_DATE
+        pad_token, pad_token_id = _pick_pad(tokenizer)
+        return cls(
+            template=template,
+            template_source=source,
+            template_kwargs=kwargs,
+            bos_token=_bos_for_plain(tokenizer) if source == "plain" else None,
+            end_token=tokenizer.eos_token,
+            end_token_id=tokenizer.eos_token_id,
+            pad_token=pad_token,
+            pad_token_id=pad_token_id,
+            max_tokens=max_tokens,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write `contract.json`."""
+        (directory / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read `contract.json`.
+
+        Raises:
+            ContractError: the file is missing, damaged or of another version.
+        """
+        path = directory / CONTRACT_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as exc:
+            raise ContractError(
+                f"{path} cannot be read ({exc.strerror})", remedy="point at a directory that `rayward export` wrote"
+            ) from exc
+        try:
+            contract = cls.model_validate_json(text)
+        except ValidationError as exc:
+            raise ContractError(f"{path} is not a valid contract: {exc}", remedy="export the model again") from exc
+        if contract.version != CONTRACT_VERSION:
+            raise ContractError(
+                f"{path} has contract version {contract.version}; this Rayward reads version {CONTRACT_VERSION}",
+                remedy="export the model again with this version",
+            )
+        return contract
+
+    def fingerprint(self) -> str:
+        """Hash of the rules that turn text into ids and a position (not of weights, files or golden scores)."""
+        rules = self.model_dump(include={"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens"})
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+class Encoder:
+    """Text to token ids by a contract; the only place where conversations are rendered and tokenized.
+
+    Args:
+        contract: the rules.
+        tokenizer: the fast tokenizer that belongs to it.
+    """
+
+    def __init__(self, contract: Contract, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.contract = contract
+        self._tokenizer = tokenizer
+        if tokenizer.convert_tokens_to_ids(contract.end_token) != contract.end_token_id:
+            raise ContractMismatchError(
+                f"tokenizer: {contract.end_token!r} has id {tokenizer.convert_tokens_to_ids(contract.end_token)}, "
+                f"the contract says {contract.end_token_id}",
+                remedy="use the tokenizer that was exported with the contract",
+            )
+
+    def encode(self, prompt: Sequence[Message], completion: str) -> list[int]:
+        """Token ids of one conversation; the last id is the end token, whose position is scored.
+
+        Raises:
+            TooLongError: the system turn, the last user turn and the completion do not fit `max_tokens`.
+            ContractError: the template rejects the conversation.
+        """
+        length = 0
+        for turns in _left_truncations(prompt):
+            ids = self._ids(self.render(turns, completion))
+            length = len(ids)
+            if length <= self.contract.max_tokens:
+                return ids
+        raise TooLongError(
+            f"the last user turn and the completion take {length} tokens; the contract allows {self.contract.max_tokens}",
+            remedy="shorten them, or train with a larger model.max_tokens",
+        )
+
+    def render(self, prompt: Sequence[Message], completion: str) -> str:
+        """The conversation as text, ending with the end token."""
+        from jinja2 import TemplateError
+
+        contract = self.contract
+        kwargs: dict[str, Any] = dict(contract.template_kwargs)
+        if contract.template_source == "plain":
+            kwargs |= {"end_token": contract.end_token, "bos_token": contract.bos_token}
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [*turns, {"role": "assistant", "content": completion}],
+                chat_template=contract.template,
+                tokenize=False,
+                add_generation_prompt=False,
+                **kwargs,
+            )
+        except TemplateError as exc:
+            raise ContractError(
+                f"the chat template rejects the conversation: {exc}", remedy="use turns and roles that the model's template knows"
+            ) from exc
+        assert isinstance(text, str)
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(contract.end_token) else text + contract.end_token
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def _left_truncations(prompt: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    # The whole prompt first, then without its oldest turns, always starting at a user turn.
+    yield prompt
+    num_system = 1 if prompt and prompt[0]["role"] == "system" else 0
+    for start in range(num_system + 1, len(prompt)):
+        if prompt[start]["role"] == "user":
+            yield [*prompt[:num_system], *prompt[start:]]
+
+
+def _pick_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return (template, "tokenizer") if isinstance(template, str) and template else (PLAIN_TEMPLATE, "plain")
+
+
+def _bos_for_plain(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    # A tokenizer that puts BOS before text by itself was pre-trained with it.
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token if tokenizer.bos_token_id is not None and ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def _pick_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    end = tokenizer.eos_token_id
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id != end:
+        return tokenizer.pad_token, tokenizer.pad_token_id
+    spare = re.compile(r"pad|endoftext|finetune_right|reserved_special|unused|unk", re.IGNORECASE)
+    added = tokenizer.added_tokens_decoder if hasattr(tokenizer, "added_tokens_decoder") else {}
+    for token_id, token in sorted(added.items()):
+        if token_id != end and token_id != tokenizer.bos_token_id and token.special and spare.search(token.content):
+            tokenizer.pad_token = token.content
+            return token.content, token_id
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return PAD_TOKEN, cast(int, tokenizer.convert_tokens_to_ids(PAD_TOKEN))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the vocabulary and the merge rules, without the state that batching leaves behind."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for transient in ("padding", "truncation"):
+        backend.pop(transient, None)
+    return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer from a directory or the hub.
+
+    Raises:
+        ContractError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as exc:
+        raise ContractError(f"no tokenizer can be loaded from {path!r}: {exc}", remedy="check model.tokenizer and model.path") from exc
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify_files(contract: Contract, directory: Path) -> None:
+    """Check that the artifacts beside a contract are the ones it was written for (the head is checked where it is loaded).
+
+    Raises:
+        ContractMismatchError: saying which part was changed.
+    """
+    for name, expected in contract.files.items():
+        path = directory / name
+        part = _part_of(name)
+        if not path.is_file():
+            raise ContractMismatchError(f"{part}: {path} is missing", remedy="export the model again")
+        if file_sha256(path) != expected:
+            raise ContractMismatchError(
+                f"{part}: {path} is not the file that the contract was written for", remedy="restore it or export the model again"
+            )
+
+
+def _part_of(name: str) -> str:
+    if "template" in name:
+        return "template"
+    if "token" in name or name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        return "tokenizer"
+    return "weights" if "safetensors" in name else "model config"

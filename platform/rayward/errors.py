@@ -1,0 +1,171 @@
+"""Every error Rayward raises on purpose, in one tree.
+
+    RaywardError
+    ├── ConfigError            a setting is unknown, of the wrong type, or contradicts another        (exit 2, 400)
+    ├── DataError              the input data cannot be used                                          (exit 2, 400)
+    │   ├── DataFormatError    no format, or more than one, fits the columns
+    │   └── TooManyBadRowsError  more rows are bad than the configured share allows
+    ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
+    │   ├── TooLongError       one conversation does not fit the contract's token limit
+    │   └── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    ├── ModelLoadError         weights or architecture cannot be loaded or used                       (exit 2, 500)
+    ├── TrainingError          training stopped                                                       (exit 1, 500)
+    │   ├── NonFiniteError     NaN or Inf in a loss, a reward or a gradient
+    │   ├── StreamOrderError   a worker received another step than the one it expected
+    │   └── CheckpointError    a checkpoint could not be written or read
+    └── ScoringError           a score could not be produced
+        ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
+        ├── OverloadedError    the bounded queue is full; retry later                                 (503, retryable)
+        ├── DeadlineError      no answer within the caller's deadline                                 (504, retryable)
+        └── ServerError        the server failed or answered something that is not a reward           (502, retryable)
+
+Each message says what was given, which rule it broke and what to do. Errors cross process borders inside Ray,
+so each one pickles with its fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class RaywardError(Exception):
+    """Base of the tree.
+
+    Args:
+        problem: what was given and which rule it broke.
+        remedy: what the user can do about it.
+    """
+
+    retryable: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, problem: str, *, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  remedy: {self.remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+def _rebuild(cls: type[RaywardError], fields: dict[str, Any]) -> RaywardError:
+    error = cls.__new__(cls)
+    error.__dict__.update(fields)
+    error.args = (fields["problem"], fields["remedy"])
+    return error
+
+
+class ConfigError(RaywardError):
+    """Example: `training.lr: fast` in the YAML file."""
+
+    http_status = 400
+    exit_code = 2
+
+
+class DataError(RaywardError):
+    """Example: a path that does not exist, or a file in which every row is unusable."""
+
+    http_status = 400
+    exit_code = 2
+
+
+class DataFormatError(DataError):
+    """Example: columns `a, b`, which no known format has, or columns that fit two formats."""
+
+
+class TooManyBadRowsError(DataError):
+    """Example: 30 % of the rows have identical completions and `data.max_bad_fraction` is 0.05."""
+
+
+class ContractError(RaywardError):
+    """Example: a chat template that prints today's date, so that the same text scores differently tomorrow."""
+
+    http_status = 422
+    exit_code = 2
+
+
+class TooLongError(ContractError):
+    """Example: the last user turn and the completion alone exceed the token limit."""
+
+
+class ContractMismatchError(ContractError):
+    """Example: somebody edited `tokenizer.json` beside a `contract.json` that was written for another one."""
+
+
+class ModelLoadError(RaywardError):
+    """Example: a checkpoint directory without safetensors files."""
+
+    exit_code = 2
+
+
+class TrainingError(RaywardError):
+    """Example: the worker group failed more often than `training.max_failures` allows."""
+
+
+class NonFiniteError(TrainingError):
+    """Example: a learning rate of 10 drives the loss to NaN at step 12.
+
+    Args:
+        step: the optimizer step (0-based) that was not applied or must not be kept.
+        comparison_ids: ids of the comparisons in the offending micro-batches (or of the whole step).
+    """
+
+    def __init__(self, problem: str, *, remedy: str, step: int, comparison_ids: tuple[str, ...]) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.step = step
+        self.comparison_ids = comparison_ids
+
+
+class StreamOrderError(TrainingError):
+    """Example: a worker waits for step 40 and receives the share of step 41."""
+
+    retryable = True
+
+
+class CheckpointError(TrainingError):
+    """Example: the disk fills up twice in a row while a checkpoint is written."""
+
+    retryable = True
+
+
+class ScoringError(RaywardError):
+    """Base of what can go wrong between a request and its rewards."""
+
+
+class RequestError(ScoringError):
+    """Example: an item without completions, or a lone surrogate in a text.
+
+    Args:
+        item: index of the offending item in the request, or None when the request as a whole is at fault.
+    """
+
+    http_status = 400
+
+    def __init__(self, problem: str, *, remedy: str, item: int | None = None) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.item = item
+
+
+class OverloadedError(ScoringError):
+    """Example: 4,000 requests wait while the deployment's queue holds 2,000."""
+
+    retryable = True
+    http_status = 503
+
+
+class DeadlineError(ScoringError):
+    """Example: `RewardClient(deadline_s=5)` and a server that needs 8 s."""
+
+    retryable = True
+    http_status = 504
+
+
+class ServerError(ScoringError):
+    """Example: the replica died, or the reply held a reward that is not a finite number."""
+
+    retryable = True
+    http_status = 502

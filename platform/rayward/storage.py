@@ -1,0 +1,87 @@
+"""Local paths and pyarrow filesystem URIs behind the same few verbs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from rayward.errors import DataError
+
+
+def resolve(location: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem and the path in it for a local path or a URI (s3://…, gs://…, file://…).
+
+    Raises:
+        DataError: no pyarrow filesystem can be opened for the URI.
+    """
+    if "://" not in location:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(location)
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise DataError(
+            f"{location}: no filesystem can be opened ({exc})", remedy="use a local path, or a URI such as s3://, gs://, hdfs:// or file://"
+        ) from exc
+    return filesystem, path
+
+
+def absolute(location: str) -> str:
+    """Local paths made absolute (workers run in other directories); URIs as they are."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
+def join(location: str, *parts: str) -> str:
+    """Append path parts to a path or URI."""
+    return "/".join([location.rstrip("/"), *parts])
+
+
+def read_text(filesystem: pafs.FileSystem, path: str) -> str:
+    """Raises FileNotFoundError or OSError."""
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read()).decode("utf-8")
+
+
+def write_text(filesystem: pafs.FileSystem, path: str, text: str) -> None:
+    """Write a small file so that readers see all of it or none (object stores write objects whole; local files are renamed)."""
+    data = text.encode("utf-8")
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f"{path}.tmp-{os.getpid()}")
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        return
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def exists(filesystem: pafs.FileSystem, path: str) -> bool:
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def delete_dir(filesystem: pafs.FileSystem, path: str) -> None:
+    """Delete a directory if it is there."""
+    if exists(filesystem, path):
+        filesystem.delete_dir(path)
+
+
+def localize(location: str, *names: str) -> Path:
+    """A local directory with these files or folders of `location`: itself when local, else a temporary copy."""
+    filesystem, root = resolve(location)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return Path(root)
+    target = Path(tempfile.mkdtemp(prefix="rayward-"))
+    for name in names:
+        info = filesystem.get_file_info(f"{root}/{name}")
+        if info.type == pafs.FileType.Directory:
+            (target / name).mkdir(parents=True)
+            pafs.copy_files(info.path, str(target / name), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+        elif info.type == pafs.FileType.File:
+            (target / name).write_bytes(bytes(filesystem.open_input_stream(info.path).read()))
+    return target
