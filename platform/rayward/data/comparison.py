@@ -1,0 +1,196 @@
+"""The record that everything is made of: one prompt, K >= 1 completions, and what is known about them.
+
+`Comparison` is the text form that adapters produce and `prepare` validates. `PREPARED_SCHEMA` is its tokenized form
+in the Parquet shards. Ranks follow one convention everywhere: lower is better, equal ranks are ties.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import pyarrow as pa
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the form that chat templates expect."""
+
+    role: str
+    content: str
+
+
+class BadRow(StrEnum):
+    """Why a row was quarantined. The values are stable: reports and tests count by them."""
+
+    UNPARSABLE = "unparsable"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    EMPTY_PROMPT = "empty_prompt"
+    EMPTY_COMPLETION = "empty_completion"
+    IDENTICAL_COMPLETIONS = "identical_completions"
+    NO_SHARED_PROMPT = "no_shared_prompt"
+    TIE = "tie"
+    NON_FINITE_MARGIN = "non_finite_margin"
+    UNKNOWN_ROLE = "unknown_role"
+    BAD_RANKING = "bad_ranking"
+    BAD_TEXT = "bad_text"
+    TOO_LONG = "too_long"
+    TEMPLATE_REJECTED = "template_rejected"
+    DUPLICATE = "duplicate"
+    CONTRADICTION = "contradiction"
+    IN_VALIDATION = "in_validation"
+
+
+class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error
+    """Raised by adapters and `validate`; `prepare` turns it into a quarantined row."""
+
+    def __init__(self, reason: BadRow, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt and its judged completions, as text.
+
+    Attributes:
+        id: stable within a data set; a content hash when the source has none.
+        source: where the row came from (file or data set name), kept for per-source metrics.
+        prompt: the shared turns, ending with a user (or tool) turn; never empty.
+        completions: K final assistant turns.
+        ranks: K numbers, lower is better, equal numbers tie; None when only attributes are known.
+        margin: how much better the best of a pair is (Llama 2, arXiv 2307.09288 section 3.2.2), else None.
+        weight: weight of the comparison in the loss.
+        attributes: K rows of ratings in a fixed order (NaN = missing), else None.
+    """
+
+    id: str
+    source: str
+    prompt: tuple[Message, ...]
+    completions: tuple[str, ...]
+    ranks: tuple[float, ...] | None = None
+    margin: float | None = None
+    weight: float = 1.0
+    attributes: tuple[tuple[float, ...], ...] | None = None
+
+    def prompt_key(self) -> str:
+        """Hash of the prompt alone: rows with one key never fall on both sides of a split."""
+        return digest([[m["role"], m["content"]] for m in self.prompt])
+
+    def content_key(self) -> str:
+        """Hash of prompt and the set of completions, in whatever order: equal keys are duplicates or contradictions."""
+        return digest([self.prompt_key(), sorted(self.completions)])
+
+    def judgement_key(self) -> str:
+        """Hash of the judgement with completions in canonical order: tells a duplicate from a contradiction."""
+        order = sorted(range(len(self.completions)), key=lambda i: self.completions[i])
+        ranks = None if self.ranks is None else dense_ranks([self.ranks[i] for i in order])
+        attributes = None if self.attributes is None else [[str(v) for v in self.attributes[i]] for i in order]
+        return digest([ranks, attributes])
+
+
+def digest(value: object) -> str:
+    """128-bit hex hash of a JSON value; the one hash used for ids, splits and shuffling."""
+    text = json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def dense_ranks(ranks: Sequence[float]) -> list[int]:
+    """Ranks renumbered 0, 1, 2, … without gaps; ties keep a common number."""
+    levels = {value: index for index, value in enumerate(sorted(set(ranks)))}
+    return [levels[value] for value in ranks]
+
+
+def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
+    """Check one record against the rules that need no tokenizer.
+
+    Raises:
+        RowRejected: with the first rule that the record breaks.
+    """
+    if not comparison.prompt:
+        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt has no turn")
+    for turn in comparison.prompt:
+        if turn["role"] not in ROLES:
+            raise RowRejected(BadRow.UNKNOWN_ROLE, f"role {turn['role']!r} is not one of {', '.join(ROLES)}")
+    if not any(turn["content"].strip() for turn in comparison.prompt if turn["role"] != "system"):
+        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt holds no text")
+    for text in (*(t["content"] for t in comparison.prompt), *comparison.completions):
+        check_text(text)
+    for index, completion in enumerate(comparison.completions):
+        if not completion.strip():
+            raise RowRejected(BadRow.EMPTY_COMPLETION, f"completion {index} is empty")
+    if len(set(comparison.completions)) != len(comparison.completions):
+        raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
+    _validate_judgement(comparison, ties=ties)
+
+
+def check_text(text: str) -> None:
+    """Reject text that no tokenizer round-trips: NUL bytes and lone surrogates.
+
+    Raises:
+        RowRejected: with reason BAD_TEXT.
+    """
+    if "\x00" in text:
+        raise RowRejected(BadRow.BAD_TEXT, "the text holds a NUL byte")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise RowRejected(BadRow.BAD_TEXT, "the text holds a lone surrogate")
+
+
+def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
+    num_completions = len(comparison.completions)
+    if comparison.margin is not None and not math.isfinite(comparison.margin):
+        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin {comparison.margin} is not finite")
+    if not (math.isfinite(comparison.weight) and comparison.weight >= 0):
+        raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
+    ranks = comparison.ranks
+    if ranks is None:
+        if comparison.attributes is None:
+            raise RowRejected(BadRow.MISSING_FIELD, "neither a ranking nor attribute ratings are given")
+        return
+    if len(ranks) != num_completions or not all(math.isfinite(rank) for rank in ranks):
+        raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions, or one is not finite")
+    if num_completions < 2:
+        raise RowRejected(BadRow.BAD_RANKING, "a ranking needs at least two completions")
+    if len(set(ranks)) == 1 and ties == "quarantine":
+        raise RowRejected(BadRow.TIE, "all completions are ranked equal and data.ties is 'quarantine'")
+
+
+PREPARED_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),  # position in the prepared order, 0-based, without gaps
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("prompt_key", pa.string(), nullable=False),
+        pa.field("prefix_ids", pa.list_(pa.int32()), nullable=False),  # token ids shared by all completions, computed once
+        pa.field("branch_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # K lists, each ends with the scored token
+        pa.field("ranks", pa.list_(pa.float32())),
+        pa.field("margin", pa.float32()),
+        pa.field("weight", pa.float32(), nullable=False),
+        pa.field("attributes", pa.list_(pa.list_(pa.float32()))),
+        pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model
+        pa.field("completions_json", pa.string(), nullable=False),
+    ]
+)
+"""Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""
+
+
+def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix that still leaves every sequence at least one token of its own."""
+    if len(sequences) == 1:
+        return len(sequences[0]) - 1
+    limit = min(len(sequence) for sequence in sequences) - 1
+    first = sequences[0]
+    for position in range(limit):
+        token = first[position]
+        if any(sequence[position] != token for sequence in sequences[1:]):
+            return position
+    return limit

@@ -1,0 +1,259 @@
+"""Comparisons -> micro-batches: shared prefixes once, no padding, the same number of micro-batches for every rank.
+
+A comparison becomes one segment: its prefix tokens once, then each completion as a branch whose positions continue from
+the end of the prefix. A micro-batch is one row of whole segments, so nothing is padded. Models that cannot share a
+prefix get one padded row per completion instead (`layout="padded"`). Pure numpy; no torch.
+
+Shapes: T tokens in the row, N completions in the micro-batch, S branches + prefixes ("spans") in the segment table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rayward.errors import ConfigError
+
+Layout = Literal["packed", "padded"]
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is known about the K completions of one comparison.
+
+    Attributes:
+        ranks: float32 [K], lower is better, equal numbers tie; None without a ranking.
+        margin: of a pair; NaN when unknown.
+        weight: weight of the comparison in the loss.
+        attributes: float32 [K, A] ratings, NaN where missing; None without ratings.
+    """
+
+    ranks: Float32 | None = None
+    margin: float = math.nan
+    weight: float = 1.0
+    attributes: Float32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedComparison:
+    """Token ids of one comparison.
+
+    Attributes:
+        prefix_ids: int32 [P], the ids that all completions share (P may be 0).
+        branch_ids: K arrays of int32; each ends with the token that is scored.
+    """
+
+    id: str
+    prefix_ids: Int32
+    branch_ids: tuple[Int32, ...]
+    labels: Labels
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.branch_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed when the prefix is shared."""
+        return len(self.prefix_ids) + sum(len(branch) for branch in self.branch_ids)
+
+    @property
+    def num_tokens_unshared(self) -> int:
+        """Tokens of K separate conversations."""
+        return self.num_completions * len(self.prefix_ids) + sum(len(branch) for branch in self.branch_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch as arrays; `comparisons` may be empty (a rank without work in this micro-batch).
+
+    Attributes:
+        input_ids, position_ids: int64 [R, T]; R is 1 in the packed layout, N in the padded one.
+        segments: int64 [S, 4], packed layout only: (prefix start, prefix length, branch start, branch length) per
+            branch. Spans are half-open columns of the row; every token belongs to a prefix or to one branch.
+        attention_mask: int64 [R, T], padded layout only: 1 for real tokens, which stand at the left.
+        end_row, end_column: int64 [N], where each completion's reward is read, comparison by comparison.
+    """
+
+    comparisons: tuple[EncodedComparison, ...]
+    input_ids: npt.NDArray[np.int64]
+    position_ids: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int64] | None
+    attention_mask: npt.NDArray[np.int64] | None
+    end_row: npt.NDArray[np.int64]
+    end_column: npt.NDArray[np.int64]
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that pass through the model, padding included."""
+        return int(self.input_ids.size)
+
+    @property
+    def num_real_tokens(self) -> int:
+        if not self.comparisons:
+            return 0
+        return self.num_computed_tokens if self.attention_mask is None else int(self.attention_mask.sum())
+
+
+def pack(comparisons: Sequence[EncodedComparison], *, layout: Layout = "packed", pad_token_id: int = 0) -> PackedBatch:
+    """Lay comparisons out as one micro-batch, in the order given."""
+    if not comparisons:
+        return _empty_batch(layout, pad_token_id)
+    return _pack_shared(comparisons) if layout == "packed" else _pack_padded(comparisons, pad_token_id)
+
+
+def _empty_batch(layout: Layout, pad_token_id: int) -> PackedBatch:
+    # One dummy token: ZeRO-3 gathers in lock step, so a rank without work must still run the layers.
+    one = np.full((1, 1), pad_token_id, dtype=np.int64)
+    none = np.zeros(0, dtype=np.int64)
+    return PackedBatch(
+        comparisons=(),
+        input_ids=one,
+        position_ids=np.zeros((1, 1), dtype=np.int64),
+        segments=np.array([[0, 0, 0, 1]], dtype=np.int64) if layout == "packed" else None,
+        attention_mask=np.ones((1, 1), dtype=np.int64) if layout == "padded" else None,
+        end_row=none,
+        end_column=none,
+    )
+
+
+def _pack_shared(comparisons: Sequence[EncodedComparison]) -> PackedBatch:
+    ids: list[Int32] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    segments: list[tuple[int, int, int, int]] = []
+    cursor = 0
+    for comparison in comparisons:
+        start, prefix_length = cursor, len(comparison.prefix_ids)
+        ids.append(comparison.prefix_ids)
+        positions.append(np.arange(prefix_length, dtype=np.int64))
+        cursor += prefix_length
+        for branch in comparison.branch_ids:
+            ids.append(branch)
+            positions.append(np.arange(prefix_length, prefix_length + len(branch), dtype=np.int64))
+            segments.append((start, prefix_length, cursor, len(branch)))
+            cursor += len(branch)
+    table = np.array(segments, dtype=np.int64)
+    return PackedBatch(
+        comparisons=tuple(comparisons),
+        input_ids=np.concatenate(ids).astype(np.int64)[None],
+        position_ids=np.concatenate(positions)[None],
+        segments=table,
+        attention_mask=None,
+        end_row=np.zeros(len(segments), dtype=np.int64),
+        end_column=table[:, 2] + table[:, 3] - 1,
+    )
+
+
+def _pack_padded(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> PackedBatch:
+    rows = [np.concatenate([c.prefix_ids, branch]) for c in comparisons for branch in c.branch_ids]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    width = int(lengths.max())
+    input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = row
+    columns = np.arange(width, dtype=np.int64)
+    return PackedBatch(
+        comparisons=tuple(comparisons),
+        input_ids=input_ids,
+        position_ids=np.broadcast_to(columns, input_ids.shape).copy(),
+        segments=None,
+        attention_mask=(columns[None] < lengths[:, None]).astype(np.int64),
+        end_row=np.arange(len(rows), dtype=np.int64),
+        end_column=lengths - 1,
+    )
+
+
+def microbatch_tokens(comparisons: Sequence[EncodedComparison], layout: Layout) -> int:
+    """Tokens that one micro-batch of these comparisons computes, padding included."""
+    if layout == "packed":
+        return sum(c.num_tokens for c in comparisons)
+    width = max((len(c.prefix_ids) + max(len(b) for b in c.branch_ids) for c in comparisons), default=0)
+    return width * sum(c.num_completions for c in comparisons)
+
+
+def plan_step(
+    comparisons: Sequence[EncodedComparison], *, world_size: int, tokens_per_microbatch: int, layout: Layout = "packed"
+) -> list[list[list[int]]]:
+    """Split the comparisons of one optimizer step over ranks and micro-batches.
+
+    Every rank gets the same number of micro-batches (ZeRO-3 runs in lock step); the i-th micro-batches of all ranks
+    are of similar cost; no comparison is split; no micro-batch is over budget. The result depends on the arguments alone.
+
+    Returns:
+        plan[rank][microbatch] = indices into `comparisons` (a micro-batch may be empty).
+
+    Raises:
+        ConfigError: one comparison alone exceeds the budget.
+    """
+    costs = [microbatch_tokens([c], layout) for c in comparisons]
+    for comparison, cost in zip(comparisons, costs, strict=True):
+        if cost > tokens_per_microbatch:
+            raise ConfigError(
+                f"comparison {comparison.id} takes {cost} tokens; training.tokens_per_microbatch is {tokens_per_microbatch}, "
+                "and a comparison is never split",
+                remedy=f"set training.tokens_per_microbatch to at least {cost}, or lower model.max_tokens",
+            )
+    order = sorted(range(len(comparisons)), key=lambda i: (-costs[i], i))
+    rounds = max(1, math.ceil(sum(costs) / (tokens_per_microbatch * world_size)))
+    while True:
+        bins = _fill(comparisons, costs, order, rounds * world_size, tokens_per_microbatch, layout)
+        if bins is not None:
+            break
+        rounds += 1
+    bins.sort(key=lambda members: (-sum(costs[i] for i in members), members))
+    plan: list[list[list[int]]] = [[] for _ in range(world_size)]
+    for start in range(0, len(bins), world_size):
+        lane = bins[start : start + world_size]
+        # Alternate the direction, so that no rank always gets the heaviest micro-batch.
+        for rank, members in enumerate(lane if (start // world_size) % 2 == 0 else reversed(lane)):
+            plan[rank].append(sorted(members))
+    return plan
+
+
+def _fill(
+    comparisons: Sequence[EncodedComparison], costs: list[int], order: list[int], num_bins: int, budget: int, layout: Layout
+) -> list[list[int]] | None:
+    # Packed: largest first into the emptiest bin. Padded: runs of similar length, so that little is padding.
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    if layout == "packed":
+        loads = [0] * num_bins
+        for index in order:
+            target = min(range(num_bins), key=lambda b: (loads[b], b))
+            if loads[target] + costs[index] > budget:
+                return None
+            bins[target].append(index)
+            loads[target] += costs[index]
+        return bins
+    by_width = sorted(order, key=lambda i: (-len(comparisons[i].prefix_ids) - max(len(b) for b in comparisons[i].branch_ids), i))
+    share, done, target = sum(costs) / num_bins, 0, 0
+    for index in by_width:
+        over = microbatch_tokens([comparisons[i] for i in [*bins[target], index]], layout) > budget
+        if bins[target] and (over or done >= share * (target + 1)):
+            target += 1
+            if target == num_bins:
+                return None
+        bins[target].append(index)
+        done += costs[index]
+    return bins
+
+
+def group_by_budget(comparisons: Sequence[EncodedComparison], *, tokens_per_microbatch: int, layout: Layout = "packed") -> list[list[int]]:
+    """Groups of indices for scoring: similar lengths together, each within the budget (a larger one stands alone)."""
+    costs = [microbatch_tokens([c], layout) for c in comparisons]
+    groups: list[list[int]] = []
+    current: list[int] = []
+    for index in sorted(range(len(comparisons)), key=lambda i: (-costs[i], i)):
+        if current and microbatch_tokens([comparisons[i] for i in [*current, index]], layout) > tokens_per_microbatch:
+            groups.append(current)
+            current = []
+        current.append(index)
+    if current:
+        groups.append(current)
+    return groups

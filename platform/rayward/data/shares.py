@@ -1,0 +1,154 @@
+"""Step shares: one rank's part of one optimizer step, as an Arrow row on the way and as micro-batches on arrival. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayward.data.packing import EncodedComparison, Labels, Layout, PackedBatch, pack, plan_step
+from rayward.errors import StreamOrderError
+
+STREAM_COLUMNS = ["row", "id", "prefix_ids", "branch_ids", "ranks", "margin", "weight", "attributes"]
+
+_INTS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+SHARE_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64()),
+        pa.field("rank", pa.int32()),
+        pa.field("world_size", pa.int32()),
+        pa.field("num_microbatches", pa.int32()),
+        pa.field("ids", pa.list_(pa.string())),  # per comparison, as the next five
+        pa.field("microbatch", _INTS),
+        pa.field("prefix_length", _INTS),
+        pa.field("num_completions", _INTS),
+        pa.field("margin", _FLOATS),
+        pa.field("weight", _FLOATS),
+        pa.field("branch_length", _INTS),  # per completion, as the next
+        pa.field("ranks", _FLOATS),
+        pa.field("tokens", _INTS),  # prefix, branches; comparison by comparison
+        pa.field("num_attributes", pa.int32()),
+        pa.field("attributes", _FLOATS),  # [completions, num_attributes], flattened
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepShare:
+    """One rank's share of one optimizer step, packed into micro-batches."""
+
+    step: int
+    rank: int
+    world_size: int
+    microbatches: tuple[PackedBatch, ...]
+
+    @property
+    def comparison_ids(self) -> tuple[str, ...]:
+        return tuple(c.id for batch in self.microbatches for c in batch.comparisons)
+
+
+def comparisons_from_table(table: pa.Table) -> list[EncodedComparison]:
+    """Rows of prepared shards as encoded comparisons."""
+    result = []
+    for row in table.select(STREAM_COLUMNS[1:]).to_pylist():
+        result.append(
+            EncodedComparison(
+                id=row["id"],
+                prefix_ids=np.array(row["prefix_ids"], dtype=np.int32),
+                branch_ids=tuple(np.array(branch, dtype=np.int32) for branch in row["branch_ids"]),
+                labels=Labels(
+                    ranks=None if row["ranks"] is None else np.array(row["ranks"], dtype=np.float32),
+                    margin=float("nan") if row["margin"] is None else row["margin"],
+                    weight=row["weight"],
+                    attributes=None if row["attributes"] is None else np.array(row["attributes"], dtype=np.float32),
+                ),
+            )
+        )
+    return result
+
+
+def plan_block(block: pa.Table, *, world_size: int, comparisons_per_step: int, tokens_per_microbatch: int, layout: Layout) -> pa.Table:
+    """The rows of one optimizer step -> one row per rank.
+
+    Raises:
+        StreamOrderError: the block does not hold exactly the rows of one step.
+    """
+    rows = block["row"].to_numpy()
+    step = int(rows[0]) // comparisons_per_step
+    expected = np.arange(step * comparisons_per_step, step * comparisons_per_step + len(rows))
+    if len(rows) > comparisons_per_step or not np.array_equal(rows, expected):
+        raise StreamOrderError(
+            f"a block holds rows {rows[0]}..{rows[-1]} ({len(rows)} rows) instead of the rows of step {step}",
+            remedy="this is a bug in the stream or an unsupported Ray version; the run stops rather than train on other data",
+        )
+    comparisons = comparisons_from_table(block)
+    plan = plan_step(comparisons, world_size=world_size, tokens_per_microbatch=tokens_per_microbatch, layout=layout)
+    shares = [_share_row(comparisons, microbatches, step=step, rank=rank, world_size=world_size) for rank, microbatches in enumerate(plan)]
+    return pa.Table.from_pylist(shares, schema=SHARE_SCHEMA)
+
+
+def _share_row(
+    comparisons: Sequence[EncodedComparison], microbatches: list[list[int]], *, step: int, rank: int, world_size: int
+) -> dict[str, Any]:
+    members = [(index, comparisons[i]) for index, group in enumerate(microbatches) for i in group]
+    branches = [branch for _, c in members for branch in c.branch_ids]
+    pieces = [piece for _, c in members for piece in (c.prefix_ids, *c.branch_ids)]
+    ranks = [np.full(c.num_completions, np.nan, np.float32) if c.labels.ranks is None else c.labels.ranks for _, c in members]
+    attributes = [c.labels.attributes for _, c in members if c.labels.attributes is not None]
+    complete = len(attributes) == len(members) and len(members) > 0
+    return {
+        "step": step,
+        "rank": rank,
+        "world_size": world_size,
+        "num_microbatches": len(microbatches),
+        "ids": [c.id for _, c in members],
+        "microbatch": [index for index, _ in members],
+        "prefix_length": [len(c.prefix_ids) for _, c in members],
+        "num_completions": [c.num_completions for _, c in members],
+        "margin": [c.labels.margin for _, c in members],
+        "weight": [c.labels.weight for _, c in members],
+        "branch_length": [len(branch) for branch in branches],
+        "ranks": np.concatenate(ranks) if ranks else [],
+        "tokens": np.concatenate(pieces) if pieces else [],
+        "num_attributes": attributes[0].shape[1] if complete else 0,
+        "attributes": np.concatenate(attributes).reshape(-1) if complete else [],
+    }
+
+
+def read_share(table: pa.Table, *, layout: Layout, pad_token_id: int) -> StepShare:
+    """One row of `plan_block`'s output, packed for the model."""
+    (row,) = table.slice(0, 1).to_pylist()
+    flat = {name: _values(table, name) for name in ("tokens", "ranks", "attributes")}
+    groups: list[list[EncodedComparison]] = [[] for _ in range(row["num_microbatches"])]
+    token = completion = 0
+    num_attributes = row["num_attributes"]
+    for index, comparison_id in enumerate(row["ids"]):
+        count = row["num_completions"][index]
+        lengths = [row["prefix_length"][index], *row["branch_length"][completion : completion + count]]
+        stops = token + np.cumsum(lengths)
+        pieces = np.split(flat["tokens"][token : stops[-1]], stops[:-1] - token)
+        ranks = flat["ranks"][completion : completion + count]
+        ratings = flat["attributes"][completion * num_attributes : (completion + count) * num_attributes]
+        labels = Labels(
+            ranks=None if np.isnan(ranks).any() else ranks,
+            margin=row["margin"][index],
+            weight=row["weight"][index],
+            attributes=ratings.reshape(count, num_attributes) if num_attributes else None,
+        )
+        groups[row["microbatch"][index]].append(EncodedComparison(comparison_id, pieces[0], tuple(pieces[1:]), labels))
+        token, completion = int(stops[-1]), completion + count
+    return StepShare(
+        step=row["step"],
+        rank=row["rank"],
+        world_size=row["world_size"],
+        microbatches=tuple(pack(group, layout=layout, pad_token_id=pad_token_id) for group in groups),
+    )
+
+
+def _values(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
+    values: np.ndarray[Any, Any] = table[name].slice(0, 1).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values

@@ -1,0 +1,355 @@
+"""The row-level steps of `prepare`, as functions from Arrow table to Arrow table. No Ray: `prepare` maps them over blocks.
+
+Every input row stays in the stream to the end: a step that cannot use a row fills `reason` and `detail` and passes it on.
+Text travels as ASCII-escaped JSON, because Arrow strings cannot hold the lone surrogates that quarantine has to report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from rayward.contract import Encoder
+from rayward.data.comparison import (
+    PREPARED_SCHEMA,
+    BadRow,
+    Comparison,
+    RowRejected,
+    dense_ranks,
+    digest,
+    shared_prefix_length,
+    validate,
+)
+from rayward.data.files import BATCH_ROWS, RawRow, ReadUnit, read_unit
+from rayward.data.sources import FORMATS, SourceOptions
+from rayward.errors import ContractError, DataError, TooLongError
+
+RAW_LIMIT = 2000
+"""Characters of a quarantined row that are kept."""
+
+READ_SCHEMA = pa.schema(
+    [
+        # row | total (number = rows of the unit) | damaged (detail = the fault of the file) | overlap (number = prompts in both splits)
+        pa.field("kind", pa.string()),
+        pa.field("role", pa.string()),
+        pa.field("file", pa.string()),
+        pa.field("number", pa.int64()),
+        pa.field("raw", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+ADAPTED_SCHEMA = pa.schema(
+    [
+        *READ_SCHEMA,
+        pa.field("source", pa.string()),
+        pa.field("record", pa.string()),
+        pa.field("prompt_key", pa.string()),
+        pa.field("content_key", pa.string()),
+        pa.field("judgement_key", pa.string()),
+        pa.field("bucket", pa.int64()),  # rows of one prompt share a bucket
+        pa.field("split", pa.string()),  # train | validation; null for rows that are not used
+    ]
+)
+ENCODED_SCHEMA = pa.schema(
+    [
+        *(pa.field(field.name, field.type) for field in PREPARED_SCHEMA if field.name != "row"),
+        *READ_SCHEMA,
+        pa.field("split", pa.string()),
+        pa.field("order", pa.string()),  # the position in a split is the rank of this key
+        pa.field("truncated", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptation:
+    """How `adapt` reads rows.
+
+    Attributes:
+        formats: by file, the name of the format and the adapter's options.
+        ties: policy for completions of equal rank.
+        num_buckets: rows are grouped into so many buckets by prompt.
+    """
+
+    formats: Mapping[str, tuple[str, SourceOptions]]
+    ties: Literal["quarantine", "keep"]
+    num_buckets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who goes where.
+
+    Attributes:
+        seed: seeds the split and the order.
+        validation_fraction: share of prompts of the train sources that is held out.
+        too_long: policy for conversations that lose turns.
+    """
+
+    seed: int
+    validation_fraction: float
+    too_long: Literal["truncate", "quarantine"]
+
+
+def read(unit: ReadUnit) -> Iterator[pa.Table]:
+    """Rows of one unit in tables of READ_SCHEMA, then one line with their number; a damaged file becomes a `damaged` line."""
+    total = 0
+    batch: list[RawRow] = []
+    damage: str | None = None
+    try:
+        for raw in read_unit(unit):
+            batch.append(raw)
+            if len(batch) == BATCH_ROWS:
+                total += len(batch)
+                yield _read_table(unit, batch)
+                batch = []
+    except DataError as exc:
+        # Raised here it would reach the user as a Ray task error; as a line, all damaged files are reported together.
+        damage = exc.problem
+    total += len(batch)
+    yield _read_table(unit, batch)
+    marks = [{"kind": "total", "number": total}]
+    if damage is not None:
+        marks.append({"kind": "damaged", "number": 0, "detail": damage})
+    yield pa.Table.from_pylist([{"role": unit.file.role, "file": unit.file.uri, "raw": "", **mark} for mark in marks], schema=READ_SCHEMA)
+
+
+def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
+    size = len(rows)
+    return pa.Table.from_arrays(
+        [
+            pa.array(["row"] * size, pa.string()),
+            pa.array([unit.file.role] * size, pa.string()),
+            pa.array([unit.file.uri] * size, pa.string()),
+            pa.array([row.number for row in rows], pa.int64()),
+            pa.array([row.raw for row in rows], pa.string()),
+            pa.array([row.reason for row in rows], pa.string()),
+            pa.array([row.detail if row.reason else None for row in rows], pa.string()),
+        ],
+        schema=READ_SCHEMA,
+    )
+
+
+def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
+    """Parse, adapt and validate rows; READ_SCHEMA -> ADAPTED_SCHEMA."""
+    rows = table.to_pylist()
+    for row in rows:
+        name, options = plan.formats[row["file"]]
+        row["source"] = options.source
+        if row["kind"] == "row" and row["reason"] is None:
+            try:
+                comparison = FORMATS[name].adapt(_parse(row["raw"]), options)
+                row["source"] = comparison.source
+                validate(comparison, ties=plan.ties)
+            except RowRejected as exc:
+                row["reason"], row["detail"] = exc.reason.value, _printable(exc.detail)
+            else:
+                row["record"] = dump_record(comparison)
+                row["prompt_key"] = comparison.prompt_key()
+                row["content_key"] = comparison.content_key()
+                row["judgement_key"] = comparison.judgement_key()
+        # Rows that are already out are spread, so that a bad file does not overfill one bucket.
+        key = row.get("prompt_key") or digest([row["file"], row["number"]])
+        row["bucket"] = int(key[:15], 16) % plan.num_buckets
+        row["raw"] = row["raw"][:RAW_LIMIT]
+    return pa.Table.from_pylist(rows, schema=ADAPTED_SCHEMA)
+
+
+def _parse(raw: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as exc:
+        raise RowRejected(BadRow.UNPARSABLE, f"not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise RowRejected(BadRow.WRONG_TYPE, "the row is not a JSON object")
+    return value
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")[:RAW_LIMIT]
+
+
+def dump_record(comparison: Comparison) -> str:
+    """The comparison as JSON, for the way between two steps."""
+    fields = (comparison.id, comparison.source, comparison.prompt, comparison.completions, comparison.ranks)
+    return json.dumps([*fields, comparison.margin, comparison.weight, comparison.attributes])
+
+
+def load_record(text: str) -> Comparison:
+    """Inverse of `dump_record`."""
+    name, source, prompt, completions, ranks, margin, weight, attributes = json.loads(text)
+    return Comparison(
+        id=name,
+        source=source,
+        prompt=tuple(prompt),
+        completions=tuple(completions),
+        ranks=None if ranks is None else tuple(ranks),
+        margin=margin,
+        weight=weight,
+        attributes=None if attributes is None else tuple(tuple(ratings) for ratings in attributes),
+    )
+
+
+def judge(table: pa.Table, policy: Policy) -> pa.Table:
+    """Split by prompt; mark duplicates, contradictions and train rows whose prompt stands in validation.
+
+    `table` holds whole buckets: all rows of a prompt. Of equal rows the one with the smallest record stays, so that the result does not
+    depend on files or their order; only between rows equal to the letter the first of the first file stays.
+    """
+    names = ("role", "prompt_key", "content_key", "judgement_key", "reason", "detail", "file", "number")
+    role, prompt, content, judgement, reasons, details, file, number = (table.column(name).to_pylist() for name in names)
+    records = table.column("record")
+    in_validation: dict[str, int] = {}
+    groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, key in enumerate(content):
+        if key is not None and reasons[index] is None:
+            groups[role[index], key].append(index)
+            if role[index] == "validation":
+                in_validation[prompt[index]] = index
+    for (where, _), members in groups.items():
+        if where == "train" and prompt[members[0]] in in_validation:
+            other = in_validation[prompt[members[0]]]
+            for index in members:
+                reasons[index], details[index] = BadRow.IN_VALIDATION, f"the prompt is also that of row {number[other]} of {file[other]}"
+        elif len({judgement[index] for index in members}) > 1:
+            for index in members:
+                other = next(i for i in members if judgement[i] != judgement[index])
+                reasons[index] = BadRow.CONTRADICTION
+                details[index] = f"row {number[other]} of {file[other]} judges the same completions otherwise"
+        elif len(members) > 1:
+            kept, *copies = sorted(members, key=lambda i: (records[i].as_py(), file[i], number[i]))
+            for index in copies:
+                reasons[index], details[index] = BadRow.DUPLICATE, f"the same as row {number[kept]} of {file[kept]}"
+    splits: list[str | None] = [None] * table.num_rows
+    for index, key in enumerate(content):
+        if key is not None and reasons[index] is None:
+            splits[index] = "validation" if role[index] == "validation" or _held_out(prompt[index], policy) else "train"
+    for name, values in (("reason", reasons), ("detail", details), ("split", splits)):
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+    sides = {side: {key for key, split in zip(prompt, splits, strict=True) if split == side} for side in ("train", "validation")}
+    overlap = {"kind": "overlap", "number": len(sides["train"] & sides["validation"]), "raw": ""}
+    return pa.concat_tables([table, pa.Table.from_pylist([overlap], schema=ADAPTED_SCHEMA)])
+
+
+def _held_out(prompt_key: str, policy: Policy) -> bool:
+    return int(digest([policy.seed, "split", prompt_key])[:16], 16) < policy.validation_fraction * 2.0**64
+
+
+def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> pa.Table:
+    """Tokenize and give every row its place in the order; ADAPTED_SCHEMA -> ENCODED_SCHEMA.
+
+    Args:
+        table: rows after `judge`.
+        encoder: the contract's encoder.
+        full: the same without a token limit, to see whether anything was cut.
+        policy: seed and policies.
+    """
+    rows = table.to_pylist()
+    for row in rows:
+        if row["split"] is not None:
+            comparison = load_record(row["record"])
+            try:
+                row |= _encoded(comparison, row["prompt_key"], encoder, full, policy.too_long)
+                # One sort orders both splits; the content breaks the tie between rows that share an id.
+                row["order"] = f"{row['split']} {digest([policy.seed, comparison.id])} {row['content_key']}"
+            except RowRejected as exc:
+                row["split"], row["reason"], row["detail"] = None, exc.reason.value, exc.detail
+    return pa.Table.from_pylist(rows, schema=ENCODED_SCHEMA)
+
+
+def _encoded(
+    comparison: Comparison, prompt_key: str, encoder: Encoder, full: Encoder, too_long: Literal["truncate", "quarantine"]
+) -> dict[str, Any]:
+    limit = encoder.contract.max_tokens
+    sequences: list[list[int]] = []
+    truncated = False
+    for index, completion in enumerate(comparison.completions):
+        try:
+            ids = full.encode(comparison.prompt, completion)
+            if len(ids) > limit:
+                if too_long == "quarantine":
+                    raise RowRejected(
+                        BadRow.TOO_LONG, f"completion {index}: {len(ids)} tokens, over {limit}, and data.too_long is 'quarantine'"
+                    )
+                ids, truncated = encoder.encode(comparison.prompt, completion), True
+        except TooLongError as exc:
+            raise RowRejected(BadRow.TOO_LONG, f"completion {index}: {_printable(exc.problem)}") from exc
+        except ContractError as exc:
+            raise RowRejected(BadRow.TEMPLATE_REJECTED, _printable(exc.problem)) from exc
+        sequences.append(ids)
+    if len({tuple(ids) for ids in sequences}) != len(sequences):
+        raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions have the same token ids")
+    shared = shared_prefix_length(sequences)
+    return {
+        "id": comparison.id,
+        "source": comparison.source,
+        "prompt_key": prompt_key,
+        "prefix_ids": sequences[0][:shared],
+        "branch_ids": [ids[shared:] for ids in sequences],
+        # Renumbered: fp32 would make ties of large ranks that differ by little.
+        "ranks": None if comparison.ranks is None else dense_ranks(comparison.ranks),
+        "margin": comparison.margin,
+        "weight": comparison.weight,
+        "attributes": comparison.attributes,
+        "prompt_json": json.dumps(comparison.prompt),
+        "completions_json": json.dumps(comparison.completions),
+        "truncated": truncated,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Counts of encoded rows, mergeable.
+
+    Attributes:
+        read: rows that the readers saw, counted where they were read.
+        overlap: prompts that stand in both splits.
+        splits: rows by split; quarantined: rows by reason; sources: quarantined rows by source.
+        damaged: messages about files that could not be read to the end.
+    """
+
+    read: int
+    overlap: int
+    splits: Counter[str]
+    quarantined: Counter[str]
+    sources: Counter[str]
+    damaged: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> str:
+        """Count a block; JSON for the way to the driver."""
+        names = ("kind", "split", "reason", "source", "number", "detail")
+        read, overlap, damaged = 0, 0, []
+        splits, quarantined, sources = Counter[str](), Counter[str](), Counter[str]()
+        for kind, split, reason, source, number, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+            if kind == "total":
+                read += number
+            elif kind == "overlap":
+                overlap += number
+            elif kind == "damaged":
+                damaged.append(detail)
+            elif split is not None:
+                splits[split] += 1
+            else:
+                quarantined[reason] += 1
+                sources[source] += 1
+        return json.dumps([read, overlap, splits, quarantined, sources, damaged])
+
+    @classmethod
+    def merged(cls, parts: Iterable[str]) -> Tally:
+        """Sum of the blocks."""
+        read, overlap, damaged = 0, 0, list[str]()
+        counters = Counter[str](), Counter[str](), Counter[str]()
+        for part in parts:
+            rows, shared, *counts, messages = json.loads(part)
+            read, overlap = read + rows, overlap + shared
+            damaged += messages
+            for counter, count in zip(counters, counts, strict=True):
+                counter.update(count)
+        return cls(read, overlap, *counters, tuple(sorted(set(damaged))))
