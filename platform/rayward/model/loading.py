@@ -1,0 +1,281 @@
+"""Weights in: every rank reads just its own slice of every parameter, from wherever the weights are.
+
+A `WeightSource` answers "elements start..stop of this parameter, flattened". Pretrained safetensors, seeded random
+initialisation and training checkpoints (`training/checkpoint.py`) are such sources, so a model is never materialised
+anywhere but in its partitions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from rayward.config import ModelConfig
+from rayward.contract import Contract
+from rayward.data.comparison import digest
+from rayward.data.packing import Layout
+from rayward.errors import ConfigError, ModelLoadError
+from rayward.model.reward_model import RewardModel
+
+HEAD_PREFIX = "score."
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INIT_CHUNK = 1 << 20
+
+
+class WeightSource(Protocol):
+    """Where parameter values come from."""
+
+    def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter `name`, fp32."""
+        ...
+
+
+def resolve_model_dir(path: str, revision: str | None) -> Path:
+    """A local directory as it is; a hub name downloaded into the hub cache (configuration, tokenizer and safetensors).
+
+    Raises:
+        ModelLoadError: neither works.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
+        raise ModelLoadError(
+            f"model {path!r} is neither a local directory nor a hub model that can be downloaded: {exc}",
+            remedy="check model.path, or download the model first and give its directory",
+        ) from exc
+
+
+def resolve_hf_config(model: ModelConfig, contract: Contract, *, vocab_size: int) -> PretrainedConfig:
+    """The Transformers config of the reward model: regression head, the contract's pad token, no dropout.
+
+    Raises:
+        ConfigError: `max_tokens` exceeds the model's context length.
+        ModelLoadError: the config cannot be read.
+    """
+    values = dict(model.architecture or {})
+    try:
+        if model.path is not None:
+            config = AutoConfig.from_pretrained(resolve_model_dir(model.path, model.revision))
+        else:
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ModelLoadError(
+            f"no model configuration in {model.path or model.architecture}: {exc}", remedy="check model.path or model.architecture"
+        ) from exc
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and contract.max_tokens > context:
+        raise ConfigError(
+            f"model.max_tokens is {contract.max_tokens}, the model's context length is {context}",
+            remedy=f"set model.max_tokens to at most {context}",
+        )
+    config.num_labels = len(contract.outputs)
+    config.id2label = dict(enumerate(contract.outputs))
+    config.label2id = {name: index for index, name in enumerate(contract.outputs)}
+    config.problem_type = "regression"
+    config.pad_token_id = contract.pad_token_id
+    config.vocab_size = max(config.vocab_size, vocab_size)
+    config.use_cache = False
+    if getattr(config, "num_key_value_heads", 0) is None:
+        config.num_key_value_heads = config.num_attention_heads
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, 0.0)
+    return cast(PretrainedConfig, config)
+
+
+def build_reward_model(
+    config: PretrainedConfig, *, max_tokens: int, dtype: torch.dtype = torch.float32, layout: Layout | None = None
+) -> RewardModel:
+    """The modules without values: call `fill` next. Inside `deepspeed.zero.Init` the parameters are partitioned at once.
+
+    Raises:
+        ModelLoadError: Transformers has no sequence-classification model of this type.
+    """
+    from transformers.initialization import no_init_weights
+
+    try:
+        with no_init_weights():
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError) as exc:
+        raise ModelLoadError(
+            f"Transformers cannot build a sequence-classification model of type {config.model_type!r}: {exc}",
+            remedy="use an architecture with a …ForSequenceClassification class",
+        ) from exc
+    return RewardModel(model, max_tokens=max_tokens, layout=layout)
+
+
+class RandomInit:
+    """Seeded initial values that do not depend on the number of ranks: each chunk has its own generator.
+
+    Matrices are normal with `initializer_range`, the head with 1 / (hidden + 1) (small first rewards, loss near log 2), biases
+    zero, norm weights one (zero where the layer computes 1 + weight).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, seed: int) -> None:
+        self._seed = seed
+        self._std = float(getattr(model.config, "initializer_range", 0.02))
+        self._zero_centred = {
+            f"{name}.weight" for name, module in model.named_modules() if "1P" in type(module).__name__ or "GemmaRMSNorm" in _bases(module)
+        }
+
+    def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        if len(shape) < 2:
+            constant = 0.0 if name.endswith("bias") or name in self._zero_centred else 1.0
+            return torch.full((stop - start,), constant)
+        std = 1.0 / (shape[-1] + 1) if name.startswith(HEAD_PREFIX) else self._std
+        pieces = []
+        for chunk in range(start // INIT_CHUNK, (max(stop, start + 1) - 1) // INIT_CHUNK + 1):
+            generator = torch.Generator().manual_seed(int(digest([self._seed, name, chunk])[:15], 16))
+            values = torch.empty(INIT_CHUNK).normal_(0.0, std, generator=generator)
+            offset = chunk * INIT_CHUNK
+            pieces.append(values[max(start - offset, 0) : max(min(stop - offset, INIT_CHUNK), 0)])
+        return torch.cat(pieces)
+
+
+def _bases(module: nn.Module) -> str:
+    return " ".join(cls.__name__.replace("Gemma2", "Gemma").replace("Gemma3", "Gemma") for cls in type(module).__mro__)
+
+
+class SafetensorsSource:
+    """Slices of a pretrained checkpoint; a head it does not have comes from `fallback`.
+
+    Args:
+        base_prefix: name of the backbone inside the model (`model`, `transformer`, …), which checkpoints may leave out.
+        embedding: parameter name of the input embedding, the one that may have more rows than the checkpoint (a vocabulary
+            grown by a pad token; the new rows are zero).
+
+    Raises:
+        ModelLoadError: no safetensors files, or a backbone parameter is missing or of another shape.
+    """
+
+    def __init__(self, directory: Path, *, base_prefix: str, fallback: WeightSource, embedding: str | None = None) -> None:
+        self._base = f"{base_prefix}."
+        self._embedding = embedding
+        self._fallback = fallback
+        self._directory = directory
+        self._file_of = _weight_map(directory)
+        self._open: dict[str, Any] = {}
+        self.fresh: set[str] = set()
+
+    def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        key = next((k for k in (name, name.removeprefix(self._base), self._base + name) if k in self._file_of), None)
+        if key is None:
+            if name.startswith(HEAD_PREFIX):
+                self.fresh.add(name)
+                return self._fallback.read(name, shape, start, stop)
+            raise ModelLoadError(
+                f"{self._directory} has no tensor for parameter {name}",
+                remedy="use a checkpoint of the architecture that its config.json names, saved by a current Transformers",
+            )
+        view = self._slice(key)
+        stored = tuple(view.get_shape())
+        grown = len(shape) == 2 and stored[1:] == shape[1:] and stored[0] < shape[0] and name == self._embedding
+        if stored != shape and not grown:
+            if name.startswith(HEAD_PREFIX):
+                self.fresh.add(name)
+                return self._fallback.read(name, shape, start, stop)
+            raise ModelLoadError(
+                f"{key} in {self._directory} has shape {stored}, the model needs {shape}",
+                remedy="check that config.json matches the weights",
+            )
+        return _flat_slice(view, stored, start, stop)
+
+    def _slice(self, key: str) -> Any:
+        name = self._file_of[key]
+        if name not in self._open:
+            self._open[name] = safe_open(self._directory / name, framework="pt")
+        return self._open[name].get_slice(key)
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    index = directory / INDEX_FILE
+    try:
+        if index.is_file():
+            return cast(dict[str, str], json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if (directory / SINGLE_FILE).is_file():
+            with safe_open(directory / SINGLE_FILE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE_FILE)
+    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as exc:
+        raise ModelLoadError(f"the weights in {directory} cannot be read: {exc}", remedy="download or save the model again") from exc
+    raise ModelLoadError(
+        f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}", remedy="convert the weights to safetensors (save_pretrained does)"
+    )
+
+
+def _flat_slice(view: Any, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    # Elements [start, stop) of the flattened tensor, reading only the rows that hold them; missing rows (a vocabulary
+    # grown by a pad token) are zero.
+    if not shape:
+        return cast(Tensor, view[...]).float().reshape(1)[start:stop]
+    row = 1
+    for size in shape[1:]:
+        row *= size
+    first, last = start // row, min(-(-stop // row), shape[0])
+    values = view[first:last].float().reshape(-1) if last > first else torch.zeros(0)
+    values = values[start - first * row : stop - first * row]
+    missing = stop - start - values.numel()
+    return torch.cat([values, torch.zeros(missing)]) if missing > 0 else values
+
+
+def weight_source(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> WeightSource:
+    """Pretrained weights when `model.path` is set, else seeded random ones."""
+    random = RandomInit(model, seed=seed)
+    if config.path is None:
+        return random
+    embedding = model.get_input_embeddings().weight
+    return SafetensorsSource(
+        resolve_model_dir(config.path, config.revision),
+        base_prefix=model.base_model_prefix,
+        fallback=random,
+        embedding=next((name for name, parameter in model.named_parameters() if parameter is embedding), None),
+    )
+
+
+def load_reward_model(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int, layout: Layout | None = None
+) -> RewardModel:
+    """Load a whole sequence-classification model for inference: an export of ours or any other.
+
+    Raises:
+        ModelLoadError: it cannot be loaded, or its head would be newly initialised.
+    """
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
+        raise ModelLoadError(
+            f"{directory} cannot be loaded as a sequence-classification model: {exc}", remedy="check the directory"
+        ) from exc
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"{directory} lacks weights for {', '.join(missing[:4])}: they would be random numbers",
+            remedy="give a trained reward model; a language model has no reward head yet",
+        )
+    model = model.to(device)
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        model.score.float()
+    return RewardModel(model, max_tokens=max_tokens, layout=layout).eval()
+
+
+def head_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the head's tensors (names with `score.`), as fp32 bytes."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.startswith(HEAD_PREFIX):
+            state.update(name.encode())
+            state.update(tensors[name].detach().float().contiguous().cpu().numpy().tobytes())
+    return state.hexdigest()

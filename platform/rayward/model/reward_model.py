@@ -1,0 +1,104 @@
+"""Backbone and head: a packed micro-batch in, fp32 rewards out. The only forward in the project.
+
+Training, evaluation, golden scores and serving all call `RewardModel.forward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rayward.data.packing import Layout, PackedBatch
+from rayward.model.attention import SEGMENT_ATTENTION, flex_mask, why_not_shareable
+from rayward.model.heads import LinearHead
+
+AttentionKind = Literal["segments", "flex"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTensors:
+    """A `PackedBatch` on a device; the same fields and shapes, int64."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor | None
+    attention_mask: Tensor | None
+    end_row: Tensor
+    end_column: Tensor
+
+
+def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
+    """Copy the arrays of a micro-batch to a device (the segment table stays on the CPU, where it is read)."""
+
+    def move(name: str) -> Tensor | None:
+        array = getattr(batch, name)
+        return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+
+    return BatchTensors(
+        input_ids=cast(Tensor, move("input_ids")),
+        position_ids=cast(Tensor, move("position_ids")),
+        segments=None if batch.segments is None else torch.from_numpy(batch.segments),
+        attention_mask=move("attention_mask"),
+        end_row=cast(Tensor, move("end_row")),
+        end_column=cast(Tensor, move("end_column")),
+    )
+
+
+class RewardModel(nn.Module):
+    """A Transformers sequence-classification model whose rewards are read at the end token of each completion.
+
+    Args:
+        model: any `…ForSequenceClassification`; one with a linear `score` head gets the fp32 head, others (encoders
+            with their own pooler) keep their head and are computed in the padded layout.
+        max_tokens: longest conversation, to decide whether the model's attention window allows sharing.
+        layout: force a layout; None decides by capability.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_tokens: int, layout: Layout | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.has_linear_head = isinstance(getattr(model, "score", None), nn.Linear)
+        self.why_padded = why_not_shareable(model, max_tokens=max_tokens) if self.has_linear_head else "it has its own pooler"
+        self.layout: Layout = layout or ("padded" if self.why_padded else "packed")
+        self.attention: AttentionKind = "flex" if torch.cuda.is_available() else "segments"
+        if self.has_linear_head:
+            _use_fp32_head(model)
+        if self.layout == "packed":
+            self.set_attention(self.attention)
+
+    def set_attention(self, kind: AttentionKind) -> None:
+        """Choose the implementation of packed attention."""
+        self.attention = kind
+        self.model.set_attn_implementation(SEGMENT_ATTENTION if kind == "segments" else "flex_attention")
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
+
+    def forward(self, batch: BatchTensors) -> Tensor:
+        """Rewards, float32 [N, outputs], in the order of the batch's completions (N may be 0)."""
+        if not self.has_linear_head:
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+            return cast(Tensor, logits[batch.end_row])
+        mask = batch.attention_mask
+        if batch.segments is not None:
+            num_tokens = batch.input_ids.shape[1]
+            mask = (
+                batch.segments[None, None]
+                if self.attention == "segments"
+                else flex_mask(batch.segments.to(batch.input_ids.device), num_tokens)  # type: ignore[assignment]
+            )
+        hidden = self.backbone(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        # An empty micro-batch selects no position, and its sum still reaches every parameter with a zero gradient.
+        return cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.end_row, batch.end_column]))
+
+
+def _use_fp32_head(model: PreTrainedModel) -> None:
+    # Same parameters under the same names; only the arithmetic changes.
+    model.score.__class__ = LinearHead
