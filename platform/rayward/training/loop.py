@@ -1,0 +1,183 @@
+"""The training loop: next share -> micro-batches -> step -> report. No Ray in here.
+
+Loss and metrics are sums divided by global counts, so neither the number of workers nor the micro-batch budget changes
+the trajectory beyond floating-point summation order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rayward.data.packing import PackedBatch
+from rayward.data.shares import StepShare
+from rayward.errors import NonFiniteError, StreamOrderError
+from rayward.objectives import METRIC_SUMS, Objective, ranking_metrics
+from rayward.training.engine import Engine
+
+NUM_IDS_IN_MESSAGE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Linear warm-up, then cosine to a floor; a pure function of the step."""
+
+    learning_rate: float
+    total_steps: int
+    warmup_fraction: float
+    min_lr_fraction: float
+
+    def at(self, step: int) -> float:
+        """Learning rate of the 0-based optimizer step; the last step has the floor."""
+        warmup = math.ceil(self.warmup_fraction * self.total_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup + 1) / max(1, self.total_steps - warmup)
+        floor = self.min_lr_fraction
+        return self.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Local sums of one step, reduced over ranks in one collective."""
+
+    values: torch.Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> _Sums:
+        return cls(torch.zeros(5 + len(METRIC_SUMS), dtype=torch.float64, device=device))
+
+    def add(self, batch: PackedBatch, loss_sum: torch.Tensor, metrics: torch.Tensor) -> None:
+        counts = [
+            len(batch.comparisons),
+            batch.num_computed_tokens if batch.comparisons else 0,
+            batch.num_real_tokens,
+            sum(c.num_tokens_unshared for c in batch.comparisons),
+        ]
+        head = torch.tensor(counts, dtype=torch.float64, device=self.values.device)
+        self.values += torch.cat([loss_sum.detach().double().reshape(1), head, metrics.to(self.values.device)])
+
+    def named(self, count: float) -> dict[str, float]:
+        loss, comparisons, computed, real, unshared, *ranking = self.values.tolist()
+        return {
+            "loss": loss / count,
+            **ranking_metrics(ranking),
+            "comparisons": comparisons,
+            "tokens": real,
+            "padding_fraction": 1.0 - real / max(computed, 1.0),
+            "tokens_saved_fraction": 1.0 - real / max(unshared, 1.0),
+        }
+
+
+def _global_count(engine: Engine, share: StepShare, objective: Objective) -> float:
+    local = sum(objective.count([c.labels for c in batch.comparisons]) for batch in share.microbatches)
+    total = float(engine.all_reduce(torch.tensor([local], dtype=torch.float64)).item())
+    return total if total > 0 else 1.0
+
+
+def train_step(engine: Engine, share: StepShare, objective: Objective, learning_rate: float) -> dict[str, float]:
+    """One optimizer step on this rank's share; called by all ranks together.
+
+    Returns:
+        metrics over the whole step, the same on every rank.
+
+    Raises:
+        NonFiniteError: on every rank, when a loss or gradient of any rank is NaN or Inf. The weights in memory must not
+            be saved afterwards.
+    """
+    count = _global_count(engine, share, objective)
+    sums = _Sums.zeros(engine.device)
+    losses = []
+    last = len(share.microbatches) - 1
+    for index, batch in enumerate(share.microbatches):
+        out = objective.loss(engine.forward(batch), [c.labels for c in batch.comparisons])
+        engine.backward(out.loss_sum / count, is_last=index == last)
+        losses.append(out.loss_sum.detach())
+        sums.add(batch, out.loss_sum, out.metrics)
+    sums.values = engine.all_reduce(sums.values)
+    if not torch.isfinite(sums.values[0]):
+        judged = zip(share.microbatches, losses, strict=True)
+        suspects = [c.id for batch, loss in judged if not torch.isfinite(loss) for c in batch.comparisons]
+        raise _non_finite(engine, "loss", share.step, suspects)
+    norm = engine.step(learning_rate)
+    if not math.isfinite(norm):
+        raise _non_finite(engine, "gradient", share.step, list(share.comparison_ids))
+    return {**sums.named(count), "gradient_norm": norm, "learning_rate": learning_rate}
+
+
+def _non_finite(engine: Engine, what: str, step: int, suspects: list[str]) -> NonFiniteError:
+    ids = [name for per_rank in engine.all_gather_object(suspects) for name in per_rank]
+    shown = ", ".join(ids[:NUM_IDS_IN_MESSAGE]) + (f" and {len(ids) - NUM_IDS_IN_MESSAGE} more" if len(ids) > NUM_IDS_IN_MESSAGE else "")
+    return NonFiniteError(
+        f"the {what} of step {step} is not finite; comparisons in the micro-batches concerned: {shown}",
+        remedy="the last checkpoint is good: lower training.learning_rate, raise training.warmup_fraction, or look at these rows",
+        step=step,
+        comparison_ids=tuple(ids),
+    )
+
+
+@torch.no_grad()
+def validate(engine: Engine, shares: Iterable[StepShare], objective: Objective) -> dict[str, float]:
+    """Loss and ranking metrics over all validation comparisons, the same on every rank."""
+    sums = _Sums.zeros(engine.device)
+    count = torch.zeros(1, dtype=torch.float64)
+    for share in shares:
+        for batch in share.microbatches:
+            labels = [c.labels for c in batch.comparisons]
+            out = objective.loss(engine.forward(batch), labels)
+            sums.add(batch, out.loss_sum, out.metrics)
+            count += objective.count(labels)
+    sums.values = engine.all_reduce(sums.values)
+    total = float(engine.all_reduce(count).item())
+    named = sums.named(total if total > 0 else 1.0)
+    return {key: named[key] for key in ("loss", "accuracy", "tied", "margin", "reward_mean", "reward_std", "comparisons")}
+
+
+StepCallback = Callable[[int, dict[str, float]], None]
+
+
+def run_steps(
+    engine: Engine,
+    shares: Iterator[StepShare],
+    *,
+    objective: Objective,
+    schedule: Schedule,
+    first_step: int,
+    stop_step: int,
+    on_step: StepCallback,
+) -> None:
+    """Train on the shares of steps first_step .. stop_step - 1, in order.
+
+    Args:
+        on_step: called on every rank after each step with (steps done, metrics).
+
+    Raises:
+        StreamOrderError: a share is not the one that is due, or the stream ends early.
+        NonFiniteError: see `train_step`.
+    """
+    for step in range(first_step, stop_step):
+        started = time.perf_counter()
+        share = next(shares, None)
+        waited_s = time.perf_counter() - started
+        found = None if share is None else (share.step, share.rank, share.world_size)
+        if share is None or found != (step, engine.rank, engine.world_size):
+            raise StreamOrderError(
+                f"rank {engine.rank} of {engine.world_size} waits for step {step} and the stream has {found or 'ended'}",
+                remedy="the run restarts from its last checkpoint; if it happens again, report it with the Ray version",
+            )
+        metrics = train_step(engine, share, objective, schedule.at(step))
+        elapsed_s = time.perf_counter() - started
+        on_step(
+            step + 1,
+            {
+                **metrics,
+                "step_s": elapsed_s,
+                "data_wait_s": waited_s,
+                "tokens_per_s": metrics["tokens"] / elapsed_s,
+                "comparisons_per_s": metrics["comparisons"] / elapsed_s,
+            },
+        )

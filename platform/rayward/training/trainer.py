@@ -1,0 +1,285 @@
+"""The train job on Ray: the driver resolves everything that can be wrong, Ray Train runs the sessions.
+
+The driver's part (`train`) prepares the data, checks model, budget and data against each other, and starts a `TorchTrainer`. A
+worker group that dies is restarted by Ray Train; the data sets are then built again from the step of the last committed
+checkpoint, for the world size that the new group has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayward import storage
+from rayward.cluster import started_here
+from rayward.config import Config, dump_config
+from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.data.manifest import PreparedData
+from rayward.data.packing import Layout
+from rayward.data.shares import StepShare, read_share
+from rayward.data.stream import StepShares, dataset_factory
+from rayward.errors import ConfigError, DataError, RaywardError, TrainingError
+from rayward.training.checkpoint import CommittedCheckpoint
+from rayward.training.progress import follow
+from rayward.training.session import Job, Session, resume_point
+
+logger = logging.getLogger(__name__)
+
+FAILURE_FILE = "failure.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Where a finished run lies.
+
+    Attributes:
+        location: directory or URI of the run.
+        checkpoint: the checkpoint of the last step.
+    """
+
+    location: str
+    prepared: PreparedData
+    job: Job
+    checkpoint: CommittedCheckpoint
+
+
+def run_location(config: Config) -> str:
+    """Directory or URI of the run that the configuration names."""
+    return storage.join(storage.absolute(config.run.storage_path), config.run.name)
+
+
+def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
+    """Check configuration, model and data against each other before any worker starts.
+
+    Raises:
+        ConfigError, ModelLoadError, DataError: with the numbers.
+    """
+    from accelerate import init_empty_weights
+
+    from rayward.model.loading import build_reward_model, resolve_hf_config
+
+    manifest, training = prepared.manifest, config.training
+    if manifest.num_train == 0:
+        raise DataError(f"{prepared.directory} holds no training row", remedy="lower data.validation_fraction or add data")
+    if training.num_epochs > 1:
+        logger.warning(
+            "training.num_epochs is %d: reward models over-fit after the first epoch; watch the validation loss", training.num_epochs
+        )
+    contract, tokenizer_length = _contract_and_vocabulary(prepared)
+    hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
+    with init_empty_weights(include_buffers=False):
+        model = build_reward_model(hf_config, max_tokens=contract.max_tokens)
+    longest = manifest.longest_comparison_tokens
+    if model.layout == "padded":
+        logger.warning("prefixes are not shared and rows are padded, because of the model: %s", model.why_padded)
+        longest = manifest.max_completions * contract.max_tokens
+    if longest > training.tokens_per_microbatch:
+        raise ConfigError(
+            f"the longest comparison takes up to {longest} tokens, training.tokens_per_microbatch is {training.tokens_per_microbatch}; "
+            "a comparison is never split",
+            remedy=f"set training.tokens_per_microbatch to at least {longest}, or lower model.max_tokens (now {contract.max_tokens})",
+        )
+    steps_per_epoch = math.ceil(manifest.num_train / training.comparisons_per_step)
+    total_steps = steps_per_epoch * training.num_epochs
+    job = Job(
+        config=config,
+        contract=contract,
+        location=run_location(config),
+        total_steps=min(total_steps, training.max_steps or total_steps),
+        steps_per_epoch=steps_per_epoch,
+        data_fingerprint=manifest.fingerprint,
+    )
+    return job, model.layout
+
+
+def train(config: Config, prepared: PreparedData) -> TrainResult:
+    """Run (or continue) the training job to its last step.
+
+    Raises:
+        ConfigError, DataError, ModelLoadError: before any worker starts.
+        TrainingError: the run stopped; its last committed checkpoint stays and the same command continues it.
+    """
+    job, layout = resolve_job(config, prepared)
+    filesystem, root = storage.resolve(job.location)
+    filesystem.create_dir(root)
+    checkpoint = resume_point(job)
+    if checkpoint is not None:
+        logger.warning("run %s continues at step %d of %d", config.run.name, checkpoint.commit.step, job.total_steps)
+    if checkpoint is None or checkpoint.commit.step < job.total_steps:
+        storage.write_text(filesystem, f"{root}/config.json", dump_config(config))
+        if storage.exists(filesystem, f"{root}/{FAILURE_FILE}"):
+            filesystem.delete_file(f"{root}/{FAILURE_FILE}")
+        _fit(job, prepared, layout)
+        checkpoint = job.store.latest()
+    if checkpoint is None or checkpoint.commit.step < job.total_steps:
+        raise TrainingError(
+            "training ended without a checkpoint of the last step", remedy=f"see the logs, then continue run {config.run.name}"
+        )
+    return TrainResult(location=job.location, prepared=prepared, job=job, checkpoint=checkpoint)
+
+
+def _contract_and_vocabulary(prepared: PreparedData) -> tuple[Contract, int]:
+    directory = storage.localize(prepared.directory, "contract.json", "tokenizer")
+    return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
+
+
+def _check_resources(config: Config) -> None:
+    # Without a CPU for the data tasks the workers would wait for ever.
+    training = config.training
+    low, _ = training.worker_range
+    total = ray.cluster_resources().get("CPU", 0.0)
+    if low * training.cpus_per_worker + 1 <= total:
+        return
+    problem = (
+        f"{low} workers with training.cpus_per_worker {training.cpus_per_worker} leave less than one of the cluster's {total:g} CPUs "
+        "to the data stream"
+    )
+    if started_here():
+        raise ConfigError(problem, remedy="lower training.cpus_per_worker or training.num_workers, or use a larger cluster")
+    logger.warning("%s; the job waits until the cluster grows", problem)
+
+
+def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
+    training, manifest = job.config.training, prepared.manifest
+    _check_resources(job.config)
+    low, high = training.worker_range
+    store = job.store
+
+    def first_row(epoch: int) -> int:
+        checkpoint = store.latest()
+        step = checkpoint.commit.step if checkpoint else 0
+        return max(0, step - epoch * job.steps_per_epoch) * training.comparisons_per_step
+
+    stop_row = min(manifest.num_train, job.total_steps * training.comparisons_per_step)
+    datasets: dict[str, Any] = {
+        f"train_epoch_{epoch}": dataset_factory(
+            prepared.directory, manifest.train_shards, start_row=partial(first_row, epoch), stop_row=stop_row
+        )
+        for epoch in range(math.ceil(job.total_steps / job.steps_per_epoch))
+    }
+    if manifest.num_validation:
+        datasets["validation"] = dataset_factory(
+            prepared.directory, manifest.validation_shards, start_row=lambda: 0, stop_row=manifest.num_validation
+        )
+    settings = {
+        "config": job.config.model_dump(mode="json"),
+        "contract": job.contract.model_dump_json(),
+        "prepared": prepared.directory,
+        "location": job.location,
+        "total_steps": job.total_steps,
+        "steps_per_epoch": job.steps_per_epoch,
+        "data_fingerprint": job.data_fingerprint,
+        "has_validation": manifest.num_validation > 0,
+    }
+    on_cuda = training.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if on_cuda else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=on_cuda,
+            resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": training.gpus_per_worker} if on_cuda else {})},
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=job.location,
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment(training.threads_per_worker, on_cuda)},
+        ),
+        datasets=datasets,
+        dataset_config=StepShares(
+            comparisons_per_step=training.comparisons_per_step, tokens_per_microbatch=training.tokens_per_microbatch, layout=layout
+        ),
+    )
+    stop = threading.Event()
+    watcher = threading.Thread(target=follow, args=(job.location, job.total_steps, stop), daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    except TrainingFailedError as exc:
+        _raise_recorded(job.location)
+        raise TrainingError(
+            f"training failed more than {training.max_failures} times: {exc}",
+            remedy=f"the last committed checkpoint stays; correct the cause and run the same command to continue {job.config.run.name!r}",
+        ) from exc
+    finally:
+        stop.set()
+        watcher.join(timeout=10)
+    _raise_recorded(job.location)
+
+
+def _worker_environment(num_threads: int, on_cuda: bool) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
+    return environment if on_cuda else {**environment, "DS_ACCELERATOR": "cpu"}
+
+
+def _raise_recorded(location: str) -> None:
+    filesystem, root = storage.resolve(location)
+    path = f"{root}/{FAILURE_FILE}"
+    if not storage.exists(filesystem, path):
+        return
+    recorded = json.loads(storage.read_text(filesystem, path))
+    raise TrainingError(f"{recorded['type']}: {recorded['problem']}", remedy=recorded["remedy"])
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker.
+
+    An error that a restart cannot cure is recorded in the run's directory before it is raised; the restarted group finds the
+    record and ends, so that it costs one restart instead of `max_failures`.
+    """
+    filesystem, root = storage.resolve(settings["location"])
+    if storage.exists(filesystem, f"{root}/{FAILURE_FILE}"):
+        return
+    try:
+        _run_session(settings)
+    except RaywardError as exc:
+        if not exc.retryable:
+            record = {"type": type(exc).__name__, "problem": exc.problem, "remedy": exc.remedy}
+            storage.write_text(filesystem, f"{root}/{FAILURE_FILE}", json.dumps(record))
+        raise
+
+
+def _run_session(settings: dict[str, Any]) -> None:
+    import torch
+
+    from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
+    from rayward.training.engine import build_engine, initialize, pretrained
+
+    config = Config.model_validate(settings["config"])
+    contract = Contract.model_validate_json(settings["contract"])
+    torch.set_num_threads(config.training.threads_per_worker)
+    tokenizer = load_tokenizer(str(storage.localize(settings["prepared"], "tokenizer") / "tokenizer"))
+    job = Job(config, contract, *(settings[key] for key in ("location", "total_steps", "steps_per_epoch", "data_fingerprint")))
+    hf_config = resolve_hf_config(config.model, contract, vocab_size=len(tokenizer))
+    engine = build_engine(lambda dtype: build_reward_model(hf_config, max_tokens=contract.max_tokens, dtype=dtype), config.training)
+    # One decision for all ranks: what rank 0 sees.
+    checkpoint = engine.all_gather_object(job.store.latest() if engine.rank == 0 else None)[0]
+    if checkpoint is None:
+        initialize(engine, weight_source(pretrained(engine), config.model, seed=config.run.seed))
+
+    def shares(name: str) -> Iterator[StepShare]:
+        shard = ray.train.get_dataset_shard(name)
+        for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+            yield read_share(table, layout=engine.reward_model.layout, pad_token_id=contract.pad_token_id)
+
+    session = Session(
+        engine,
+        job,
+        Encoder(contract, tokenizer),
+        validation=(lambda: shares("validation")) if settings["has_validation"] else None,
+        report=lambda metrics: ray.train.report(metrics),
+    )
+    session.run(lambda epoch: shares(f"train_epoch_{epoch}"), checkpoint)
