@@ -1,0 +1,83 @@
+"""Scoring a data set: Ray Data batch inference with the scorer that serving uses."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray.data
+
+from rayward.errors import DataError
+
+if TYPE_CHECKING:
+    from rayward.scoring.scorer import Device
+
+ROWS_PER_CALL = 256
+"""Rows given to one scorer call; it cuts them into micro-batches by tokens."""
+
+REWARDS_TYPE = pa.list_(pa.float32())
+
+
+class _ScoreRows:
+    # One per actor of the pool: loads the model once.
+
+    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool) -> None:
+        from rayward.scoring.scorer import Scorer
+
+        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        from rayward.scoring.scorer import ScoreItem
+
+        items = []
+        for prompt, completions in zip(table["prompt_json"].to_pylist(), table["completions_json"].to_pylist(), strict=True):
+            items.append(ScoreItem(prompt=tuple(_loads(prompt, "prompt_json")), completions=tuple(_loads(completions, "completions_json"))))
+        results = self._scorer.score(items)
+        rewards = pa.array([r.rewards for r in results], REWARDS_TYPE)
+        errors = pa.array([None if r.error is None else f"{r.error.code}: {r.error.message}" for r in results], pa.string())
+        return table.append_column("rewards", rewards).append_column("error", errors)
+
+
+def score_dataset(
+    dataset: ray.data.Dataset,
+    *,
+    model: str,
+    device: Device = "auto",
+    concurrency: int = 1,
+    tokens_per_batch: int = 8192,
+    gpus_per_actor: float = 0.0,
+    verify: bool = True,
+) -> ray.data.Dataset:
+    """Add a `rewards` column (list of K finite float32, null where there is none) and an `error` column (`code: message`, or null).
+
+    Args:
+        dataset: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
+        model: directory of an export, or of any Hugging Face sequence-classification model.
+        device: of each scorer.
+        concurrency: actors, each holding one scorer.
+        tokens_per_batch: token budget of one forward.
+        gpus_per_actor: GPUs that each actor reserves.
+        verify: check the export against its contract when an actor starts.
+
+    Returns:
+        A lazy dataset; row order follows the input when the caller sets `preserve_order`.
+    """
+    return dataset.map_batches(
+        _ScoreRows,
+        fn_constructor_args=(model, device, tokens_per_batch, verify),
+        batch_size=ROWS_PER_CALL,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=concurrency),
+        num_gpus=gpus_per_actor,
+    )
+
+
+def _loads(text: str, column: str) -> list[Any]:
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError) as exc:
+        raise DataError(f"column {column} holds {text!r:.80}, which is not JSON", remedy="score prepared rows, or write JSON") from exc
+    if not isinstance(value, list):
+        raise DataError(f"column {column} holds a {type(value).__name__}; the rule is a list", remedy="write the column as a JSON list")
+    return value

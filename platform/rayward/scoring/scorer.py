@@ -1,0 +1,295 @@
+"""Conversations in, fp32 rewards out, by the contract; no Ray. The one scorer of serving, evaluation and `rayward score`.
+
+All items of a call are merged into micro-batches under a token budget, each prompt computed once for its completions.
+An item that cannot be scored gets an error; the others are scored. A score does not depend on its company.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rayward.contract import CONTRACT_FILE, Contract, Encoder, load_tokenizer, verify_files
+from rayward.data.comparison import Message, shared_prefix_length
+from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
+from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, TooLongError
+from rayward.model.loading import HEAD_PREFIX, head_sha256, load_reward_model
+from rayward.model.reward_model import RewardModel, to_tensors
+from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
+
+__all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
+
+Device = Literal["auto", "cpu", "cuda"]
+FOREIGN_MAX_TOKENS = 4096
+"""Token limit of a model without contract, unless its own context is shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    # Some completions of one item, as one comparison; an item over the budget becomes several.
+    item: int
+    comparison: EncodedComparison
+
+
+class Scorer:
+    """A loaded model with its contract; use `Scorer.load`.
+
+    Args:
+        model: in eval mode, on the device it computes on.
+        encoder: text to ids by the contract.
+        model_id: name for replies.
+        version: identifies what was loaded.
+        tokens_per_batch: token budget of one forward.
+    """
+
+    def __init__(self, model: RewardModel, encoder: Encoder, *, model_id: str, version: str, tokens_per_batch: int) -> None:
+        if len(encoder.contract.outputs) != 1:
+            raise ModelLoadError(
+                f"{model_id} has {len(encoder.contract.outputs)} outputs; scoring returns one reward per completion",
+                remedy="use a model with one output",
+            )
+        self.contract = encoder.contract
+        self.model_id = model_id
+        self.version = version
+        self._model = model.eval()
+        self._encoder = encoder
+        self._device = next(model.parameters()).device
+        self._tokens_per_batch = tokens_per_batch
+        # A pad token that the contract added to a foreign tokenizer has no embedding; masked positions may hold any id.
+        pad = encoder.contract.pad_token_id
+        self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
+        """Load an export, or any Hugging Face sequence-classification model (its contract derives from its tokenizer).
+
+        Args:
+            path: directory.
+            device: `auto` takes CUDA when there is one.
+            tokens_per_batch: token budget of one forward.
+            verify: check files, head and golden scores of an export against its contract.
+
+        Raises:
+            ContractError: there is no readable contract or tokenizer.
+            ContractMismatchError: an artifact, or a golden score, is not the contract's; says which part.
+            ModelLoadError: the weights cannot be loaded, or the device is not there.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
+        target = _pick_device(device)
+        if (directory / CONTRACT_FILE).is_file():
+            return cls._load_export(directory, target, tokens_per_batch, verify)
+        return cls._load_foreign(directory, target, tokens_per_batch)
+
+    @classmethod
+    def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
+        contract = Contract.load(directory)
+        if verify:
+            _verify_artifacts(contract, directory)
+        encoder = Encoder(contract, load_tokenizer(str(directory)))
+        model = load_reward_model(directory, device=device, dtype=_dtype(contract.dtype), max_tokens=contract.max_tokens)
+        version = hashlib.sha256((directory / CONTRACT_FILE).read_bytes()).hexdigest()[:12]
+        scorer = cls(model, encoder, model_id=directory.resolve().name, version=version, tokens_per_batch=tokens_per_batch)
+        if verify:
+            scorer.verify_golden()
+        return scorer
+
+    @classmethod
+    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int) -> Self:
+        tokenizer = load_tokenizer(str(directory))
+        config = _read_config(directory)
+        context = config.get("max_position_embeddings")
+        limit = min(FOREIGN_MAX_TOKENS, context) if isinstance(context, int) else FOREIGN_MAX_TOKENS
+        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
+        labels = int(model.model.config.num_labels or 0)
+        contract = contract.model_copy(
+            update={
+                "outputs": ("reward",) if labels == 1 else tuple(f"output_{i}" for i in range(labels)),
+                "dtype": str(dtype).removeprefix("torch."),
+                "head_sha256": head_sha256(model.model.state_dict()),
+            }
+        )
+        identity = hashlib.sha256(json.dumps([contract.model_dump(mode="json"), config], sort_keys=True).encode()).hexdigest()
+        return cls(
+            model,
+            Encoder(contract, tokenizer),
+            model_id=directory.resolve().name,
+            version=f"unverified-{identity[:12]}",
+            tokens_per_batch=tokens_per_batch,
+        )
+
+    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
+        """Rewards or an error for each item, in order.
+
+        Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
+        `non_finite` (the model gave NaN or Inf).
+        """
+        results: list[ItemResult | None] = [None] * len(items)
+        parts: list[_Part] = []
+        for index, item in enumerate(items):
+            try:
+                sequences = [self._encoder.encode(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+            except TooLongError as exc:
+                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
+            except ContractError as exc:
+                results[index] = ItemResult(error=ItemError("template", exc.problem))
+            else:
+                parts += [_Part(index, c) for c in self._split(index, sequences)]
+        rewards = self._forward([part.comparison for part in parts])
+        by_item: dict[int, list[tuple[EncodedComparison, list[float]]]] = {}
+        for part, values in zip(parts, rewards, strict=True):
+            by_item.setdefault(part.item, []).append((part.comparison, values))
+        for index, scored in by_item.items():
+            results[index] = self._result(scored)
+        assert all(result is not None for result in results)
+        return cast(list[ItemResult], results)
+
+    def verify_golden(self) -> None:
+        """Recompute the contract's golden scores.
+
+        Raises:
+            ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
+        """
+        contract = self.contract
+        for index, golden in enumerate(contract.golden):
+            ids = self._encoder.encode(golden.prompt, golden.completion)
+            if tuple(ids) != golden.token_ids:
+                raise _mismatch(
+                    f"template or tokenizer: conversation {index} of the golden scores becomes {len(ids)} token ids "
+                    f"that differ from the contract's {len(golden.token_ids)}"
+                )
+        items = [ScoreItem(tuple(_as_dict(turn) for turn in golden.prompt), (golden.completion,)) for golden in contract.golden]
+        for index, (golden, result) in enumerate(zip(contract.golden, self.score(items), strict=True)):
+            if result.rewards is None:
+                assert result.error is not None
+                raise _mismatch(f"golden scores: conversation {index} gives no reward ({result.error.message})")
+            difference = abs(result.rewards[0] - golden.reward[0])
+            if not difference <= contract.golden_tolerance * max(1.0, abs(golden.reward[0])):
+                raise _mismatch(
+                    f"golden scores: conversation {index} scores {result.rewards[0]:.6g}, the contract says {golden.reward[0]:.6g} "
+                    f"(tolerance {contract.golden_tolerance:g})"
+                )
+
+    def _split(self, item: int, sequences: list[list[int]]) -> list[EncodedComparison]:
+        # Truncation is decided per completion, so prefixes are compared as ids, not as text.
+        prefix = shared_prefix_length(sequences)
+        comparisons: list[EncodedComparison] = []
+        group: list[list[int]] = []
+        used = prefix
+        for sequence in sequences:
+            length = len(sequence) - prefix
+            if group and used + length > self._tokens_per_batch:
+                comparisons.append(_comparison(item, prefix, group))
+                group, used = [], prefix
+            group.append(sequence)
+            used += length
+        return [*comparisons, _comparison(item, prefix, group)]
+
+    @torch.inference_mode()
+    def _forward(self, comparisons: list[EncodedComparison]) -> list[list[float]]:
+        rewards: list[list[float]] = [[] for _ in comparisons]
+        layout = self._model.layout
+        for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=layout):
+            batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id)
+            outputs = self._model(to_tensors(batch, self._device))[:, 0].tolist()
+            start = 0
+            for index in group:
+                stop = start + comparisons[index].num_completions
+                rewards[index] = outputs[start:stop]
+                start = stop
+        return rewards
+
+    def _result(self, scored: list[tuple[EncodedComparison, list[float]]]) -> ItemResult:
+        comparisons = [comparison for comparison, _ in scored]
+        rewards = tuple(value for _, values in scored for value in values)
+        tokens = sum(c.num_tokens_unshared for c in comparisons)
+        computed = tokens if self._model.layout == "padded" else sum(c.num_tokens for c in comparisons)
+        num_bad = sum(not math.isfinite(value) for value in rewards)
+        if num_bad:
+            # NaN in one completion can reach its siblings through masked attention, so the item fails as a whole.
+            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(rewards)} completions")
+            return ItemResult(error=error, tokens=tokens, tokens_computed=computed)
+        return ItemResult(rewards=rewards, tokens=tokens, tokens_computed=computed)
+
+
+def _comparison(item: int, prefix: int, sequences: list[list[int]]) -> EncodedComparison:
+    return EncodedComparison(
+        id=str(item),
+        prefix_ids=np.array(sequences[0][:prefix], dtype=np.int32),
+        branch_ids=tuple(np.array(sequence[prefix:], dtype=np.int32) for sequence in sequences),
+        labels=Labels(),
+    )
+
+
+def _verify_artifacts(contract: Contract, directory: Path) -> None:
+    try:
+        verify_files(contract, directory)
+    except ContractMismatchError as exc:
+        # The head lives in a weights file; name it when it is what was changed.
+        if exc.problem.startswith("weights") and _head_differs(contract, directory):
+            raise _mismatch(f"head: {exc.problem.removeprefix('weights: ')}, and its head is another one") from exc
+        raise
+    if _head_differs(contract, directory):
+        raise _mismatch(f"head: its tensors in {directory} are not those that the contract was written for")
+
+
+def _head_differs(contract: Contract, directory: Path) -> bool:
+    stored = _stored_head_sha256(directory)
+    return None not in (stored, contract.head_sha256) and stored != contract.head_sha256
+
+
+def _stored_head_sha256(directory: Path) -> str | None:
+    # From the files, not from the loaded model: loading may cast. None when a file is damaged.
+    head: dict[str, torch.Tensor] = {}
+    try:
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                head |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(HEAD_PREFIX)}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return head_sha256(head)
+
+
+def _as_dict(turn: Message) -> dict[str, str]:
+    return {"role": turn["role"], "content": turn["content"]}
+
+
+def _mismatch(problem: str) -> ContractMismatchError:
+    return ContractMismatchError(problem, remedy="restore the exported files, or export the model again")
+
+
+def _pick_device(device: Device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError("device is cuda and torch sees no GPU", remedy="use device: cpu, or request a GPU (gpus_per_replica)")
+    return torch.device(device)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ContractError(f"contract dtype {name!r} is not one of {', '.join(dtypes)}", remedy="export the model again")
+    return dtypes[name]
+
+
+def _read_config(directory: Path) -> dict[str, object]:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelLoadError(f"{directory}/config.json cannot be read ({exc})", remedy="point at a Transformers model directory") from exc
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{directory}/config.json is not a JSON object", remedy="download the model again")
+    return config

@@ -1,0 +1,218 @@
+"""The native wire schema of `POST /v1/score`.
+
+    request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}, ...], "model"?: str}
+    reply     {"id", "model", "version", "results": [{"rewards": [float, ...]} | {"error": {"code", "message"}}, ...], "usage"}
+    error     {"error": {"code", "message", "remedy", "item"}} with a 4xx or 5xx status
+
+`results` has the order of `items`, `rewards` the order of `completions`. A result holds finite rewards or an error, never
+both, never a placeholder. A request that breaks a rule is refused as a whole, naming item and rule; an item that only
+turns out to be unscorable when it is tokenized (too long for the contract) is an error of that item in a 200 reply.
+
+Shared by server and client: pydantic and the standard library only. The rules a request must keep: `rayward.scoring.rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from rayward.errors import RaywardError, RequestError
+
+STATUS_BY_CODE = {
+    "invalid_json": 400,
+    "unknown_model": 404,
+    "body_too_large": 413,
+    "too_many_items": 413,
+    "too_many_completions": 413,
+    "text_too_long": 413,
+}
+"""HTTP status of a broken rule; every other rule is 422."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreItem:
+    """One prompt and its completions, past all rules of the wire.
+
+    Attributes:
+        prompt: turns as {"role", "content"} mappings, ending with a user or tool turn.
+        completions: K >= 1 texts of the assistant turn that follows.
+    """
+
+    prompt: tuple[dict[str, str], ...]
+    completions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemError:
+    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """What became of one item: K finite rewards, or an error; never both.
+
+    Attributes:
+        tokens: tokens of the K conversations; tokens_computed: of these, after sharing prefixes.
+    """
+
+    rewards: tuple[float, ...] | None = None
+    error: ItemError | None = None
+    tokens: int = 0
+    tokens_computed: int = 0
+
+
+class RuleError(RequestError):
+    """A request that breaks a rule of this schema; knows its wire code and HTTP status."""
+
+    def __init__(self, code: str, problem: str, *, remedy: str, item: int | None = None) -> None:
+        super().__init__(problem, remedy=remedy, item=item)
+        self.code = code
+
+    @property
+    def status(self) -> int:
+        """HTTP status for the code."""
+        return STATUS_BY_CODE.get(self.code, 422)
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class WireMessage(_Wire):
+    """One turn."""
+
+    role: str
+    content: str
+
+
+def _kind(value: object) -> str | None:
+    return "text" if isinstance(value, str) else "messages" if isinstance(value, list) else None
+
+
+TextOrMessages = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[WireMessage], Tag("messages")],
+    Discriminator(_kind, custom_error_type="text_or_messages", custom_error_message="Input should be a string or a list of messages"),
+]
+
+
+class WireItem(_Wire):
+    """A prompt (text, or turns ending with a user or tool turn) and its completions (text, or one assistant turn each)."""
+
+    prompt: TextOrMessages
+    completions: list[TextOrMessages]
+
+
+class ScoreRequest(_Wire):
+    """Body of `POST /v1/score`."""
+
+    items: list[WireItem]
+    model: str | None = None
+
+
+class WireItemError(_Wire):
+    """Error of one item in a 200 reply."""
+
+    code: str
+    message: str
+
+
+class WireResult(_Wire):
+    """Result of one item: `rewards` or `error`, exactly one of them."""
+
+    rewards: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    error: WireItemError | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.rewards is None) == (self.error is None):
+            raise ValueError("a result holds either rewards or an error")
+        return self
+
+
+class Usage(_Wire):
+    """Tokens of the conversations asked for, and tokens computed for them (shared prefixes once)."""
+
+    tokens: int
+    tokens_computed: int
+
+
+class ScoreReply(_Wire):
+    """Body of a 200 reply."""
+
+    id: str
+    model: str
+    version: str
+    results: list[WireResult]
+    usage: Usage
+
+
+class ErrorDetail(_Wire):
+    """What went wrong, the rule, the remedy, and the index of the item if one is at fault."""
+
+    code: str
+    message: str
+    remedy: str = ""
+    item: int | None = None
+
+
+class ErrorReply(_Wire):
+    """Body of every 4xx and 5xx reply."""
+
+    error: ErrorDetail
+
+
+class ModelInfo(_Wire):
+    """One entry of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    version: str
+    max_tokens: int
+    outputs: list[str]
+
+
+class ModelList(_Wire):
+    """Body of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class Health(_Wire):
+    """Body of `GET /health` while the server can score."""
+
+    status: Literal["ok"] = "ok"
+    model: str
+    version: str
+
+
+def build_reply(reply_id: str, model: str, version: str, results: Sequence[ItemResult]) -> ScoreReply:
+    """The reply for results in the order of the request's items."""
+    return ScoreReply(
+        id=reply_id,
+        model=model,
+        version=version,
+        results=[
+            WireResult(rewards=None if result.rewards is None else list(result.rewards))
+            if result.error is None
+            else WireResult(error=WireItemError(code=result.error.code, message=result.error.message))
+            for result in results
+        ],
+        usage=Usage(tokens=sum(r.tokens for r in results), tokens_computed=sum(r.tokens_computed for r in results)),
+    )
+
+
+def error_reply(error: RaywardError, code: str | None = None) -> tuple[int, ErrorReply]:
+    """HTTP status and body for an error; `code` names errors that are no rule violation."""
+    if isinstance(error, RuleError):
+        code, status = error.code, error.status
+    else:
+        status = error.http_status
+    item = error.item if isinstance(error, RequestError) else None
+    return status, ErrorReply(error=ErrorDetail(code=code or "internal", message=error.problem, remedy=error.remedy, item=item))
