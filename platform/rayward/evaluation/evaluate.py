@@ -1,0 +1,375 @@
+"""The evaluation job: held-out comparisons -> scores (Ray Data, with the scorer that serving uses) -> numbers and report.
+
+Every given row comes back as one `Record`, scored or with the reason why not; a row that is lost on the way is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from rayward import storage
+from rayward.config import DataConfig, parse_config
+from rayward.contract import CONTRACT_FILE
+from rayward.data.comparison import BadRow, Comparison, RowRejected, validate
+from rayward.data.files import (
+    HUB_PREFIX,
+    RawRow,
+    SourceFile,
+    download,
+    find_files,
+    parse_hub_name,
+    plan_units,
+    read_unit,
+    sample_rows,
+)
+from rayward.data.sources import FORMATS, SourceOptions, choose_format
+from rayward.errors import ConfigError, ContractError, ContractMismatchError, DataError, ModelLoadError, RaywardError, ScoringError
+from rayward.evaluation.plots import write_plots
+from rayward.evaluation.report import write_report
+from rayward.evaluation.results import Evaluation, Record
+from rayward.evaluation.summary import summarise
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from rayward.scoring.scorer import Device
+
+SCORES_FILE, METRICS_FILE, REPORT_FILE, PLOT_FOLDER = "scores.jsonl", "metrics.json", "report.html", "plots"
+ROWS_PER_BLOCK = 256
+
+INPUT_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        pa.field("id", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("prompt_key", pa.string()),
+        pa.field("ranks", pa.list_(pa.float32())),
+        pa.field("prompt_json", pa.string()),
+        pa.field("completions_json", pa.string()),
+    ]
+)
+"""What goes through Ray Data: these columns of a prepared directory, or the same made of raw files.
+
+The driver reads both. Read tasks would wait for ever on a cluster whose CPUs are all held by the scorers, and a held-out set is small.
+"""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What to score, and what cannot be: together every given row.
+
+    Attributes:
+        tables: blocks in INPUT_SCHEMA, small enough that several scorers share the work.
+        rejected: position and record of the rows that are no valid comparison.
+        num_rows: rows given, both kinds together.
+    """
+
+    tables: tuple[pa.Table, ...]
+    rejected: dict[int, Record]
+    num_rows: int
+
+
+def evaluate(
+    *,
+    model: str,
+    output: str,
+    data: Sequence[str] | None = None,
+    prepared: str | None = None,
+    data_config: DataConfig | None = None,
+    device: Device = "auto",
+    concurrency: int = 1,
+    tokens_per_batch: int = 8192,
+    gpus_per_actor: float = 0.0,
+    verify: bool = True,
+    bootstrap_samples: int = 2000,
+    seed: int = 0,
+) -> Evaluation:
+    """Score held-out comparisons and write `scores.jsonl`, `metrics.json`, `report.html` and `plots/*.png`.
+
+    Args:
+        model: directory of an export, or of any Hugging Face sequence-classification reward model.
+        output: local directory for the results; created, older results in it are replaced.
+        data: raw files, globs, directories, URIs or `hf:` names, in any format that `prepare` reads.
+        prepared: a prepared directory, whose validation shards are used; exactly one of the two is given.
+        data_config: format and column names for `data`.
+        device: where each scorer computes.
+        concurrency: scorers that run side by side.
+        tokens_per_batch: token budget of one forward.
+        gpus_per_actor: GPUs that each scorer reserves.
+        verify: check an export against its contract first.
+        bootstrap_samples: resamples of prompts behind each interval.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: not exactly one of `data` and `prepared` is given, or `output` is not local.
+        DataError: the data cannot be read, or holds no scored pair.
+        ModelLoadError, ContractError: the model cannot be loaded or is not the one of its contract.
+        ScoringError: rows were lost on the way.
+    """
+    if bool(data) == bool(prepared):
+        raise ConfigError(
+            f"data is {data!r} and prepared is {prepared!r}; the rule is exactly one of them",
+            remedy="give raw files with data, or a prepared directory with prepared",
+        )
+    if "://" in output:
+        raise ConfigError(f"output {output!r} is a URI; reports are written to a local directory", remedy="give a local path")
+    version = _version(model)
+    directory = Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    if prepared:
+        held_out = read_prepared(prepared)
+    else:
+        held_out = read_raw(data or (), data_config or parse_config({}, DataConfig), download_to=str(directory / "downloads"))
+    scored: dict[int, Record] = {}
+    if held_out.tables:
+        dataset = _score(
+            held_out.tables,
+            model=str(Path(model).resolve()),
+            device=device,
+            concurrency=concurrency,
+            tokens_per_batch=tokens_per_batch,
+            gpus_per_actor=gpus_per_actor,
+            verify=verify,
+        )
+        scored = dict(_records(dataset))
+    records = merge(held_out, scored)
+    write_scores(records, directory / SCORES_FILE)
+    locations = (prepared,) if prepared else tuple(data or ())
+    evaluation = summarise(records, model=model, model_version=version, data=locations, bootstrap_samples=bootstrap_samples, seed=seed)
+    write_results(evaluation, directory)
+    return evaluation
+
+
+def write_results(evaluation: Evaluation, directory: Path) -> tuple[Path, ...]:
+    """Write `metrics.json`, the plots and `report.html`; returns the plots."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / METRICS_FILE).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    plots = write_plots(evaluation, directory / PLOT_FOLDER)
+    write_report(evaluation, directory / REPORT_FILE, plots)
+    return plots
+
+
+def write_scores(records: Iterable[Record], path: Path) -> None:
+    """Write one JSON line per record."""
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(record.model_dump_json() + "\n")
+
+
+def read_scores(path: Path) -> list[Record]:
+    """Read what `write_scores` wrote; `summarise` makes every table of it again.
+
+    Raises:
+        DataError: the file cannot be read or a line is not a record.
+    """
+    records = []
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    records.append(Record.model_validate_json(line))
+                except ValidationError as exc:
+                    raise DataError(f"{path}, line {number}, is not a scored comparison: {exc}", remedy="evaluate again") from exc
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read ({exc.strerror})", remedy="point at scores.jsonl of an evaluation") from exc
+    return records
+
+
+def read_prepared(prepared: str) -> HeldOut:
+    """The validation shards of a prepared directory.
+
+    Raises:
+        DataError: there is no manifest, it holds no validation rows, or a shard cannot be read.
+    """
+    filesystem, path = storage.resolve(prepared)
+    try:
+        with filesystem.open_input_stream(f"{path}/manifest.json") as stream:
+            manifest = json.loads(stream.read())
+        shards = [(str(shard["file"]), int(shard["num_rows"])) for shard in manifest["validation_shards"]]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataError(
+            f"{prepared} has no readable manifest.json ({type(exc).__name__}: {exc})", remedy="point at a directory that `prepare` wrote"
+        ) from exc
+    if not sum(num_rows for _, num_rows in shards):
+        raise DataError(
+            f"{prepared} holds no validation rows", remedy="prepare with data.validation_fraction above 0, or evaluate raw files with data"
+        )
+    tables: list[pa.Table] = []
+    for file, num_rows in shards:
+        try:
+            with filesystem.open_input_file(f"{path}/{file}") as stream:
+                table = pq.read_table(stream, columns=INPUT_SCHEMA.names) if num_rows else INPUT_SCHEMA.empty_table()
+        except (OSError, pa.ArrowException) as exc:
+            raise DataError(f"{prepared}/{file} cannot be read ({exc})", remedy="prepare again") from exc
+        tables += [table.slice(start, ROWS_PER_BLOCK) for start in range(0, table.num_rows, ROWS_PER_BLOCK)]
+    return HeldOut(tables=tuple(tables), rejected={}, num_rows=sum(num_rows for _, num_rows in shards))
+
+
+def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) -> HeldOut:
+    """Raw files of any format as blocks of comparisons; rows that are none are kept as records with the reason.
+
+    Raises:
+        DataError: a location does not exist or is damaged.
+        DataFormatError: the format of a file cannot be decided.
+    """
+    rejected: dict[int, Record] = {}
+    rows: list[dict[str, Any]] = []
+    position = 0
+    for file in _files(locations, download_to):
+        sample, _ = sample_rows(file)
+        # Without one readable row there is no format to choose, and every row is rejected for its own reason.
+        chosen = choose_format(sample, config, where=file.uri, source=file.source) if sample else None
+        for unit in plan_units(file):
+            for raw in read_unit(unit):
+                try:
+                    rows.append(_input_row(position, _adapt(raw, chosen)))
+                except RowRejected as exc:
+                    rejected[position] = _rejected(file, raw, exc)
+                position += 1
+    if position == 0:
+        raise DataError(f"{', '.join(locations)}: the files hold no rows", remedy="check the paths")
+    starts = range(0, len(rows), ROWS_PER_BLOCK)
+    tables = tuple(pa.Table.from_pylist(rows[start : start + ROWS_PER_BLOCK], INPUT_SCHEMA) for start in starts)
+    return HeldOut(tables=tables, rejected=rejected, num_rows=position)
+
+
+def merge(held_out: HeldOut, scored: dict[int, Record]) -> list[Record]:
+    """All records in the order of the given rows.
+
+    Raises:
+        ScoringError: not every row came back, or one came back that was not sent.
+    """
+    positions = sorted([*scored, *held_out.rejected])
+    if len(positions) != held_out.num_rows:
+        raise ScoringError(
+            f"{held_out.num_rows} rows were given, {len(scored)} came back from scoring and {len(held_out.rejected)} were rejected; "
+            "the rule is that the counts add up",
+            remedy="the prepared directory changed or lost a shard: prepare again",
+        )
+    return [scored[position] if position in scored else held_out.rejected[position] for position in positions]
+
+
+def to_record(row: dict[str, Any]) -> Record:
+    """One scored row of the dataset as a record: the texts go, their lengths stay."""
+    code, _, message = (row["error"] or "").partition(": ")
+    return Record(
+        id=row["id"],
+        source=row["source"],
+        prompt_key=row["prompt_key"],
+        ranks=None if row["ranks"] is None else tuple(row["ranks"]),
+        lengths=tuple(len(text) for text in json.loads(row["completions_json"])),
+        rewards=None if row["rewards"] is None else tuple(row["rewards"]),
+        error_code=code or None,
+        error=message or None,
+    )
+
+
+def _version(model: str) -> str:
+    directory = Path(model)
+    if not directory.is_dir():
+        raise ModelLoadError(f"{model} is not a directory", remedy="point at an exported or downloaded model")
+    contract = directory / CONTRACT_FILE
+    return hashlib.sha256(contract.read_bytes()).hexdigest()[:12] if contract.is_file() else "unverified"
+
+
+def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:
+    local = [location for location in locations if not location.startswith(HUB_PREFIX)]
+    for location in locations:
+        if location.startswith(HUB_PREFIX):
+            yield download(parse_hub_name(location, "validation"), download_to, "validation")
+    if local:
+        yield from find_files(local, "validation")[0]
+
+
+def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:
+    if raw.reason is not None:
+        raise RowRejected(raw.reason, raw.detail)
+    try:
+        value = json.loads(raw.raw)
+    except (ValueError, RecursionError) as exc:
+        raise RowRejected(BadRow.UNPARSABLE, f"the row is not JSON: {exc}") from exc
+    if not isinstance(value, dict) or chosen is None:
+        raise RowRejected(BadRow.UNPARSABLE, "the row is not a JSON object")
+    name, options = chosen
+    comparison = FORMATS[name].adapt(value, options)
+    validate(comparison, ties="keep")
+    return comparison
+
+
+def _input_row(position: int, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "row": position,
+        "id": comparison.id,
+        "source": comparison.source,
+        "prompt_key": comparison.prompt_key(),
+        "ranks": comparison.ranks,
+        "prompt_json": json.dumps(comparison.prompt, ensure_ascii=False),
+        "completions_json": json.dumps(comparison.completions, ensure_ascii=False),
+    }
+
+
+def _rejected(file: SourceFile, raw: RawRow, exc: RowRejected) -> Record:
+    return Record(
+        id=f"{file.source}:{raw.number}",
+        source=file.source,
+        prompt_key="",
+        ranks=None,
+        lengths=(),
+        rewards=None,
+        error_code=exc.reason.value,
+        error=exc.detail,
+    )
+
+
+def _score(tables: tuple[pa.Table, ...], **options: Any) -> ray.data.Dataset:
+    import ray.data
+
+    from rayward.scoring.batch import score_dataset
+
+    return score_dataset(ray.data.from_arrow(list(tables)), **options)
+
+
+def _records(dataset: ray.data.Dataset) -> Iterator[tuple[int, Record]]:
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    seen: set[int] = set()
+    try:
+        batches: Any = dataset.iter_batches(batch_size=ROWS_PER_BLOCK, batch_format="pyarrow")
+        for batch in batches:
+            for row in batch.to_pylist():
+                position = row["row"]
+                if position in seen:
+                    raise ScoringError(f"row {position} was scored twice", remedy="the shards repeat rows: prepare again")
+                seen.add(position)
+                yield position, to_record(row)
+    except RayTaskError as exc:
+        # The user is told what went wrong in the worker, not where it was noticed.
+        if isinstance(exc.cause, RaywardError):
+            raise exc.cause from exc
+        raise
+    except ActorDiedError as exc:
+        error = _error_in(str(exc))
+        if error is not None:
+            raise error from exc
+        raise
+
+
+def _error_in(text: str) -> RaywardError | None:
+    # An actor that fails while it loads the model leaves only the text of its traceback.
+    found = re.findall(r"^rayward\.errors\.(\w+): (.*?)\n  remedy: (.*?)$", text, flags=re.MULTILINE | re.DOTALL)
+    if not found:
+        return None
+    name, problem, remedy = found[-1]
+    kinds: dict[str, type[RaywardError]] = {k.__name__: k for k in (ModelLoadError, ContractError, ContractMismatchError)}
+    kind = kinds.get(name, ScoringError)
+    return kind(problem, remedy=remedy)
