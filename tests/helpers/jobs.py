@@ -1,0 +1,130 @@
+"""A resolved training job over a prepared directory that holds just what sessions and exports read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tests.helpers.comparisons import random_comparisons
+from tests.helpers.tokenizer import make_tokenizer
+from tests.helpers.training import make_shares
+
+from rayward.config import Config, parse_config
+from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.data.manifest import MANIFEST_FILE, Manifest, PreparedData
+from rayward.data.packing import EncodedComparison
+from rayward.data.shares import StepShare
+from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
+from rayward.model.reward_model import RewardModel
+from rayward.training.engine import TorchEngine, initialize, pretrained
+from rayward.training.session import Job, Session
+
+MAX_TOKENS = 256
+COMPARISONS_PER_STEP = 4
+STEPS = 6
+
+
+def make_prepared(directory: Path) -> PreparedData:
+    """Tokenizer, contract and manifest; no shards."""
+    contract = Contract.from_tokenizer(make_tokenizer(directory / "tokenizer"), max_tokens=MAX_TOKENS)
+    contract.save(directory)
+    manifest = Manifest(
+        fingerprint="f" * 8,
+        num_input_rows=24,
+        num_train=24,
+        num_validation=0,
+        num_quarantined={},
+        train_shards=(),
+        validation_shards=(),
+        longest_comparison_tokens=160,
+        longest_conversation_tokens=80,
+        total_train_tokens=1,
+        total_train_tokens_unshared=1,
+        length_histogram={},
+        max_completions=3,
+        num_attributes=0,
+        sources={"test": 24},
+    )
+    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    return PreparedData(str(directory), manifest)
+
+
+def make_config(storage: Path, tokenizer: str, **training: object) -> Config:
+    """A two-layer llama, checkpoints every two of six steps."""
+    return parse_config(
+        {
+            "run": {"name": "run", "storage_path": str(storage)},
+            "model": {
+                "tokenizer": tokenizer,
+                "max_tokens": MAX_TOKENS,
+                "architecture": {
+                    "model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+                },
+            },
+            "training": {
+                "engine": "torch", "comparisons_per_step": COMPARISONS_PER_STEP, "tokens_per_microbatch": 256, "learning_rate": 3e-3,
+                "gradient_checkpointing": False, **training,
+            },
+            "checkpoint": {"every_steps": 2, "keep_last": 2},
+            "tracking": {"tensorboard": False},
+        },
+        Config,
+    )  # fmt: skip
+
+
+def make_job(storage: Path, prepared: PreparedData, **training: object) -> Job:
+    """What the driver would have resolved."""
+    return Job(
+        config=make_config(storage, f"{prepared.directory}/tokenizer", **training),
+        contract=Contract.load(Path(prepared.directory)),
+        location=f"{storage}/run",
+        total_steps=STEPS,
+        steps_per_epoch=STEPS,
+        data_fingerprint=prepared.manifest.fingerprint,
+    )
+
+
+def make_engine(job: Job) -> TorchEngine:
+    """An engine with the job's initial weights."""
+    hf_config = resolve_hf_config(job.config.model, job.contract, vocab_size=259)
+
+    def build(dtype: torch.dtype) -> RewardModel:
+        return build_reward_model(hf_config, max_tokens=job.contract.max_tokens, dtype=dtype)
+
+    engine = TorchEngine(build, job.config.training)
+    initialize(engine, weight_source(pretrained(engine), job.config.model, seed=job.config.run.seed))
+    return engine
+
+
+def encoder_of(prepared: PreparedData, job: Job) -> Encoder:
+    return Encoder(job.contract, load_tokenizer(f"{prepared.directory}/tokenizer"))
+
+
+def train_comparisons() -> list[EncodedComparison]:
+    return random_comparisons(COMPARISONS_PER_STEP * STEPS, seed=7)
+
+
+def validation_shares() -> list[StepShare]:
+    return list(make_shares(random_comparisons(8, seed=8), per_step=COMPARISONS_PER_STEP, budget=256))
+
+
+def run_session(job: Job, prepared: PreparedData, *, validation: bool = False, stop_after: int | None = None) -> TorchEngine:
+    """Run or continue the job in this process; `stop_after` ends the stream there, as a dying worker would."""
+    engine = make_engine(job)
+    checkpoint = job.store.latest()
+    first = checkpoint.commit.step if checkpoint else 0
+    reported: list[dict[str, float]] = []
+    session = Session(
+        engine,
+        job,
+        encoder_of(prepared, job),
+        validation=validation_shares if validation else None,
+        report=reported.append,
+    )
+    shares = make_shares(
+        train_comparisons()[: (stop_after or STEPS) * COMPARISONS_PER_STEP], per_step=COMPARISONS_PER_STEP, first_step=first
+    )
+    session.run(lambda _epoch: shares, checkpoint)
+    assert reported
+    return engine

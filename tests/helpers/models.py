@@ -1,0 +1,80 @@
+"""A tiny reward model with its contract, exported the way `rayward export` lays it out, without any code of the exporter.
+
+The golden rewards come from plain Transformers, one unpadded conversation at a time, so that the scorer is compared with
+something else than itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tests.helpers.tokenizer import make_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from rayward.contract import Contract, Encoder, GoldenScore, file_sha256
+from rayward.data.comparison import Message
+from rayward.model.loading import head_sha256
+
+MAX_TOKENS = 192
+
+CONVERSATIONS: tuple[tuple[tuple[Message, ...], str], ...] = (
+    (({"role": "user", "content": "What is two plus two?"},), "Four."),
+    (({"role": "user", "content": "What is two plus two?"},), "It is five, I am sure."),
+    (
+        (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi!"},
+            {"role": "user", "content": "Wie geht es? 你好"},
+        ),
+        "Gut, danke. 🙂",
+    ),
+)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed: int = 0) -> LlamaForSequenceClassification:
+    """Random weights, but large enough that rewards differ between texts by far more than rounding."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        num_labels=num_labels,
+        problem_type="regression",
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    return LlamaForSequenceClassification(config).eval()
+
+
+def make_export(directory: Path, *, seed: int = 0, golden_shift: float = 0.0) -> Path:
+    """Write model, tokenizer and contract to `directory`; `golden_shift` falsifies the golden rewards."""
+    directory.mkdir(parents=True)
+    tokenizer = make_tokenizer(directory)
+    model = make_model(tokenizer, seed=seed)
+    model.save_pretrained(directory)
+    contract = Contract.from_tokenizer(tokenizer, max_tokens=MAX_TOKENS)
+    golden = []
+    for prompt, completion in CONVERSATIONS:
+        ids = Encoder(contract, tokenizer).encode(prompt, completion)
+        reward = plain_reward(model, ids) + golden_shift
+        golden.append(GoldenScore(prompt=prompt, completion=completion, token_ids=tuple(ids), reward=(reward,)))
+    contract.model_copy(
+        update={
+            "golden": tuple(golden),
+            "files": {path.name: file_sha256(path) for path in sorted(directory.iterdir())},
+            "head_sha256": head_sha256(model.state_dict()),
+        }
+    ).save(directory)
+    return directory
+
+
+def plain_reward(model: LlamaForSequenceClassification, ids: list[int]) -> float:
+    """What plain Transformers gives for one unpadded conversation."""
+    with torch.inference_mode():
+        return float(model(input_ids=torch.tensor([ids])).logits[0, 0])

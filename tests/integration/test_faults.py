@@ -1,0 +1,176 @@
+"""Promise 5: whatever dies, the run ends with the weights of the undisturbed run, bit for bit.
+
+Real here: SIGKILL of a training worker and of a whole driver with its Ray, damaged files on disk. Nothing is simulated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.helpers.runs import NUM_STEPS, final_weights, losses, tiny_config, write_world
+
+from rayward.config import dump_config
+from rayward.errors import TrainingError
+
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers that nothing happened to."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    run_here(world, storage)
+    return storage / "run"
+
+
+def run_here(world: Path, storage: Path, **training: object) -> None:
+    from rayward.data.prepare import prepare
+    from rayward.training.trainer import train
+
+    config = tiny_config(world, storage, "run", **{"num_workers": 2, **training})
+    train(config, prepare(config))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+def step_reached(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def committed(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step_*/commit.json"))
+
+
+def training_workers(of: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for process in of.children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_a_killed_worker_costs_nothing(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        wait_for(lambda: len(committed(run)) >= 1 and step_reached(run) >= 8)
+        victim = training_workers(psutil.Process())[-1]
+        killed.append(victim.pid)
+        victim.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run_here(world, tmp_path, max_failures=1)
+    killer.join()
+    assert killed
+    notes = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"note"' in line]
+    assert [note["message"].split(" with ")[0] for note in notes] == [f"continuing at step {notes[0]['step']}"]
+    assert notes[0]["step"] >= 6
+    assert losses(run) == losses(undisturbed)
+    assert final_weights(run) == final_weights(undisturbed)
+
+
+def test_a_killed_driver_continues_with_the_same_command(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_config(world, tmp_path, "run", num_workers=2)))
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "jobs" / "train_rm.py"), str(config), "--no-evaluation"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
+    with (tmp_path / "first.log").open("w") as log:
+        driver = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    wait_for(lambda: (len(committed(run)) >= 1 and step_reached(run) >= 8) or driver.poll() is not None)
+    assert driver.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    assert not (run / "checkpoints" / f"step_{NUM_STEPS:08d}").exists()
+
+    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-3000:]
+    assert "continues at step" in second.stdout + second.stderr
+    assert losses(run) == losses(undisturbed)
+    assert final_weights(run) == final_weights(undisturbed)
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    # Three checkpoints of the undisturbed run; the last is cut short, the one before has one flipped byte of the same length.
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    directories = [path.parent for path in committed(run)]
+    assert [int(d.name.removeprefix("step_")) for d in directories] == [12, 18, 24]
+    last = directories[2] / "rank_00001.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    middle = directories[1] / "rank_00000.safetensors"
+    data = bytearray(middle.read_bytes())
+    data[len(data) // 2] ^= 1
+    middle.write_bytes(bytes(data))
+
+    run_here(world, tmp_path, max_failures=1)
+    assert (run / "checkpoints" / "step_00000018" / "commit.json").exists()
+    assert losses(run) == losses(undisturbed)
+    assert final_weights(run) == final_weights(undisturbed)
+
+
+def test_another_number_of_workers_continues_the_same_trajectory(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for path in committed(run)[1:]:
+        shutil.rmtree(path.parent)
+    run_here(world, tmp_path, num_workers=1)
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_other_settings_do_not_continue_a_run(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from rayward.errors import ConfigError
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        run_here(world, tmp_path, learning_rate=2e-3)
+
+
+def test_a_diverging_run_stops_everywhere_and_names_the_rows(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"NonFiniteError.*step"):
+        run_here(world, tmp_path, learning_rate=1e30, warmup_fraction=0.0, clip_norm=1e30)
+    ids = {json.loads(line)["id"] for line in (world / "train.jsonl").read_text().splitlines()}
+    record = json.loads((run / "failure.json").read_text())
+    assert any(name in record["problem"] for name in ids)
+    assert not training_workers(psutil.Process())

@@ -1,0 +1,290 @@
+"""The scoring server on a real local Serve: parity, concurrency, bad input, a full queue, a killed replica, tampered exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import psutil
+import pytest
+from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export
+
+from rayward import RewardClient
+from rayward.config import ScoringConfig
+from rayward.errors import ContractMismatchError, OverloadedError, RequestError, TooLongError
+from rayward.scoring.scorer import ScoreItem, Scorer
+
+# Ray Serve 2.60 is imported inside fixtures and tests: its own models warn about deprecated pydantic settings.
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+APP = f"rayward-test-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def app(ray_local: None) -> Iterator[ModuleType]:
+    """The module that imports ray.serve; Serve is gone afterwards."""
+    from ray import serve
+
+    from rayward.scoring import app
+
+    yield app
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def config(export: Path) -> ScoringConfig:
+    return ScoringConfig(
+        model=str(export),
+        device="cpu",
+        tokens_per_batch=512,
+        max_items_per_request=200,
+        max_chars_per_text=20_000,
+        max_body_bytes=2_000_000,
+        cpus_per_replica=0.25,
+    )
+
+
+@pytest.fixture(scope="module")
+def url(app: ModuleType, config: ScoringConfig) -> str:
+    return str(app.serve_model(config, port=0, name=APP))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[RewardClient]:
+    with RewardClient(url, deadline_s=60.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def scorer(export: Path) -> Scorer:
+    return Scorer.load(export, device="cpu")
+
+
+def fifty_items() -> list[ScoreItem]:
+    return [
+        ScoreItem(
+            prompt=({"role": "user", "content": f"Question {i}: what is {i} plus {i}?"},),
+            completions=tuple(f"It is {i + k}{'!' * (i % 7)}" for k in range(1 + i % 4)),
+        )
+        for i in range(50)
+    ]
+
+
+def test_http_rewards_equal_the_scorers(client: RewardClient, scorer: Scorer) -> None:
+    items = fifty_items()
+    scores = client.score_items(items)
+    assert set(scores.versions) == {scorer.version}
+    assert scores.model == "tiny"
+    for over_http, direct in zip(scores.results, scorer.score(items), strict=True):
+        assert over_http.rewards == pytest.approx(direct.rewards, abs=1e-5)
+
+
+def test_http_rewards_equal_the_golden_ones(client: RewardClient, scorer: Scorer) -> None:
+    for (prompt, completion), golden in zip(CONVERSATIONS, scorer.contract.golden, strict=True):
+        assert client.score(prompt, [completion]) == pytest.approx(golden.reward, abs=1e-5)  # type: ignore[arg-type]
+
+
+def test_fifty_parallel_requests_get_their_own_rewards(client: RewardClient, scorer: Scorer) -> None:
+    items = fifty_items()
+    expected = [result.rewards for result in scorer.score(items)]
+    with ThreadPoolExecutor(50) as threads:
+        got = list(threads.map(lambda item: client.score(item.prompt, item.completions), items))
+    for rewards, reference in zip(got, expected, strict=True):
+        assert rewards == pytest.approx(reference, abs=1e-5)
+
+
+def test_text_and_messages_are_the_same_request(client: RewardClient) -> None:
+    as_text = client.score("Hello", ["Hi there"])
+    as_turns = client.score([{"role": "user", "content": "Hello"}], [[{"role": "assistant", "content": "Hi there"}]])
+    assert as_text == as_turns
+
+
+def test_too_long_item_is_an_error_in_a_200_reply(client: RewardClient) -> None:
+    items = [{"prompt": "a", "completions": ["b"]}, {"prompt": "a", "completions": ["b", "x" * 2 * MAX_TOKENS]}]
+    good, bad = client.score_items(items).results
+    assert good.rewards == pytest.approx(tuple(client.score("a", ["b"])), abs=1e-5)
+    assert bad.error is not None
+    assert bad.error.code == "too_long"
+    with pytest.raises(TooLongError):
+        client.score("a", ["x" * 2 * MAX_TOKENS])
+
+
+GOOD = {"prompt": "a", "completions": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "item"),
+    [
+        (json.dumps({"items": [GOOD, {"prompt": "a\x00", "completions": ["b"]}]}), 422, "nul_byte", 1),
+        ('{"items": [{"prompt": "\\ud83d", "completions": ["b"]}]}', 422, "lone_surrogate", 0),
+        (json.dumps({"items": [GOOD, {"prompt": "x" * 1_000_000, "completions": ["b"]}]}), 413, "text_too_long", 1),
+        (json.dumps({"items": []}), 422, "empty_items", None),
+        (json.dumps({"items": [GOOD] * 10_000}), 413, "too_many_items", None),
+        (json.dumps({"items": [{"prompt": 1, "completions": ["b"]}]}), 422, "wrong_type", 0),
+        (json.dumps({"items": [{"prompt": "a", "completions": "b"}]}), 422, "wrong_type", 0),
+        ('{"items": NaN}', 400, "invalid_json", None),
+        ("[" * 100_000, 400, "invalid_json", None),
+        (" " * 2_000_001, 413, "body_too_large", None),
+        ("", 400, "invalid_json", None),
+        (json.dumps({"items": [GOOD], "model": "gpt"}), 404, "unknown_model", None),
+    ],
+    ids=["nul", "surrogate", "megabyte", "empty", "10000", "prompt-type", "completions-type", "nan", "nesting", "body", "nothing", "model"],
+)
+def test_bad_input_is_4xx_and_the_server_lives(url: str, client: RewardClient, body: str, status: int, code: str, item: int | None) -> None:
+    response = httpx.post(f"{url}/v1/score", content=body, timeout=30.0)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert (error["code"], error["item"]) == (code, item)
+    assert error["message"]
+    assert error["remedy"]
+    assert len(client.score("still", ["alive"])) == 1
+
+
+def test_body_without_declared_length_is_limited(url: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b" " * 100_000
+
+    response = httpx.post(f"{url}/v1/score", content=chunks(), timeout=30.0)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_large"
+
+
+def test_client_raises_request_error_with_the_item(client: RewardClient) -> None:
+    with pytest.raises(RequestError) as caught:
+        client.score_items([GOOD, {"prompt": "", "completions": ["b"]}])
+    assert caught.value.item == 1
+
+
+def test_health_models_and_unknown_routes(url: str, client: RewardClient, scorer: Scorer) -> None:
+    assert client.health().version == scorer.version
+    assert client.models()[0].max_tokens == MAX_TOKENS
+    assert httpx.get(f"{url}/nothing").status_code == 404
+    wrong_method = httpx.get(f"{url}/v1/score")
+    assert wrong_method.status_code == 405
+    assert wrong_method.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(client: RewardClient, scorer: Scorer) -> None:
+    # Real: SIGKILL of the scorer's process while requests arrive. Nothing is simulated.
+    items = fifty_items()
+    expected = [result.rewards for result in scorer.score(items)]
+    pids = scorer_pids()
+    assert len(pids) == 1
+    with ThreadPoolExecutor(10) as threads, RewardClient(client_url(client), deadline_s=120.0, max_retries=1000) as patient:
+        futures = [threads.submit(patient.score, item.prompt, item.completions) for item in items]
+        os.kill(pids[0], signal.SIGKILL)
+        got = [future.result() for future in futures]
+    for rewards, reference in zip(got, expected, strict=True):
+        assert rewards == pytest.approx(reference, abs=1e-5)
+    assert not set(scorer_pids()) & set(pids)
+
+
+def scorer_pids() -> list[int]:
+    title = f"ray::ServeReplica:{APP}:scorer"
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if title in " ".join(process.info["cmdline"] or ())]
+
+
+def client_url(client: RewardClient) -> str:
+    return str(client._http.base_url)
+
+
+def test_full_queue_is_refused_with_a_retryable_503(app: ModuleType, config: ScoringConfig, url: str) -> None:
+    small = config.model_copy(update={"max_ongoing_requests": 1, "max_queued_requests": 1, "tokens_per_batch": 64})
+    base = app.serve_model(small, name=f"{APP}-small", route_prefix="/small")
+    assert base == f"{url}/small"
+    big = {"items": [{"prompt": "p", "completions": [f"{i} {'word ' * 20}" for i in range(50)]}] * 4}
+    with ThreadPoolExecutor(16) as threads:
+        responses = list(threads.map(lambda _: httpx.post(f"{base}/v1/score", json=big, timeout=120.0), range(16)))
+    statuses = {response.status_code for response in responses}
+    assert statuses == {200, 503}
+    refused = next(response for response in responses if response.status_code == 503)
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert int(refused.headers["retry-after"]) >= 1
+    with RewardClient(base, max_retries=0) as impatient, ThreadPoolExecutor(8) as threads:
+        outcomes = list(threads.map(lambda _: outcome(impatient, big["items"]), range(8)))
+    assert OverloadedError in outcomes
+    app.serve.delete(f"{APP}-small")
+
+
+def outcome(client: RewardClient, items: list[dict[str, object]]) -> type:
+    try:
+        return type(client.score_items(items))
+    except OverloadedError as exc:
+        return type(exc)
+
+
+def tamper_tokenizer(path: Path) -> None:
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text() + " ")
+
+
+def tamper_template(path: Path) -> None:
+    file = path / "chat_template.jinja"
+    file.write_text(file.read_text().replace("im_start", "im_begin"))
+
+
+def tamper_head(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors["score.weight"] = tensors["score.weight"] + 1.0
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("tamper", "part"), [(tamper_tokenizer, "tokenizer"), (tamper_template, "template"), (tamper_head, "head")])
+def test_tampered_export_is_not_served_and_the_part_is_named(  # type: ignore[no-untyped-def]
+    app: ModuleType, config: ScoringConfig, export: Path, tmp_path: Path, client: RewardClient, tamper, part: str
+) -> None:
+    copy = Path(shutil.copytree(export, tmp_path / "tampered"))
+    tamper(copy)
+    started = time.monotonic()
+    with pytest.raises(ContractMismatchError) as caught:
+        app.serve_model(config.model_copy(update={"model": str(copy)}), name="tampered", route_prefix="/tampered")
+    assert caught.value.problem.startswith(f"{part}:")
+    assert time.monotonic() - started < 90.0
+    assert "tampered" not in app.serve.status().applications
+    assert len(client.score("the other application", ["lives"])) == 1
+
+
+def test_unknown_key_in_the_serve_file_is_refused(app: ModuleType, export: Path) -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    with pytest.raises(ValueError, match="max_ongoing_request"):
+        call_user_app_builder_with_args_if_necessary(app.build, {"model": str(export), "max_ongoing_request": 3})
+
+
+def test_data_set_scores_equal_the_scorers(export: Path, scorer: Scorer) -> None:
+    import ray
+
+    from rayward.scoring.batch import score_dataset
+
+    items = [*fifty_items(), ScoreItem(({"role": "user", "content": "long"},), ("x" * 2 * MAX_TOKENS,))]
+    rows = [
+        {"id": str(i), "prompt_json": json.dumps(list(item.prompt)), "completions_json": json.dumps(list(item.completions))}
+        for i, item in enumerate(items)
+    ]
+    scored = score_dataset(ray.data.from_items(rows), model=str(export), device="cpu", concurrency=1).take_all()
+    assert len(scored) == len(items)
+    expected = scorer.score(items)
+    for row in scored:
+        reference = expected[int(row["id"])]
+        if reference.rewards is None:
+            assert row["rewards"] is None
+            assert row["error"].startswith("too_long: ")
+        else:
+            assert row["error"] is None
+            assert list(row["rewards"]) == pytest.approx(reference.rewards, abs=1e-5)

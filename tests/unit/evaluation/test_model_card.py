@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.helpers.models import make_export
+from tests.unit.evaluation.table import evaluation_of, make_records
+
+from rayward.config import Config, dump_config
+from rayward.contract import Contract
+from rayward.errors import ConfigError
+from rayward.evaluation.model_card import write_model_card
+from rayward.evaluation.plots import write_plots
+from rayward.evaluation.results import Evaluation
+from rayward.scoring.scorer import ScoreItem, Scorer
+
+MANIFEST: dict[str, Any] = {
+    "fingerprint": "f00dfeed",
+    "num_input_rows": 1234,
+    "num_train": 1100,
+    "num_validation": 100,
+    "num_quarantined": {"tie": 30, "duplicate": 4, "too_long": 0},
+    "sources": {"a|b": 1000, "helpful": 200},
+}
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return evaluation_of(make_records(200))
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("models") / "export")
+
+
+@pytest.fixture
+def export(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "export"))
+
+
+def write(export: Path, evaluation: Evaluation | None = None, **options: Any) -> str:
+    contract = Contract.load(export)
+    options = {"manifest": MANIFEST, **options}
+    path = write_model_card(export, contract=contract, config_json=dump_config(Config()), evaluation=evaluation, **options)
+    return path.read_text(encoding="utf-8")
+
+
+def test_front_matter_is_yaml_with_the_tags_that_the_hub_reads(export: Path, evaluation: Evaluation) -> None:
+    card = write(export, evaluation)
+    _, front, body = card.split("---\n", 2)
+    values = yaml.safe_load(front)
+    assert values["library_name"] == "transformers"
+    assert values["pipeline_tag"] == "text-classification"
+    assert "reward-model" in values["tags"]
+    assert values["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(evaluation.overall.accuracy.value, abs=1e-4)
+    assert body.lstrip().startswith("# rayward\n")
+
+
+def test_card_holds_metrics_baselines_data_and_plots(export: Path, evaluation: Evaluation, tmp_path: Path) -> None:
+    plots = write_plots(evaluation, tmp_path / "drawn")
+    card = write(export, evaluation, plots=plots)
+    for row in evaluation.rows:
+        assert re.search(rf"\| {row.name} \| .* \| {re.escape(str(row.accuracy))} \|", card)
+    assert "| rows read | 1,234 |" in card
+    assert "| quarantined | 34 (duplicate: 4, tie: 30) |" in card
+    assert "`f00dfeed`" in card
+    assert "sigmoid(reward(A) - reward(B))" in card
+    images = re.findall(r"!\[.+?\]\((.+?)\)", card)
+    assert len(images) == 4
+    for image, plot in zip(images, plots, strict=True):
+        assert (export / image).read_bytes() == plot.read_bytes()
+
+
+def test_tables_keep_their_shape_whatever_a_source_is_called(export: Path, evaluation: Evaluation) -> None:
+    card = write(export, evaluation)
+    assert r"&lt;b>arithmetic&lt;/b> \| x" in card
+    for block in re.findall(r"(?:^\|.*\n)+", card, flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+
+
+def test_card_without_evaluation_or_manifest_says_so(export: Path) -> None:
+    card = write(export, None, manifest=None)
+    assert "was not evaluated on held-out data" in card
+    assert "The training data is not recorded." in card
+    assert "model-index" not in card
+
+
+def test_base_model_is_named_only_when_it_is_a_hub_name(export: Path) -> None:
+    contract = Contract.load(export)
+
+    def card(base: str) -> str:
+        config = json.dumps({"model": {"path": base}, "run": {"name": "x"}})
+        return write_model_card(export, contract=contract, config_json=config, manifest=None, evaluation=None).read_text(encoding="utf-8")
+
+    assert 'base_model: "owner/small-lm"' in card("owner/small-lm")
+    local = card("/models/small-lm")
+    assert "base_model:" not in local
+    assert "| started from | `small-lm` |" in local
+    assert "base_model:" not in card(str(export))
+
+
+@pytest.mark.parametrize("config_json", ["not json", "[]"])
+def test_config_must_be_a_json_object(export: Path, config_json: str) -> None:
+    with pytest.raises(ConfigError, match="resolved configuration"):
+        write_model_card(export, contract=Contract.load(export), config_json=config_json, manifest=None, evaluation=None)
+
+
+def run_block(code: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "card", "exec"), {})
+    return printed.getvalue().strip()
+
+
+@pytest.mark.parametrize("template_source", ["tokenizer", "plain"])
+def test_the_code_in_the_card_runs_and_gives_the_score(export: Path, monkeypatch: pytest.MonkeyPatch, template_source: str) -> None:
+    if template_source == "plain":
+        contract = Contract.load(export)
+        template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if loop.last %}{{ end_token }}{% endif %}{% endfor %}"
+        contract.model_copy(update={"template": template, "template_source": "plain", "golden": ()}).save(export)
+    monkeypatch.chdir(export)
+    transformers_code, rayward_code = re.findall(r"```python\n(.*?)```", write(export), flags=re.DOTALL)
+    prompt = ({"role": "user", "content": "What is the capital of France?"},)
+    [expected] = Scorer.load(export, device="cpu").score([ScoreItem(prompt=prompt, completions=("Paris.",))])
+    assert expected.rewards is not None
+    assert float(run_block(transformers_code)) == pytest.approx(expected.rewards[0], abs=1e-5)
+    first = float(run_block(rayward_code).strip("()[]").split(",")[0])
+    assert first == pytest.approx(expected.rewards[0], abs=1e-5)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.jobs import STEPS, encoder_of, make_engine, make_job, make_prepared, run_session
+from tests.helpers.training import steps_in
+
+from rayward.config import Config, parse_config
+from rayward.data.manifest import PreparedData
+from rayward.errors import CheckpointError, ConfigError, StreamOrderError
+from rayward.training.checkpoint import CheckpointStore
+from rayward.training.engine import STATE_KINDS, TorchEngine
+from rayward.training.session import GOLDEN_CONVERSATIONS, Job, golden_scores, resume_point
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return make_prepared(tmp_path_factory.mktemp("prepared"))
+
+
+def records(job: Job, kind: str) -> list[dict[str, float]]:
+    lines = Path(job.location, "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def same_state(one: TorchEngine, other: TorchEngine) -> bool:
+    return all(torch.equal(one.read_state(p, kind), other.read_state(p, kind)) for p in one.partitions() for kind in STATE_KINDS)
+
+
+def test_a_run_commits_validates_and_logs(tmp_path: Path, prepared: PreparedData) -> None:
+    job = make_job(tmp_path, prepared, evaluate_every_steps=3)
+    run_session(job, prepared, validation=True)
+    assert [c.commit.step for c in job.store.committed()] == [6, 4]
+    assert [record["step"] for record in records(job, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(job, "validation")] == [3, 6]
+    assert [record["step"] for record in records(job, "checkpoint")] == [2, 4, 6]
+    latest = job.store.latest()
+    assert latest is not None
+    assert latest.commit.validation_accuracy == records(job, "validation")[-1]["accuracy"]
+    assert latest.commit.trajectory == json.loads(json.dumps(job.trajectory))
+
+
+def test_a_run_that_dies_continues_and_ends_with_the_same_weights(tmp_path: Path, prepared: PreparedData) -> None:
+    undisturbed = make_job(tmp_path / "a", prepared)
+    expected = run_session(undisturbed, prepared)
+    job = make_job(tmp_path / "b", prepared)
+    with pytest.raises(StreamOrderError):
+        run_session(job, prepared, stop_after=5)
+    assert [record["step"] for record in records(job, "train")] == [1, 2, 3, 4, 5]
+    found = run_session(job, prepared)
+    assert same_state(found, expected)
+    # The fifth step was trained twice and is logged once.
+    assert [record["step"] for record in records(job, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in records(job, "train")] == [r["loss"] for r in records(undisturbed, "train")]
+
+
+def test_a_line_that_a_killed_writer_left_half_written_is_dropped(tmp_path: Path, prepared: PreparedData) -> None:
+    job = make_job(tmp_path, prepared)
+    with pytest.raises(StreamOrderError):
+        run_session(job, prepared, stop_after=3)
+    path = Path(job.location, "metrics.jsonl")
+    path.write_text(path.read_text() + '{"step": 4, "ki')
+    run_session(job, prepared)
+    assert [record["step"] for record in records(job, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [
+        ("training", "learning_rate", 1.0, "learning_rate"),
+        ("training", "comparisons_per_step", 8, "comparisons_per_step"),
+        ("run", "seed", 5, "seed"),
+        ("objective", "label_smoothing", 0.1, "objective"),
+        ("model", "tokenizer", "another", "model"),
+    ],
+)
+def test_other_settings_under_the_same_name_are_refused(
+    tmp_path: Path, prepared: PreparedData, section: str, key: str, value: object, named: str
+) -> None:
+    job = make_job(tmp_path, prepared)
+    with pytest.raises(StreamOrderError):
+        run_session(job, prepared, stop_after=3)
+    values = job.config.model_dump(mode="json")
+    values[section][key] = value
+    other = Job(parse_config(values, Config), job.contract, job.location, STEPS, STEPS, job.data_fingerprint)
+    with pytest.raises(ConfigError, match=f"{named}: ") as caught:
+        resume_point(other)
+    assert "run.name" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("key", "value"), [("tokens_per_microbatch", 1024), ("log_every_steps", 3), ("max_failures", 0)])
+def test_settings_that_do_not_decide_the_trajectory_may_change(tmp_path: Path, prepared: PreparedData, key: str, value: int) -> None:
+    job = make_job(tmp_path, prepared)
+    with pytest.raises(StreamOrderError):
+        run_session(job, prepared, stop_after=3)
+    found = resume_point(make_job(tmp_path, prepared, **{key: value}))
+    assert found is not None
+    assert found.commit.step == 2
+
+
+def test_one_failed_write_is_survived_and_two_are_not(
+    tmp_path: Path, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls, failing = CheckpointStore.save, 0, {1}
+
+    def save(self: CheckpointStore, *args: object) -> str | None:
+        nonlocal calls
+        calls += 1
+        return "disk full" if calls in failing else real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    job = make_job(tmp_path / "one", prepared)
+    with caplog.at_level(logging.ERROR):
+        run_session(job, prepared)
+    assert "checkpoint at step 2 was not written (disk full)" in caplog.text
+    assert steps_in(job.store.root) == [4, 6]
+    calls, failing = 0, {2, 3}
+    job = make_job(tmp_path / "two", prepared)
+    with pytest.raises(CheckpointError, match="checkpoint at step 6 could not be written: disk full"):
+        run_session(job, prepared)
+    assert steps_in(job.store.root) == [2]
+
+
+def test_golden_scores_are_those_of_the_conversations_alone(tmp_path: Path, prepared: PreparedData) -> None:
+    job = make_job(tmp_path, prepared)
+    engine, encoder = make_engine(job), encoder_of(prepared, job)
+    golden = golden_scores(engine, encoder)
+    fitting = [
+        (prompt, completion) for prompt, completion in GOLDEN_CONVERSATIONS if len(encoder.render(prompt, completion).encode()) < 200
+    ]
+    assert len(golden) >= len(fitting) > 3
+    model = engine.reward_model.model
+    model.set_attn_implementation("sdpa")
+    for score in golden:
+        assert encoder.encode(score.prompt, score.completion) == list(score.token_ids)
+        with torch.no_grad():
+            plain = model(input_ids=torch.tensor([score.token_ids])).logits[0, 0].item()
+        assert score.reward[0] == pytest.approx(plain, abs=1e-5)
