@@ -50,19 +50,20 @@ def submit(address: str, *entrypoint: str) -> subprocess.CompletedProcess[str]:
 def job_server() -> Iterator[str]:
     """Address of a fresh head node's job server; the node and all its processes are gone afterwards."""
     directory = tempfile.mkdtemp(prefix="rw", dir="/tmp")  # short: socket paths are limited to 107 characters
-    port, dashboard, client = free_ports(3)
+    # The agent too: its default port belongs to the cluster of the other tests, and without an agent no job is taken.
+    port, dashboard, agent, client = free_ports(4)
     address = f"http://127.0.0.1:{dashboard}"
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--temp-dir={directory}", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={directory}", "--disable-usage-stats",
     ]  # fmt: skip
     with open(Path(directory) / "head.log", "w") as log:
         head = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
-        while submit(address, "true").returncode != 0:  # the job agent registers some time after the server answers
+        while (trial := submit(address, "true")).returncode != 0:  # the job agent registers some time after the server answers
             assert head.poll() is None, (Path(directory) / "head.log").read_text()
-            assert time.monotonic() < deadline, "the head node takes no job"
+            assert time.monotonic() < deadline, f"the head node takes no job: {trial.stdout[-1000:]}{trial.stderr[-2000:]}"
             time.sleep(0.5)
         yield address
     finally:
