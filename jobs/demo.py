@@ -37,14 +37,14 @@ def main() -> None:
     model = f"{result.location}/export"
     url = serve_model(ScoringConfig(model=model, cpus_per_replica=0.5), port=0)
     console.print(f"\nendpoint: {url}/v1/score")
-    client = RewardClient(url)
-    for row in list(generate(NUM_SHOWN, seed=NEW_SEED)):
-        rewards = client.score(row["prompt"], row["completions"])
-        console.print(f"\n{row['prompt'][-1]['content']}", style="bold")
-        ordered = sorted(zip(rewards, row["completions"], strict=True), reverse=True)
-        for reward, completion in ordered:
-            true = true_reward(row["prompt"], completion)
-            console.print(f"  {reward:+7.3f}  (true {true:+5.2f})  {completion}", markup=False, highlight=False)
+    with RewardClient(url) as client:
+        for row in generate(NUM_SHOWN, seed=NEW_SEED):
+            rewards = client.score(row["prompt"], row["completions"])
+            console.print(f"\n{row['prompt'][-1]['content']}", style="bold")
+            ordered = sorted(zip(rewards, row["completions"], strict=True), reverse=True)
+            for reward, completion in ordered:
+                true = true_reward(row["prompt"], completion)
+                console.print(f"  {reward:+7.3f}  (true {true:+5.2f})  {completion}", markup=False, highlight=False)
     serve.shutdown()
     ray.shutdown()
     console.print(f"\nmodel: {model}\nreport: {model}-evaluation/report.html\nplots: {model}-evaluation/plots")

@@ -161,7 +161,7 @@ def score(
 def serve(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [FILE.yaml]... [key=value]...")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 24_000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
 ) -> None:
     """Serve a model over HTTP until interrupted: POST /v1/score, GET /v1/models, GET /health."""
     from rayward.config import ScoringConfig, load_config

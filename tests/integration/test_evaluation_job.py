@@ -19,7 +19,12 @@ from rayward.evaluation.summary import summarise
 from rayward.scoring.scorer import ScoreItem, Scorer
 
 # Ray Data 2.60 warns about its own deprecated settings whenever it copies its context.
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    # A socket of Ray's own that is collected late would fail whichever test runs then.
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+]
 
 ROWS = [
     {"prompt": f"Question {i // 2}?", "chosen": f"Answer {'x' * (i % 7)} {i}.", "rejected": f"No {'y' * (i % 5)} {i}!"} for i in range(40)

@@ -128,8 +128,8 @@ def endpoint(trained: tuple[Path, object], ray_local: None) -> Iterator[str]:
 
 
 def test_over_http(endpoint: str, texts: list[Text], plain: list[float]) -> None:
-    client = RewardClient(endpoint)
-    rewards = [client.score(list(prompt), [completion])[0] for prompt, completion in texts]
+    with RewardClient(endpoint) as client:
+        rewards = [client.score(list(prompt), [completion])[0] for prompt, completion in texts]
     assert rewards == pytest.approx(plain, abs=TOLERANCE)
 
 

@@ -22,7 +22,12 @@ from rayward.data.prepare import prepare
 from rayward.errors import DataError, TooManyBadRowsError
 
 # Ray Data 2.60 warns about its own deprecated settings whenever it copies its context.
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    # A socket of Ray's own that is collected late would fail whichever test runs then.
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+]
 MAX_TOKENS = 160
 
 

@@ -23,7 +23,12 @@ from rayward.errors import ContractMismatchError, OverloadedError, RequestError,
 from rayward.scoring.scorer import ScoreItem, Scorer
 
 # Ray Serve 2.60 is imported inside fixtures and tests: its own models warn about deprecated pydantic settings.
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # A socket of Ray's own that is collected late would fail whichever test runs then.
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+]
 
 APP = f"rayward-test-{os.getpid()}"
 
