@@ -66,15 +66,14 @@ class StepClock:
 # ---- the sides --------------------------------------------------------------------------------------------------
 
 
-def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
-    """TRL's trainer on token ids that are the concatenation of prefix and branch."""
+def run_trl(spec: dict[str, Any], pairs: list[EncodedComparison]) -> dict[str, Any]:
+    """TRL's trainer on token ids that are the concatenation of prefix and branch, `pairs_per_step` of them a step, in order."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
     from trl import RewardConfig, RewardTrainer
 
     torch.set_num_threads(spec["threads"])
-    pairs = common.read_pairs(spec["prepared"], spec["steps"] * spec["pairs_per_step"])
     rows: dict[str, list[list[int]]] = {"chosen_ids": [], "rejected_ids": []}
     for pair in pairs:
         chosen, rejected = order_of(pair)
@@ -138,8 +137,8 @@ def _padded_tokens(rows: dict[str, list[list[int]]], pairs_per_step: int, batch:
     return [sum(per_batch[i : i + count]) for i in range(0, len(per_batch), count)]
 
 
-def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Rayward's loop in one process without Ray, in one of the layouts of `OURS`."""
+def run_ours(spec: dict[str, Any], comparisons: list[EncodedComparison], objective: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Rayward's loop in one process without Ray, in one of the layouts of `OURS`, `comparisons_per_step` of them a step, in order."""
     import torch
 
     from rayward.config import Config, parse_config
@@ -154,9 +153,10 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     config = parse_config(
         {
             "model": {"path": spec["model"], "max_tokens": spec["max_tokens"]},
+            "objective": objective or {},
             "training": {
                 "engine": engine_name,
-                "comparisons_per_step": spec["pairs_per_step"],
+                "comparisons_per_step": spec["comparisons_per_step"],
                 "tokens_per_microbatch": spec["tokens_per_microbatch"],
                 "learning_rate": LEARNING_RATE,
                 "weight_decay": 0.0,
@@ -177,7 +177,6 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         lambda dtype: build_reward_model(hf_config, max_tokens=contract.max_tokens, dtype=dtype, layout=layout), config.training
     )
     initialize(engine, weight_source(pretrained(engine), config.model, seed=0))
-    pairs = common.read_pairs(spec["prepared"], spec["steps"] * spec["pairs_per_step"])
     measured: list[dict[str, float]] = []
     clock = StepClock(spec["warmup"])
 
@@ -188,7 +187,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     clock.start()
     run_steps(
         engine,
-        _shares(pairs, spec, layout, microbatches, contract.pad_token_id),
+        _shares(comparisons, spec, layout, microbatches, contract.pad_token_id),
         objective=Objective(config.objective),
         schedule=Schedule(LEARNING_RATE, spec["steps"], warmup_fraction=0.0, min_lr_fraction=1.0),
         first_step=0,
@@ -202,16 +201,18 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shares(pairs: list[EncodedComparison], spec: dict[str, Any], layout: Any, microbatches: str, pad_token_id: int) -> Iterator[StepShare]:
+def _shares(
+    comparisons: list[EncodedComparison], spec: dict[str, Any], layout: Any, microbatches: str, pad_token_id: int
+) -> Iterator[StepShare]:
     # Planned and packed when the loop asks for it, so that its cost is inside the step.
     from rayward.data.packing import pack, plan_step
     from rayward.data.shares import StepShare
 
-    size = spec["pairs_per_step"]
+    size = spec["comparisons_per_step"]
     for step in range(spec["steps"]):
-        members = pairs[step * size : (step + 1) * size]
+        members = comparisons[step * size : (step + 1) * size]
         if microbatches == "unshared":
-            members = [unshared(pair) for pair in members]
+            members = [unshared(comparison) for comparison in members]
         if microbatches == "given":
             batch = spec["trl_batch"]
             groups = [list(range(start, start + batch)) for start in range(0, size, batch)]
@@ -227,19 +228,20 @@ def order_of(pair: EncodedComparison) -> tuple[int, int]:
     return (0, 1) if pair.labels.ranks[0] < pair.labels.ranks[1] else (1, 0)
 
 
-def unshared(pair: EncodedComparison) -> EncodedComparison:
+def unshared(comparison: EncodedComparison) -> EncodedComparison:
     """The same conversations without a common prefix."""
     import numpy as np
 
     from rayward.data.packing import EncodedComparison as Encoded
 
-    branches = tuple(np.concatenate([pair.prefix_ids, branch]) for branch in pair.branch_ids)
-    return Encoded(pair.id, pair.prefix_ids[:0], branches, pair.labels)
+    branches = tuple(np.concatenate([comparison.prefix_ids, branch]) for branch in comparison.branch_ids)
+    return Encoded(comparison.id, comparison.prefix_ids[:0], branches, comparison.labels)
 
 
 def work(spec: dict[str, Any]) -> dict[str, Any]:
     """One side in this process."""
-    result = run_trl(spec) if spec["side"].startswith("TRL") else run_ours(spec)
+    pairs = common.read_pairs(spec["prepared"], spec["steps"] * spec["pairs_per_step"])
+    result = run_trl(spec, pairs) if spec["side"].startswith("TRL") else run_ours(spec, pairs)
     return {**result, "training_peak_gib": common.peak_memory_gib()}
 
 
@@ -278,6 +280,7 @@ def main() -> None:
         "steps": args.steps,
         "warmup": args.warmup,
         "pairs_per_step": args.pairs_per_step,
+        "comparisons_per_step": args.pairs_per_step,
         "trl_batch": TRL_DEFAULT_BATCH,
         "tokens_per_microbatch": args.tokens_per_microbatch,
         "max_tokens": args.max_tokens,

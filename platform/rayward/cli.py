@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from rayward.errors import RaywardError
+from rayward.errors import ConfigError, RaywardError
 
 if TYPE_CHECKING:
     from rayward.config import Config
@@ -28,6 +28,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[FILE.yaml]... [section.key=value]...", help="YAML files, left to right, and dotted overrides."),
 ]
+Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
 Verify = Annotated[bool, typer.Option(help="Check an exported model against its contract first.")]
 
 
@@ -69,6 +72,7 @@ def prepare(settings: Settings = None) -> None:
     manifest = prepared.manifest
     quarantined = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.num_quarantined.items())) or "none"
     used = f"{manifest.num_train} train + {manifest.num_validation} validation"
+    used += f" + {manifest.num_merged} merged into them" if manifest.num_merged else ""
     typer.echo(f"rows: {manifest.num_input_rows} = {used} + quarantined ({quarantined})")
     typer.echo(f"prepared data: {prepared.directory}\nreport: {prepared.directory}/report.html")
 
@@ -109,11 +113,12 @@ def evaluate(
     data: Annotated[list[str], typer.Argument(help="Files, globs, directories, URIs, hf: names; or one prepared directory.")],
     output: Annotated[str, typer.Option(help="Directory for scores, metrics, report and plots.")] = "evaluation",
     format: Annotated[str, typer.Option(help="Format of raw files.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     scorers: Annotated[int, typer.Option(help="Scorers side by side.")] = 1,
     gpus_per_scorer: Annotated[float, typer.Option(help="GPUs that each scorer reserves.")] = 0.0,
-    tokens_per_batch: Annotated[int, typer.Option(help="Token budget of one forward.")] = 8192,
+    tokens_per_batch: TokensPerBatch = 8192,
     verify: Verify = True,
+    weights: Weights = None,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config import DataConfig, parse_config
@@ -131,6 +136,7 @@ def evaluate(
         gpus_per_scorer=gpus_per_scorer,
         tokens_per_batch=tokens_per_batch,
         verify=verify,
+        weights=weights,
     )
 
 
@@ -140,21 +146,76 @@ def score(
     items: Annotated[
         str, typer.Argument(help='JSON lines {"prompt": str | messages, "completions": [str, …]}; "-" reads standard input.')
     ] = "-",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    tokens_per_batch: Annotated[int, typer.Option(help="Token budget of one forward.")] = 8192,
+    device: Device = "auto",
+    tokens_per_batch: TokensPerBatch = 8192,
     verify: Verify = True,
+    weights: Weights = None,
+    normalise: Annotated[str, typer.Option(help="raw, centred or standardised by the model's reference set.")] = "raw",
 ) -> None:
     """Score items from a file; one JSON line per item, with rewards or an error."""
+    if normalise not in ("raw", "centred", "standardised"):
+        raise ConfigError(f"--normalise is {normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
     from rayward.pipeline import score_lines
 
     stream = sys.stdin if items == "-" else _open(items)
     failed = 0
-    for result in score_lines(model, stream, device=device, tokens_per_batch=tokens_per_batch, verify=verify):
+    results = score_lines(
+        model,
+        stream,
+        device=device,
+        tokens_per_batch=tokens_per_batch,
+        verify=verify,
+        weights=weights,
+        normalise=normalise,  # type: ignore[arg-type]  # checked above
+    )
+    for result in results:
         failed += "error" in result
         typer.echo(json.dumps(result, ensure_ascii=False))
     if failed:
         typer.echo(f"{failed} items have an error", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def normalise(
+    model: Annotated[str, typer.Argument(help="Exported model or ensemble.")],
+    items: Annotated[
+        str, typer.Argument(help='Reference set: JSON lines {"prompt": …, "completions": […]}; "-" reads standard input.')
+    ] = "-",
+    device: Device = "auto",
+    tokens_per_batch: TokensPerBatch = 8192,
+) -> None:
+    """Store mean and deviation of a reference set's rewards with the model, for centred and standardised scores."""
+    from rayward.pipeline import normalise_pipeline
+
+    stream = sys.stdin if items == "-" else _open(items)
+    reference = "standard input" if items == "-" else Path(items).name
+    found = normalise_pipeline(model, stream, reference=reference, device=device, tokens_per_batch=tokens_per_batch)
+    typer.echo(f"mean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}")
+
+
+@app.command()
+def merge(
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    models: Annotated[list[str], typer.Argument(help="Two or more exported models of one architecture and contract.")],
+    weights: Annotated[str | None, typer.Option(help="Comma-separated, sum 1 [default: equal].")] = None,
+    expo: Annotated[float | None, typer.Option(help="Extrapolate: first + ALPHA (second - first), for example 1.52.")] = None,
+) -> None:
+    """Average or extrapolate the weights of exported models, shard by shard."""
+    if expo is not None and (weights is not None or len(models) != 2):
+        raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
+    from rayward.pipeline import merge_pipeline
+
+    # ExPO (arXiv 2404.16792): start + alpha (trained - start).
+    shares = (1.0 - expo, expo) if expo is not None else _shares(weights, len(models))
+    typer.echo(f"model: {merge_pipeline(output, models, shares)}")
+
+
+def _shares(weights: str | None, num_models: int) -> tuple[float, ...]:
+    try:
+        return (1.0 / num_models,) * num_models if weights is None else tuple(float(part) for part in weights.split(","))
+    except ValueError as exc:
+        raise ConfigError(f"--weights is {weights!r}; the rule is numbers with commas between", remedy="for example 0.3,0.7") from exc
 
 
 @app.command()

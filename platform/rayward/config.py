@@ -7,14 +7,16 @@ documented by the string under it; units and scope are in the names. No torch, R
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from rayward.errors import ConfigError
+from rayward.objectives import OBJECTIVES, BradleyTerryObjective
+from rayward.overrides import merged_settings
+from rayward.section import ObjectiveSection, Section
 
 SourceFormat = Literal[
     "auto",
@@ -25,14 +27,16 @@ SourceFormat = Literal[
     "helpsteer2_preference",
     "helpsteer3_preference",
     "ranking",
+    "nectar",
+    "ultrafeedback",
+    "helpsteer2",
+    "safe_rlhf",
+    "scored",
+    "pointwise",
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     name: str = Field("rayward", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """A new driver with the same name and storage path continues the run."""
     storage_path: str = "runs"
@@ -41,7 +45,7 @@ class RunConfig(_Section):
     """Seeds weight initialisation, the data order and the split."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     train: tuple[str, ...] = ()
     """Files, globs, directories, URIs, or Hugging Face data sets as `hf:owner/name[/config][@split]`."""
     validation: tuple[str, ...] = ()
@@ -61,14 +65,36 @@ class DataConfig(_Section):
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """`truncate` drops the oldest turns of the prompt and keeps the whole completion; rows that still do not fit
     are quarantined either way."""
+    attributes: tuple[str, ...] = ()
+    """Ratings to keep, by name and in this order (`objective: regression` learns them); a row may lack some of them."""
+    attribute_range: tuple[float, float] | None = None
+    """Smallest and largest rating; a row with another one is quarantined. None: any finite number."""
+    rank_by: str | None = None
+    """Attribute that ranks the completions of rows without a ranking (a higher rating is better); None: they stay unranked."""
+    preference: Literal["better", "safer"] = "better"
+    """Which judgement of format `safe_rlhf` orders the completions."""
+    merge_prompts: bool = False
+    """Unranked rows of one prompt (single rated completions) become one comparison with all their completions."""
     max_bad_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """More quarantined rows than this share stop the run before training (duplicates, ties and
     training rows whose prompt stands in the validation data are not counted)."""
     rows_per_shard: int = Field(10_000, ge=1)
     """Rows in one Parquet shard of the prepared data."""
 
+    @model_validator(mode="after")
+    def _ratings(self) -> Self:
+        if len(set(self.attributes)) != len(self.attributes):
+            raise ValueError(f"data.attributes is {list(self.attributes)}; the rule is that each name stands once; remove the repetition")
+        if self.attribute_range is not None and not self.attribute_range[0] < self.attribute_range[1]:
+            raise ValueError(f"data.attribute_range is {list(self.attribute_range)}; the rule is smallest < largest; correct it")
+        if self.rank_by is not None and self.rank_by not in self.attributes:
+            raise ValueError(
+                f"data.rank_by is {self.rank_by!r} and data.attributes is {list(self.attributes)}; the rule is one of them; add it there"
+            )
+        return self
 
-class ModelConfig(_Section):
+
+class ModelConfig(Section):
     path: str | None = None
     """Local directory or hub name of a pretrained model; its weights initialise the backbone."""
     revision: str | None = None
@@ -79,6 +105,10 @@ class ModelConfig(_Section):
     """Local directory or hub name; default: `path`."""
     max_tokens: int = Field(2048, ge=8)
     """Longest conversation in tokens, prompt and completion together; part of the scoring contract."""
+    head: Literal["auto", "fresh"] = "auto"
+    """`auto` takes the reward head of `path` (its outputs must be the run's) and starts one where there is none; `fresh` starts anew."""
+    head_output: str | None = None
+    """Start the one output of the run from this output of an exported `path` (arXiv 2410.01257: Bradley-Terry from regression)."""
     template_kwargs: dict[str, str] = Field(default_factory=dict)
     """Extra variables for the chat template, frozen into the contract."""
 
@@ -91,6 +121,11 @@ class ModelConfig(_Section):
                 raise ValueError("model.architecture has no model_type; add for example model_type: llama")
             if self.tokenizer is None:
                 raise ValueError("model.architecture needs model.tokenizer; set a directory or a hub name")
+        if self.head_output is not None and (self.path is None or self.head == "fresh"):
+            raise ValueError(
+                f"model.head_output is {self.head_output!r} without model.path, or with model.head=fresh; it names an output of "
+                "model.path; set the path, or remove it"
+            )
         return self
 
     @property
@@ -105,21 +140,21 @@ class ModelConfig(_Section):
         return name
 
 
-class BradleyTerryObjective(_Section):
-    type: Literal["bradley_terry"] = "bradley_terry"
-    """Which objective; the one that exists so far."""
-    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
-    """Probability that a label is wrong: (1-e) softplus(-d) + e softplus(d)."""
-    center_coefficient: float = Field(0.0, ge=0.0)
-    """Adds c (r_chosen + r_rejected)^2 per pair (arXiv 2312.09244)."""
-    balance: Literal["prompt", "pair"] = "prompt"
-    """Weight of one K > 2 ranking: that of one comparison, or that of each of its pairs (arXiv 2203.02155 eq. 1)."""
+def _objective(value: Any) -> Any:
+    # The block's own schema is the table's row of its type: a new method needs no change here.
+    if not isinstance(value, Mapping):
+        return value
+    name = value.get("type", "bradley_terry")
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.type is {name!r}; the rule is one of {', '.join(OBJECTIVES)}; correct it")
+    return OBJECTIVES[name].settings.model_validate(value)
 
 
-ObjectiveConfig = BradleyTerryObjective
+ObjectiveConfig = Annotated[SerializeAsAny[ObjectiveSection], BeforeValidator(_objective)]
+"""The settings of the method that `type` names; fields and methods in `rayward.objectives`."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     num_workers: int | tuple[int, int] = 1
     """Train workers: a number, or [min, max] for elastic training."""
     comparisons_per_step: int = Field(64, ge=1)
@@ -178,19 +213,19 @@ class TrainingConfig(_Section):
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every_steps: int = Field(100, ge=1)
     """Optimizer steps between two committed checkpoints; the last step is always committed."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept; the one with the best validation accuracy is kept besides."""
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events beside the JSON lines."""
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration of `prepare`, `train` and `export`."""
 
     run: RunConfig = RunConfig()
@@ -200,6 +235,18 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the head's outputs."""
+        return self.objective.outputs(self.data.attributes)
+
+    @model_validator(mode="after")
+    def _learnable(self) -> Self:
+        if not self.outputs:
+            raise ValueError("objective.type is regression and data.attributes is empty; name the ratings to learn in data.attributes")
+        self.objective.reward_weights(self.outputs)
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -212,7 +259,7 @@ class Config(_Section):
         return self
 
 
-class ScoringConfig(_Section):
+class ScoringConfig(Section):
     """Configuration of one Serve application; the `args:` block of `serve/*.yaml`."""
 
     model: str = "model"
@@ -278,25 +325,7 @@ def load_config(
     Raises:
         ConfigError: a file cannot be read, or a key, type or combination is wrong.
     """
-    merged: dict[str, Any] = {}
-    for path in paths:
-        _merge(merged, _read_yaml(Path(path)))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(
-                f"override {override!r} is not of the form section.key=value", remedy="write for example training.num_workers=2"
-            )
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({exc})", remedy="quote the value") from exc
-        if isinstance(value, str):
-            value = _number(value)
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        _merge(merged, value)
-    return parse_config(merged, schema)
+    return parse_config(merged_settings(paths, overrides), schema)
 
 
 def parse_config(values: dict[str, Any], schema: type[T]) -> T:
@@ -308,7 +337,7 @@ def parse_config(values: dict[str, Any], schema: type[T]) -> T:
     try:
         return schema.model_validate(values)
     except ValidationError as exc:
-        raise ConfigError(_explain(exc, schema), remedy="correct the keys above; `rayward config` prints all of them") from exc
+        raise ConfigError(_explain(exc, schema, values), remedy="correct the keys above; `rayward config` prints all of them") from exc
 
 
 def dump_config(config: BaseModel) -> str:
@@ -316,42 +345,12 @@ def dump_config(config: BaseModel) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2)
 
 
-def _number(text: str) -> Any:
-    # YAML 1.1 reads 1e-5 as a string; people who type learning rates mean the number.
-    try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
-        return text
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(f"config file {path} cannot be read ({exc.strerror})", remedy="check the path") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"config file {path} is not YAML: {exc}", remedy="correct the file") from exc
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"config file {path} holds a {type(loaded).__name__}; the rule is a mapping", remedy="use section: key: value")
-    return loaded
-
-
-def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict) and key != "architecture":
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _explain(exc: ValidationError, schema: type[BaseModel]) -> str:
+def _explain(exc: ValidationError, schema: type[BaseModel], values: Mapping[str, Any]) -> str:
     lines = []
     for error in exc.errors():
         key = ".".join(str(part) for part in error["loc"] if part != "function-after")
         if error["type"] == "extra_forbidden":
-            known = _keys_beside(schema, error["loc"])
+            known = _keys_beside(schema, error["loc"], values)
             lines.append(f"{key} = {error['input']!r}: unknown key; known here: {', '.join(known)}")
         elif error["type"] == "value_error":
             lines.append(str(error["ctx"]["error"]))
@@ -360,11 +359,13 @@ def _explain(exc: ValidationError, schema: type[BaseModel]) -> str:
     return "the configuration is not valid\n  " + "\n  ".join(lines)
 
 
-def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...], values: Mapping[str, Any]) -> list[str]:
     node: Any = schema
     for part in loc[:-1]:
         field = getattr(node, "model_fields", {}).get(part)
         if field is None:
             continue
         node = field.annotation
+        if node is ObjectiveSection:
+            node = OBJECTIVES[values[str(part)].get("type", "bradley_terry")].settings
     return sorted(getattr(node, "model_fields", {}))

@@ -20,12 +20,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rayward.data.comparison import Message
 from rayward.errors import ContractError, ContractMismatchError, TooLongError
+from rayward.section import WEIGHT_SETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,9 @@ CONTRACT_FILE = "contract.json"
 CONTRACT_VERSION = 1
 PAD_TOKEN = "<|rayward_pad|>"
 FROZEN_DATE = "26 Jul 2024"
+
+Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
+"""What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
 
 PLAIN_TEMPLATE = (
     "{% if bos_token %}{{ bos_token }}{% endif %}"
@@ -55,6 +59,25 @@ class GoldenScore(BaseModel):
     reward: tuple[float, ...]
 
 
+class Normaliser(BaseModel):
+    """Mean and population standard deviation of the rewards of a reference set; Bradley-Terry rewards have no zero of their own.
+
+    Attributes:
+        reference: what the rewards are of, in words.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    mean: float
+    std: float
+    num_rewards: int
+    reference: str
+
+    def apply(self, reward: float, scale: Normalise) -> float:
+        """The reward minus the mean, divided by the deviation when `standardised` (arXiv 2203.02155 section 3.5, 2406.08673)."""
+        centred = reward - self.mean
+        return centred / self.std if scale == "standardised" else centred
+
+
 class Contract(BaseModel):
     """Everything that decides a score besides the weights themselves; saved as `contract.json`.
 
@@ -64,6 +87,9 @@ class Contract(BaseModel):
         pad_token: text and id; never equal to the end token.
         max_tokens: longest conversation, prompt and completion together.
         outputs: names of the head's outputs, in order.
+        reward_weights: the reward is the sum of the outputs times these.
+        weight_sets: other published weights for the same outputs, by name; a request may choose one.
+        normaliser: statistics of a reference set, applied on request only; not part of the version.
         dtype: parameter type of the backbone that the golden scores were computed with; the head is always fp32.
         golden_tolerance: largest accepted |difference| to a golden reward, relative to max(1, |reward|).
         files: sha256 of each file of the export, by name; head_sha256 is that of the head's own tensors.
@@ -81,6 +107,9 @@ class Contract(BaseModel):
     pad_token_id: int
     max_tokens: int
     outputs: tuple[str, ...] = ("reward",)
+    reward_weights: tuple[float, ...] = (1.0,)
+    weight_sets: dict[str, tuple[float, ...]] = {}
+    normaliser: Normaliser | None = None
     dtype: str = "float32"
     golden: tuple[GoldenScore, ...] = ()
     golden_tolerance: float = 1e-4
@@ -122,6 +151,26 @@ class Contract(BaseModel):
             pad_token_id=pad_token_id,
             max_tokens=max_tokens,
         )
+
+    @model_validator(mode="after")
+    def _one_weight_per_output(self) -> Self:
+        for name, weights in {"reward_weights": self.reward_weights, **self.weight_sets}.items():
+            if len(weights) != len(self.outputs):
+                raise ValueError(f"{name} has {len(weights)} weights for {len(self.outputs)} outputs")
+        return self
+
+    def for_head(self, outputs: tuple[str, ...], reward_weights: tuple[float, ...]) -> Self:
+        """The same rules for a head with these outputs, with the published weight sets that fit them."""
+        sets = {
+            name: tuple(weights.get(output, 0.0) for output in outputs)
+            for name, weights in WEIGHT_SETS.items()
+            if set(weights) <= set(outputs)
+        }
+        return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets})
+
+    def model_version(self) -> str:
+        """Twelve hex digits that identify the exported model: everything here but the normaliser."""
+        return hashlib.sha256(self.model_dump_json(exclude={"normaliser"}).encode()).hexdigest()[:12]
 
     def save(self, directory: Path) -> None:
         """Write `contract.json`."""
@@ -183,12 +232,24 @@ class Encoder:
             TooLongError: the system turn, the last user turn and the completion do not fit `max_tokens`.
             ContractError: the template rejects the conversation.
         """
+        return self._fitting(prompt, completion)[1]
+
+    def encode_split(self, prompt: Sequence[Message], completion: str) -> tuple[list[int], int]:
+        """As `encode`, and how many of the ids are those of the prompt: the beginning that an empty completion has too.
+
+        Raises:
+            TooLongError, ContractError: as `encode`.
+        """
+        turns, ids = self._fitting(prompt, completion)
+        return ids, _common_length(ids, self._ids(self.render(turns, "")))
+
+    def _fitting(self, prompt: Sequence[Message], completion: str) -> tuple[Sequence[Message], list[int]]:
         length = 0
         for turns in _left_truncations(prompt):
             ids = self._ids(self.render(turns, completion))
             length = len(ids)
             if length <= self.contract.max_tokens:
-                return ids
+                return turns, ids
         raise TooLongError(
             f"the last user turn and the completion take {length} tokens; the contract allows {self.contract.max_tokens}",
             remedy="shorten them, or train with a larger model.max_tokens",
@@ -222,6 +283,10 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 def _left_truncations(prompt: Sequence[Message]) -> Iterator[Sequence[Message]]:

@@ -1,169 +1,400 @@
-"""Objectives: pure functions from the rewards and labels of one micro-batch to a loss sum and its count.
+"""Objectives: pure functions from the outputs and labels of one micro-batch to a loss sum, its count and metric sums.
 
 An objective returns sums; the loop divides by the count over the whole optimizer step and all ranks, so neither the
-micro-batches nor the workers can change the loss. `OBJECTIVES` is the one table.
+micro-batches nor the workers can change the loss. `OBJECTIVES` is the one table: a method is a settings class and two functions, and
+nothing else in the project names it. Torch and numpy are imported inside the functions, because the configuration reads this table.
 
-Shapes: N completions in the micro-batch, comparison by comparison; A outputs of the head.
+Shapes: N completions in the micro-batch, comparison by comparison; K completions of one comparison; A outputs of the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from pydantic import Field
 
-from rayward.config import BradleyTerryObjective
-from rayward.data.packing import Labels
 from rayward.errors import ConfigError
+from rayward.ranking import ObjectiveOutput, ranking_sums, ranks_of, ratings_of
+from rayward.section import LabelFacts, ObjectiveSection, weight_set
 
-METRIC_SUMS = ("pairs", "correct", "tied", "margin", "rewards", "reward", "reward_squared")
-"""Sums that every ranking objective reports: pairs with different ranks, how many of them are ordered right, how many have
-exactly equal rewards, sum of margins, number of rewards, their sum and sum of squares."""
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
 
+    from rayward.data.packing import Labels
 
-@dataclass(frozen=True, slots=True)
-class ObjectiveOutput:
-    """Sums over one micro-batch.
-
-    Attributes:
-        loss_sum: fp32 scalar with gradient; 0 (still attached to the graph) for an empty micro-batch.
-        metrics: detached fp64 [len(METRIC_SUMS)].
-    """
-
-    loss_sum: Tensor
-    metrics: Tensor
+MARGIN_LEVELS = 3.0
+"""Largest strength of a preference in Llama 2's and HelpSteer2's scales: significantly (3), better (2), slightly (1), negligibly (0)."""
 
 
-def bradley_terry(rewards: Tensor, labels: Sequence[Labels], config: BradleyTerryObjective) -> ObjectiveOutput:
+# ---- Bradley-Terry: regular, margin, scaled; all pairs of a ranking -----------------------------------------------
+
+
+class BradleyTerryObjective(ObjectiveSection):
+    """Pairs, or all pairs of a ranking."""
+
+    type: Literal["bradley_terry"] = "bradley_terry"
+    """The method."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Probability that a label is wrong: (1-e) softplus(-d) + e softplus(d)."""
+    center_coefficient: float = Field(0.0, ge=0.0)
+    """Adds c (r_chosen + r_rejected)^2 per pair (arXiv 2312.09244)."""
+    balance: Literal["prompt", "pair"] = "prompt"
+    """Weight of one K > 2 ranking: that of one comparison (arXiv 2203.02155 eq. 1) or that of each of its pairs (MLE_2 of 2301.11270)."""
+    margin: Literal["none", "column", "strength", "small", "large"] = "column"
+    """Gap asked for: the row's `margin`, its strength, or by strength Llama 2's small (0, 1/3, 2/3, 1) or large (0, 1, 2, 3) table."""
+    scale: Literal["none", "strength"] = "none"
+    """`strength` multiplies the loss of a pair by its strength: scaled Bradley-Terry (arXiv 2410.01257)."""
+    safety_coefficient: float = Field(0.0, ge=0.0)
+    """Weight of Llama 2's auxiliary loss, the cross-entropy of sigmoid(reward) against `safety_attribute` (arXiv 2307.09288)."""
+    safety_attribute: str = "is_safe"
+    """Attribute of the data that says whether a completion is safe: 1, 0, or missing."""
+
+    def check(self, data: LabelFacts) -> None:
+        super().check(data)
+        by_strength = [f"objective.margin={self.margin}"] if self.margin in ("strength", "small", "large") else []
+        by_strength += ["objective.scale=strength"] if self.scale == "strength" else []
+        if by_strength and data.num_without_strength:
+            raise ConfigError(
+                f"{by_strength[0]} needs the strength of every preference; {data.num_without_strength} rows have none",
+                remedy="use data with strengths (HelpSteer, `strength` column, scores), or objective.margin=none and objective.scale=none",
+            )
+        if self.margin in ("small", "large") and data.strongest is not None and data.strongest > MARGIN_LEVELS:
+            raise ConfigError(
+                f"objective.margin={self.margin} reads strengths 0 to 3; the data has {data.strongest:g}",
+                remedy="use objective.margin=strength, or bring the strengths to that scale",
+            )
+        if self.scale == "strength" and data.weakest == 0:
+            raise ConfigError(
+                "objective.scale=strength and a row of strength 0: its loss is 0, so it teaches nothing",
+                remedy="set data.ties=quarantine, or remove the rows of strength 0",
+            )
+        if self.safety_coefficient and self.safety_attribute not in data.attributes:
+            raise ConfigError(
+                f"objective.safety_coefficient is {self.safety_coefficient:g} and the data has no attribute {self.safety_attribute!r} "
+                f"(data.attributes: {', '.join(data.attributes) or 'none'})",
+                remedy="name it in data.attributes, or set objective.safety_coefficient=0",
+            )
+
+
+def bradley_terry(outputs: Tensor, labels: Sequence[Labels], config: BradleyTerryObjective, attributes: tuple[str, ...]) -> ObjectiveOutput:
     """Bradley-Terry over all pairs of each comparison.
 
     Per pair with d = r_better - r_worse - margin: (1 - e) softplus(-d) + e softplus(d), softplus(-d) = -log sigmoid(d)
-    (Askell et al. 2021, arXiv 2112.00861, eq. 3.1; margin: arXiv 2307.09288, section 3.2.2, used when the data has one).
+    (Askell et al. 2021, arXiv 2112.00861, eq. 3.1; margin: arXiv 2307.09288, section 3.2.2; times the strength: arXiv 2410.01257).
     A tie trains towards probability one half: (softplus(d) + softplus(-d)) / 2. With K > 2 the pairs of a comparison are
-    averaged (arXiv 2203.02155, eq. 1) or, with balance="pair", summed.
+    averaged (arXiv 2203.02155, eq. 1) or, with balance="pair", summed. The safety term's formula is not printed in the paper; this is
+    its usual reading: the mean over the rated completions of a comparison.
 
     Args:
-        rewards: float32 [N, 1].
+        outputs: float32 [N, 1].
     """
+    import numpy as np
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
     table = _pair_table(labels, config)
-    scores = rewards[:, 0]
+    scores = outputs[:, 0]
+    metrics = ranking_sums(scores, labels)
     if len(table.better) == 0:
-        return ObjectiveOutput(loss_sum=rewards.sum() * 0.0, metrics=_ranking_metrics(scores, None, table))
-    device = rewards.device
-    better = torch.from_numpy(table.better).to(device)
-    worse = torch.from_numpy(table.worse).to(device)
-    weight = torch.from_numpy(table.weight).to(device)
-    gap = scores[better] - scores[worse]
-    shifted = gap - torch.from_numpy(table.margin).to(device)
-    flip = torch.from_numpy(table.flip).to(device)
-    loss = (1.0 - flip) * softplus(-shifted) + flip * softplus(shifted)
+        return ObjectiveOutput(loss_sum=outputs.sum() * 0.0, metrics=metrics)
+
+    def put(values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(outputs.device)
+
+    better, worse, flip = put(table.better), put(table.worse), put(table.flip)
+    shifted = scores[better] - scores[worse] - put(table.margin)
+    loss = ((1.0 - flip) * softplus(-shifted) + flip * softplus(shifted)) * put(table.scale)
     if config.center_coefficient:
         loss = loss + config.center_coefficient * (scores[better] + scores[worse]) ** 2
-    return ObjectiveOutput(loss_sum=(weight * loss).sum(), metrics=_ranking_metrics(scores, gap, table))
+    loss_sum = (put(table.weight) * loss).sum()
+    if config.safety_coefficient:
+        is_safe, share = _safety(labels, attributes.index(config.safety_attribute), config)
+        rated = put(np.flatnonzero(share > 0))
+        judged = binary_cross_entropy_with_logits(scores[rated], put(is_safe)[rated], reduction="none")
+        loss_sum = loss_sum + config.safety_coefficient * (put(share)[rated] * judged).sum()
+    return ObjectiveOutput(loss_sum=loss_sum, metrics=metrics)
 
 
 def bradley_terry_count(labels: Sequence[Labels], config: BradleyTerryObjective) -> float:
     """What the loss sum is divided by: the summed weights of the comparisons (or of their pairs)."""
+    import numpy as np
+
     return float(_pair_table(labels, config).weight.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True)
 class _PairTable:
-    better: np.ndarray[Any, np.dtype[np.int64]]
-    worse: np.ndarray[Any, np.dtype[np.int64]]
-    weight: np.ndarray[Any, np.dtype[np.float32]]
-    margin: np.ndarray[Any, np.dtype[np.float32]]
-    flip: np.ndarray[Any, np.dtype[np.float32]]
-    strict: np.ndarray[Any, np.dtype[np.bool_]]
+    # Pairs (i, j) with rank_i < rank_j, and the ties with i < j, as positions in the micro-batch.
+    better: npt.NDArray[np.int64]
+    worse: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.float32]
+    margin: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32]
+    flip: npt.NDArray[np.float32]
 
 
 def _pair_table(labels: Sequence[Labels], config: BradleyTerryObjective) -> _PairTable:
-    # Pairs (i, j) with rank_i < rank_j, and the ties with i < j, as positions in the micro-batch.
-    better: list[int] = []
-    worse: list[int] = []
-    weight: list[float] = []
-    margin: list[float] = []
-    strict: list[bool] = []
+    import numpy as np
+
+    rows: list[npt.NDArray[np.float64]] = []
     offset = 0
     for label in labels:
-        ranks = _ranks(label)
+        ranks = ranks_of(label, config.type)
         first, second = np.triu_indices(len(ranks), k=1)
         swap = ranks[first] > ranks[second]
-        better += (np.where(swap, second, first) + offset).tolist()
-        worse += (np.where(swap, first, second) + offset).tolist()
-        strict += (ranks[first] != ranks[second]).tolist()
+        strict = ranks[first] != ranks[second]
         share = label.weight / (len(first) if config.balance == "prompt" else 1)
-        weight += [share] * len(first)
-        margin += [0.0 if np.isnan(label.margin) else label.margin] * len(first)
-        offset += len(ranks)
-    is_strict = np.array(strict, dtype=np.bool_)
-    return _PairTable(
-        better=np.array(better, dtype=np.int64),
-        worse=np.array(worse, dtype=np.int64),
-        weight=np.array(weight, dtype=np.float32),
-        margin=np.where(is_strict, np.array(margin, dtype=np.float32), np.float32(0)),
-        flip=np.where(is_strict, np.float32(config.label_smoothing), np.float32(0.5)).astype(np.float32),
-        strict=is_strict,
-    )
-
-
-def _ranks(label: Labels) -> np.ndarray[Any, np.dtype[np.float32]]:
-    if label.ranks is None:
-        raise ConfigError(
-            "objective bradley_terry received a comparison without a ranking",
-            remedy="use data with chosen/rejected or ranks, or an objective that learns from ratings",
+        rows.append(
+            np.stack(
+                [
+                    np.where(swap, second, first) + offset,
+                    np.where(swap, first, second) + offset,
+                    np.full(len(first), share),
+                    np.where(strict, _margin_of(label, config), 0.0),
+                    np.full(len(first), label.strength if config.scale == "strength" else 1.0),
+                    np.where(strict, config.label_smoothing, 0.5),
+                ]
+            )
         )
-    return label.ranks
+        offset += len(ranks)
+    table = np.concatenate(rows, axis=1) if rows else np.zeros((6, 0))
+    return _PairTable(*table[:2].astype(np.int64), *table[2:].astype(np.float32))
 
 
-def _ranking_metrics(scores: Tensor, gap: Tensor | None, table: _PairTable) -> Tensor:
-    with torch.no_grad():
-        wide = scores.double()
-        if gap is None:
-            pair_sums = [torch.zeros((), dtype=torch.float64, device=scores.device)] * 4
-        else:
-            strict = torch.from_numpy(table.strict).to(scores.device)
-            judged = gap[strict].double()
-            pair_sums = [strict.sum().double(), (judged > 0).sum().double(), (judged == 0).sum().double(), judged.sum()]
-        count = torch.tensor(float(len(scores)), dtype=torch.float64, device=scores.device)
-        return torch.stack([*pair_sums, count, wide.sum(), (wide * wide).sum()])
+def _margin_of(label: Labels, config: BradleyTerryObjective) -> float:
+    if config.margin in ("none", "column"):
+        return label.margin if config.margin == "column" and label.margin == label.margin else 0.0  # not NaN
+    return label.strength / (MARGIN_LEVELS if config.margin == "small" else 1.0)
 
 
-LossFunction = Callable[[Tensor, Sequence[Labels], Any], ObjectiveOutput]
-CountFunction = Callable[[Sequence[Labels], Any], float]
+def _safety(
+    labels: Sequence[Labels], column: int, config: BradleyTerryObjective
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    # Target of each completion and its share of the comparison's weight; 0 where it has no rating.
+    import numpy as np
 
-OBJECTIVES: dict[str, tuple[LossFunction, CountFunction]] = {
-    "bradley_terry": (bradley_terry, bradley_terry_count),
+    targets: list[npt.NDArray[np.float32]] = []
+    shares: list[npt.NDArray[np.float32]] = []
+    for label in labels:
+        num_completions = len(ranks_of(label, config.type))
+        rated = np.full(num_completions, np.nan, np.float32) if label.attributes is None else label.attributes[:, column]
+        known = ~np.isnan(rated)
+        weight = label.weight * (1 if config.balance == "prompt" else num_completions * (num_completions - 1) / 2)
+        targets.append(np.where(known, rated, 0).astype(np.float32))
+        shares.append((known * (weight / max(int(known.sum()), 1))).astype(np.float32))
+    return np.concatenate(targets), np.concatenate(shares)
+
+
+# ---- K-wise: Plackett-Luce ----------------------------------------------------------------------------------------
+
+
+class PlackettLuceObjective(ObjectiveSection):
+    """The likelihood of a whole ranking."""
+
+    type: Literal["plackett_luce"] = "plackett_luce"
+    """The method."""
+    reduction: Literal["mean_stage", "sum"] = "mean_stage"
+    """A ranking's loss: over its stages divided by K - 1, or their sum."""
+    ties: Literal["breslow", "drop"] = "breslow"
+    """Completions of one rank: each is chosen from all that remain (Breslow), or they are left out of the ranking."""
+    top_m: int | None = Field(None, ge=1)
+    """Only the first so many stages count (a partial ranking); None: all of them."""
+
+
+def plackett_luce(outputs: Tensor, labels: Sequence[Labels], config: PlackettLuceObjective, attributes: tuple[str, ...]) -> ObjectiveOutput:
+    """Plackett-Luce: per ranking, sum over stages k of logsumexp(r_k, ..., r_{K-1}) - r_k, best completion first.
+
+    Zhu, Jordan, Jiao 2023 (arXiv 2301.11270); the objective of Starling-RM. With K = 2 it is Bradley-Terry.
+
+    Args:
+        outputs: float32 [N, 1].
+    """
+    import numpy as np
+    import torch
+
+    scores = outputs[:, 0]
+    metrics = ranking_sums(scores, labels)
+    table = _stage_table(labels, config)
+    if table.order.size == 0:
+        return ObjectiveOutput(loss_sum=outputs.sum() * 0.0, metrics=metrics)
+
+    def put(values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(outputs.device)
+
+    present = put(table.order >= 0)
+    ranked = scores[put(np.maximum(table.order, 0))].masked_fill(~present, -1e30)  # not -inf: its gradient would be NaN
+    remaining = ranked.flip(1).logcumsumexp(1).flip(1)
+    terms = remaining.gather(1, put(table.level_start)) - ranked
+    loss_sum = (put(table.weight) * terms.masked_fill(~put(table.weight > 0), 0.0)).sum()
+    return ObjectiveOutput(loss_sum=loss_sum, metrics=metrics)
+
+
+def plackett_luce_count(labels: Sequence[Labels], config: PlackettLuceObjective) -> float:
+    """Summed weights of the rankings that have a stage."""
+    import numpy as np
+
+    usable = [label.weight for label in labels if len(_ranked_order(ranks_of(label, config.type), config.ties)) > 1]
+    return float(np.sum(usable, dtype=np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class _StageTable:
+    # All [comparisons, K of the largest]: position of the k-th best (-1: none), where its level begins, weight of its stage (0: none).
+    order: npt.NDArray[np.int64]
+    level_start: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.float32]
+
+
+def _stage_table(labels: Sequence[Labels], config: PlackettLuceObjective) -> _StageTable:
+    import numpy as np
+
+    ranks = [ranks_of(label, config.type) for label in labels]
+    width = max((len(r) for r in ranks), default=0)
+    order = np.full((len(labels), width), -1, dtype=np.int64)
+    level_start = np.tile(np.arange(width, dtype=np.int64), (len(labels), 1))
+    weight = np.zeros((len(labels), width), dtype=np.float32)
+    offset = 0
+    for row, (label, values) in enumerate(zip(labels, ranks, strict=True)):
+        best_first = _ranked_order(values, config.ties)
+        size = len(best_first)
+        if size > 1:
+            ordered = values[best_first]
+            starts = np.searchsorted(ordered, ordered, side="left")
+            share = label.weight / (size - 1 if config.reduction == "mean_stage" else 1)
+            counts = starts < (config.top_m if config.top_m is not None else size)
+            order[row, :size] = best_first + offset
+            level_start[row, :size] = starts
+            weight[row, :size] = np.where(counts, share, 0.0)
+        offset += len(values)
+    return _StageTable(order, level_start, weight)
+
+
+def _ranked_order(ranks: npt.NDArray[np.float32], ties: str) -> npt.NDArray[np.int64]:
+    import numpy as np
+
+    order = np.argsort(ranks, kind="stable").astype(np.int64)
+    if ties == "drop":
+        values, counts = np.unique(ranks, return_counts=True)
+        order = order[np.isin(ranks[order], values[counts == 1])]
+    return order
+
+
+class RegressionObjective(ObjectiveSection):
+    """Ratings of attributes, one output of the head for each name in `data.attributes`."""
+
+    type: Literal["regression"] = "regression"
+    """The method."""
+    weights: str | dict[str, float] | None = None
+    """How the attributes become one reward: a published set by name, a mapping from attribute to weight, or None for their mean."""
+
+    def outputs(self, attributes: tuple[str, ...]) -> tuple[str, ...]:
+        return attributes
+
+    def reward_weights(self, outputs: tuple[str, ...]) -> tuple[float, ...]:
+        if self.weights is None:
+            return (1.0 / len(outputs),) * len(outputs)
+        named = weight_set(self.weights) if isinstance(self.weights, str) else self.weights
+        unknown = sorted(set(named) - set(outputs))
+        if unknown:
+            raise ConfigError(
+                f"objective.weights names {', '.join(unknown)}; the attributes are {', '.join(outputs) or 'none'}",
+                remedy="add them to data.attributes, or choose other weights",
+            )
+        return tuple(float(named.get(name, 0.0)) for name in outputs)
+
+    def check(self, data: LabelFacts) -> None:
+        if not data.attributes:
+            raise ConfigError(
+                "objective regression needs ratings and data.attributes is empty",
+                remedy="name the attributes to learn, for example data.attributes=[helpfulness,correctness]",
+            )
+        if data.num_unrated:
+            raise ConfigError(
+                f"objective regression needs ratings; {data.num_unrated} rows have none of {', '.join(data.attributes)}",
+                remedy="use rated data only, or an objective that learns from rankings",
+            )
+        self.reward_weights(self.outputs(data.attributes))
+
+
+def regression(outputs: Tensor, labels: Sequence[Labels], config: RegressionObjective, attributes: tuple[str, ...]) -> ObjectiveOutput:
+    """Masked squared error: sum over the given ratings of (prediction - rating)^2; missing ratings are left out of sum and count.
+
+    HelpSteer2 and Nemotron-4-340B-Reward (arXiv 2406.08673, 2406.11704), divided by the count of the whole step, not micro-batch
+    by micro-batch.
+
+    Args:
+        outputs: float32 [N, A].
+    """
+    import numpy as np
+    import torch
+
+    weights = torch.tensor(config.reward_weights(attributes), dtype=torch.float32, device=outputs.device)
+    metrics = ranking_sums((outputs.detach() @ weights), labels)
+    if not labels:
+        return ObjectiveOutput(loss_sum=outputs.sum() * 0.0, metrics=metrics)
+    ratings, weight = ratings_of(labels)
+    # Masked before the difference: NaN times 0 is NaN.
+    known = torch.from_numpy(~np.isnan(ratings)).to(outputs.device)
+    target = torch.from_numpy(np.nan_to_num(ratings, nan=0.0)).to(outputs.device)
+    error = torch.where(known, outputs - target, torch.zeros_like(outputs))
+    return ObjectiveOutput(loss_sum=(torch.from_numpy(weight).to(outputs.device)[:, None] * error**2).sum(), metrics=metrics)
+
+
+def regression_count(labels: Sequence[Labels], config: RegressionObjective) -> float:
+    """Number of given ratings, weighted by their comparisons."""
+    import numpy as np
+
+    if not labels:
+        return 0.0
+    ratings, weight = ratings_of(labels)
+    return float((~np.isnan(ratings) * weight[:, None].astype(np.float64)).sum())
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+LossFunction = Callable[["Tensor", Sequence["Labels"], Any, tuple[str, ...]], ObjectiveOutput]
+CountFunction = Callable[[Sequence["Labels"], Any], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        settings: the `objective:` block of the configuration.
+        loss: sums over a micro-batch from its outputs.
+        count: what the loss sum of a micro-batch contributes to the divisor; from the labels alone, because the loop needs it first.
+    """
+
+    settings: type[ObjectiveSection]
+    loss: LossFunction
+    count: CountFunction
+
+
+OBJECTIVES: dict[str, Method] = {
+    "bradley_terry": Method(BradleyTerryObjective, bradley_terry, bradley_terry_count),
+    "plackett_luce": Method(PlackettLuceObjective, plackett_luce, plackett_luce_count),
+    "regression": Method(RegressionObjective, regression, regression_count),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """An objective with its settings bound."""
+    """An objective with its settings bound.
 
-    config: BradleyTerryObjective
+    Attributes:
+        attributes: names of the columns of `Labels.attributes`.
+    """
 
-    def loss(self, rewards: Tensor, labels: Sequence[Labels]) -> ObjectiveOutput:
-        return OBJECTIVES[self.config.type][0](rewards, labels, self.config)
+    config: ObjectiveSection
+    attributes: tuple[str, ...] = ()
+
+    def loss(self, outputs: Tensor, labels: Sequence[Labels]) -> ObjectiveOutput:
+        return OBJECTIVES[self.config.type].loss(outputs, labels, self.config, self.attributes)
 
     def count(self, labels: Sequence[Labels]) -> float:
-        return OBJECTIVES[self.config.type][1](labels, self.config)
-
-
-def ranking_metrics(sums: Sequence[float]) -> dict[str, float]:
-    """Turn summed `METRIC_SUMS` into accuracy, margin, reward mean and spread (population standard deviation)."""
-    named = dict(zip(METRIC_SUMS, sums, strict=True))
-    pairs, rewards = max(named["pairs"], 1.0), max(named["rewards"], 1.0)
-    mean = named["reward"] / rewards
-    return {
-        "accuracy": named["correct"] / pairs,
-        "tied": named["tied"] / pairs,
-        "margin": named["margin"] / pairs,
-        "reward_mean": mean,
-        "reward_std": max(named["reward_squared"] / rewards - mean * mean, 0.0) ** 0.5,
-    }
+        return OBJECTIVES[self.config.type].count(labels, self.config)

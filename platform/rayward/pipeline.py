@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,9 +14,10 @@ from rich.console import Console
 from rayward import storage
 from rayward.cluster import connect
 from rayward.config import Config, DataConfig, ScoringConfig, dump_config
-from rayward.errors import ConfigError, RaywardError
+from rayward.errors import ConfigError, DataError, RaywardError
 
 if TYPE_CHECKING:
+    from rayward.contract import Normalise, Normaliser
     from rayward.data.manifest import PreparedData
     from rayward.evaluation.results import Evaluation
     from rayward.training.trainer import TrainResult
@@ -37,7 +40,9 @@ def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) 
     judged = None
     if evaluation and manifest.num_validation:
         gpus = min(config.training.gpus_per_worker, 1.0)
-        judged = evaluate_pipeline(str(output), [prepared.directory], f"{output}-evaluation", data_config=config.data, gpus_per_scorer=gpus)
+        folder = f"{output}-evaluation"
+        judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, gpus_per_scorer=gpus)
+        _normalise_by_evaluation(output, Path(folder))
     _write_card(config, prepared, output, judged)
     console.print(f"model: {output}\nmetrics: {result.location}/metrics.jsonl\nmodel card: {output}/README.md")
     return result
@@ -68,6 +73,7 @@ def evaluate_pipeline(
     gpus_per_scorer: float = 0.0,
     tokens_per_batch: int = 8192,
     verify: bool = True,
+    weights: str | None = None,
 ) -> Evaluation:
     """Evaluate a model on raw files or on one prepared directory and print the table."""
     connect()
@@ -87,18 +93,28 @@ def evaluate_pipeline(
         gpus_per_actor=gpus_per_scorer,
         tokens_per_batch=tokens_per_batch,
         verify=verify,
+        weights=weights,
     )
     print_table(result)
     console.print(f"evaluation: {output}/report.html\nplots: {output}/plots")
     return result
 
 
-def score_lines(model: str, lines: Iterable[str], *, device: str, tokens_per_batch: int, verify: bool) -> Iterator[dict[str, Any]]:
+def score_lines(
+    model: str,
+    lines: Iterable[str],
+    *,
+    device: str,
+    tokens_per_batch: int,
+    verify: bool,
+    weights: str | None = None,
+    normalise: Normalise = "raw",
+) -> Iterator[dict[str, Any]]:
     """Score JSON lines with the scorer that serving uses; a line that is no valid item gets an error of its own."""
+    from rayward.scoring.loading import load_scored_model
     from rayward.scoring.rules import Limits, parse_request
-    from rayward.scoring.scorer import Scorer
 
-    scorer = Scorer.load(model, device=cast(Any, device), tokens_per_batch=tokens_per_batch, verify=verify)
+    scorer = load_scored_model(model, device=cast(Any, device), tokens_per_batch=tokens_per_batch, verify=verify)
     limits = Limits.of(ScoringConfig())
     for line in lines:
         if not line.strip():
@@ -108,11 +124,58 @@ def score_lines(model: str, lines: Iterable[str], *, device: str, tokens_per_bat
         except RaywardError as exc:
             yield {"error": {"code": "invalid_item", "message": exc.problem}}
             continue
-        (result,) = scorer.score([item])
+        (result,) = scorer.score([replace(item, weights=weights, normalise=normalise)])
         if result.error is not None:
             yield {"error": {"code": result.error.code, "message": result.error.message}}
+        elif result.outputs is not None:
+            yield {"rewards": result.rewards, "outputs": [dict(zip(scorer.facts.outputs, row, strict=True)) for row in result.outputs]}
         else:
             yield {"rewards": result.rewards}
+
+
+def normalise_pipeline(model: str, items: Iterable[str], *, reference: str, device: str, tokens_per_batch: int) -> Normaliser:
+    """Mean and deviation of the rewards of a reference set, stored in the model's contract (the model's version stays).
+
+    Raises:
+        DataError: a line has no reward, or fewer than two are left.
+    """
+    rewards: list[float] = []
+    for number, result in enumerate(score_lines(model, items, device=device, tokens_per_batch=tokens_per_batch, verify=True), 1):
+        if "error" in result:
+            raise DataError(f"item {number} of {reference} has no reward: {result['error']['message']}", remedy="correct or remove it")
+        rewards += result["rewards"]
+    return _store_normaliser(Path(model), rewards, reference)
+
+
+def merge_pipeline(output: Path, models: Sequence[str], weights: Sequence[float]) -> Path:
+    """Merge exported models, recompute the golden scores with the merged one, and verify it."""
+    from rayward.contract import Contract
+    from rayward.model.merge import merge
+    from rayward.scoring.scorer import Scorer
+
+    golden = Contract.load(Path(models[-1])).golden
+    contract = merge([Path(model) for model in models], list(weights), output)
+    rescored = Scorer.load(output, verify=False).golden_scores(golden)
+    contract.model_copy(update={"golden": rescored}).save(output)
+    Scorer.load(output, verify=True)
+    return output
+
+
+def _store_normaliser(model: Path, rewards: Sequence[float], reference: str) -> Normaliser:
+    from rayward.contract import Contract, Normaliser
+    from rayward.scoring.combining import ENSEMBLE_FILE, IMPLICIT_FILE, EnsembleRule
+    from rayward.scoring.implicit import ImplicitRule
+
+    std = statistics.pstdev(rewards) if rewards else 0.0
+    if not std > 0:
+        raise DataError(
+            f"{reference} gives {len(rewards)} rewards without spread; the rule is two different ones", remedy="use a larger reference set"
+        )
+    normaliser = Normaliser(mean=statistics.fmean(rewards), std=std, num_rewards=len(rewards), reference=reference)
+    kinds: dict[str, type[EnsembleRule] | type[ImplicitRule]] = {ENSEMBLE_FILE: EnsembleRule, IMPLICIT_FILE: ImplicitRule}
+    kind = next((found for name, found in kinds.items() if (model / name).is_file()), Contract)
+    kind.load(model).model_copy(update={"normaliser": normaliser}).save(model)
+    return normaliser
 
 
 def _default_export(config: Config) -> Path:
@@ -132,6 +195,15 @@ def _export_and_verify(config: Config, result: TrainResult, output: Path) -> Non
     contract = export(config, result.prepared, result.checkpoint, result.job.store, output)
     Scorer.load(str(output), verify=True)
     console.print(f"exported step {result.checkpoint.commit.step}; {len(contract.golden)} golden scores of the training forward agree")
+
+
+def _normalise_by_evaluation(model: Path, evaluation: Path) -> None:
+    # Bradley-Terry rewards have no zero of their own: every trained model leaves with statistics of its held-out completions.
+    from rayward.evaluation.evaluate import SCORES_FILE, read_scores
+
+    rewards = [reward for record in read_scores(evaluation / SCORES_FILE) for reward in record.rewards or ()]
+    if len(set(rewards)) > 1:
+        _store_normaliser(model, rewards, "completions of the held-out rows")
 
 
 def _write_card(config: Config, prepared: PreparedData, output: Path, evaluation: Evaluation | None) -> None:

@@ -42,7 +42,6 @@ def make_prepared(directory: Path) -> PreparedData:
         total_train_tokens_unshared=1,
         length_histogram={},
         max_completions=3,
-        num_attributes=0,
         sources={"test": 24},
     )
     (directory / MANIFEST_FILE).write_text(manifest.model_dump_json())

@@ -52,18 +52,26 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed:
     return LlamaForSequenceClassification(config).eval()
 
 
-def make_export(directory: Path, *, seed: int = 0, golden_shift: float = 0.0) -> Path:
+def make_export(
+    directory: Path,
+    *,
+    seed: int = 0,
+    golden_shift: float = 0.0,
+    outputs: tuple[str, ...] = ("reward",),
+    reward_weights: tuple[float, ...] = (1.0,),
+    max_shard_size: str = "1GB",
+) -> Path:
     """Write model, tokenizer and contract to `directory`; `golden_shift` falsifies the golden rewards."""
     directory.mkdir(parents=True)
     tokenizer = make_tokenizer(directory)
-    model = make_model(tokenizer, seed=seed)
-    model.save_pretrained(directory)
-    contract = Contract.from_tokenizer(tokenizer, max_tokens=MAX_TOKENS)
+    model = make_model(tokenizer, seed=seed, num_labels=len(outputs))
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    contract = Contract.from_tokenizer(tokenizer, max_tokens=MAX_TOKENS).for_head(outputs, reward_weights)
     golden = []
     for prompt, completion in CONVERSATIONS:
         ids = Encoder(contract, tokenizer).encode(prompt, completion)
-        reward = plain_reward(model, ids) + golden_shift
-        golden.append(GoldenScore(prompt=prompt, completion=completion, token_ids=tuple(ids), reward=(reward,)))
+        values = tuple(value + golden_shift for value in plain_outputs(model, ids))
+        golden.append(GoldenScore(prompt=prompt, completion=completion, token_ids=tuple(ids), reward=values))
     contract.model_copy(
         update={
             "golden": tuple(golden),
@@ -76,5 +84,10 @@ def make_export(directory: Path, *, seed: int = 0, golden_shift: float = 0.0) ->
 
 def plain_reward(model: LlamaForSequenceClassification, ids: list[int]) -> float:
     """What plain Transformers gives for one unpadded conversation."""
+    return plain_outputs(model, ids)[0]
+
+
+def plain_outputs(model: LlamaForSequenceClassification, ids: list[int]) -> tuple[float, ...]:
+    """All outputs of the head for one unpadded conversation."""
     with torch.inference_mode():
-        return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+        return tuple(model(input_ids=torch.tensor([ids])).logits[0].tolist())

@@ -25,7 +25,13 @@ CLUSTER, DOCS = ROOT / "cluster", ROOT / "docs"
 LAUNCHER_FILES = ("aws.yaml", "local.yaml")
 IMAGE_ROOT = "/home/ray/rayward/"
 PAGES = sorted([*DOCS.glob("*.md"), CLUSTER / "README.md"])
-OPENRLHF_KEYS = {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"}
+KEYS: dict[str, dict[str, Any]] = {
+    "openrlhf": {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"},
+    "ultrafeedback": {"attributes": ["overall_score"], "rank_by": "overall_score"},
+    "helpsteer2": {"attributes": ["helpfulness"]},
+    "pointwise": {"attributes": ["label"]},
+}
+"""Settings that the example of a format is shown with."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -202,11 +208,14 @@ def test_every_format_has_an_example_that_it_reads() -> None:
     examples = dict(json_blocks("data.md"))
     assert set(examples) == set(FORMATS)
     for name, row in examples.items():
-        config = parse_config(OPENRLHF_KEYS if name == "openrlhf" else {}, DataConfig)
+        config = parse_config(KEYS.get(name, {}), DataConfig)
         chosen, options = choose_format([row], config, where=name, source=name)
         assert chosen == name
         comparison: Comparison = FORMATS[name].adapt(row, options)
         validate(comparison, ties="quarantine")
+        if name in ("helpsteer2", "pointwise"):
+            assert (comparison.completions, comparison.ranks) == (("Seven.",), None)
+            continue
         assert comparison.ranks is not None
         assert comparison.completions[comparison.ranks.index(min(comparison.ranks))] == "Seven."
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayward.config import BradleyTerryObjective
 from rayward.data.packing import Labels
 from rayward.errors import ConfigError
-from rayward.objectives import METRIC_SUMS, OBJECTIVES, Objective, ranking_metrics
+from rayward.objectives import BradleyTerryObjective, Objective
+from rayward.ranking import METRIC_SUMS, ranking_metrics
 
 
 def ranked(*ranks: float, margin: float = math.nan, weight: float = 1.0) -> Labels:
@@ -217,7 +217,3 @@ def test_metrics_by_hand() -> None:
 def test_a_comparison_without_a_ranking_is_refused() -> None:
     with pytest.raises(ConfigError, match="without a ranking"):
         mean_loss(column(1.0, 0.0), [Labels(attributes=np.zeros((2, 3), dtype=np.float32))])
-
-
-def test_the_table_knows_every_type_of_the_configuration() -> None:
-    assert set(OBJECTIVES) == {BradleyTerryObjective().type}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -41,6 +41,8 @@ class BadRow(StrEnum):
     NON_FINITE_MARGIN = "non_finite_margin"
     UNKNOWN_ROLE = "unknown_role"
     BAD_RANKING = "bad_ranking"
+    BAD_RATING = "bad_rating"
+    NO_RATING = "no_rating"
     BAD_TEXT = "bad_text"
     TOO_LONG = "too_long"
     TEMPLATE_REJECTED = "template_rejected"
@@ -68,9 +70,10 @@ class Comparison:
         prompt: the shared turns, ending with a user (or tool) turn; never empty.
         completions: K final assistant turns.
         ranks: K numbers, lower is better, equal numbers tie; None when only attributes are known.
-        margin: how much better the best of a pair is (Llama 2, arXiv 2307.09288 section 3.2.2), else None.
+        margin: gap that the data asks of a pair (Llama 2, arXiv 2307.09288 section 3.2.2), else None.
+        strength: how strong the preference of a pair is, in the source's own scale (HelpSteer: 1 slightly .. 3 much better), else None.
         weight: weight of the comparison in the loss.
-        attributes: K rows of ratings in a fixed order (NaN = missing), else None.
+        attributes: K rows of ratings in the order of `data.attributes` (NaN = missing), else None.
     """
 
     id: str
@@ -79,6 +82,7 @@ class Comparison:
     completions: tuple[str, ...]
     ranks: tuple[float, ...] | None = None
     margin: float | None = None
+    strength: float | None = None
     weight: float = 1.0
     attributes: tuple[tuple[float, ...], ...] | None = None
 
@@ -108,6 +112,23 @@ def dense_ranks(ranks: Sequence[float]) -> list[int]:
     """Ranks renumbered 0, 1, 2, … without gaps; ties keep a common number."""
     levels = {value: index for index, value in enumerate(sorted(set(ranks)))}
     return [levels[value] for value in ranks]
+
+
+def ranked_by(comparison: Comparison, column: int, name: str) -> Comparison:
+    """The comparison with its completions ranked by one attribute, the highest rating first.
+
+    Raises:
+        RowRejected: a completion has no such rating, or there is nothing to rank.
+    """
+    if len(comparison.completions) < 2:
+        raise RowRejected(BadRow.BAD_RANKING, f"one completion alone cannot be ranked by {name!r} (data.rank_by)")
+    if comparison.attributes is None:
+        raise RowRejected(BadRow.NO_RATING, f"the row has no ratings, and data.rank_by is {name!r}")
+    ratings = [row[column] for row in comparison.attributes]
+    if any(math.isnan(rating) for rating in ratings):
+        raise RowRejected(BadRow.BAD_RANKING, f"a completion has no rating {name!r}, by which data.rank_by ranks")
+    gap = abs(ratings[0] - ratings[1]) if len(ratings) == 2 else comparison.strength
+    return replace(comparison, ranks=tuple(-rating for rating in ratings), strength=gap)
 
 
 def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
@@ -151,10 +172,14 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin {comparison.margin} is not finite")
     if not (math.isfinite(comparison.weight) and comparison.weight >= 0):
         raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
+    if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
+        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
     ranks = comparison.ranks
     if ranks is None:
         if comparison.attributes is None:
             raise RowRejected(BadRow.MISSING_FIELD, "neither a ranking nor attribute ratings are given")
+        if all(math.isnan(rating) for ratings in comparison.attributes for rating in ratings):
+            raise RowRejected(BadRow.NO_RATING, "there is no ranking, and every rating of data.attributes is missing")
         return
     if len(ranks) != num_completions or not all(math.isfinite(rank) for rank in ranks):
         raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions, or one is not finite")
@@ -174,6 +199,7 @@ PREPARED_SCHEMA = pa.schema(
         pa.field("branch_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # K lists, each ends with the scored token
         pa.field("ranks", pa.list_(pa.float32())),
         pa.field("margin", pa.float32()),
+        pa.field("strength", pa.float32()),
         pa.field("weight", pa.float32(), nullable=False),
         pa.field("attributes", pa.list_(pa.list_(pa.float32()))),
         pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -22,9 +22,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayward import storage
 from rayward.errors import DataError
+from rayward.section import LabelFacts
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 LENGTH_BIN = 32
 """Width of one histogram bin in tokens; a bin is named by its upper bound, inclusive."""
 
@@ -39,6 +40,8 @@ class SplitStats(BaseModel):
         longer_wins, shorter_wins, equal_length: pairs with a winner, by which one has more tokens.
         tied_pairs: pairs of equal rank.
         truncated: rows in which at least one conversation lost its oldest turns.
+        num_unranked, num_unrated, num_without_strength: rows without ranks, without a single rating, without a strength.
+        weakest, strongest: range of the strengths, None without any.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,7 +51,11 @@ class SplitStats(BaseModel):
     longest_comparison: int = 0
     longest_conversation: int = 0
     max_completions: int = 0
-    num_attributes: int = 0
+    num_unranked: int = 0
+    num_unrated: int = 0
+    num_without_strength: int = 0
+    weakest: float | None = None
+    strongest: float | None = None
     lengths: dict[int, int] = {}
     prompt_lengths: dict[int, int] = {}
     completion_lengths: dict[int, int] = {}
@@ -64,11 +71,11 @@ class SplitStats(BaseModel):
         """Sums over prepared rows; `table` has the columns of PREPARED_SCHEMA and `truncated`."""
         stats = cls()
         lengths, prompts, completions, sources = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
-        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "source", "truncated")]
+        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "source", "truncated")]
         prefixes = _sizes(table.column("prefix_ids"))
         flat = iter(_sizes(pc.list_flatten(table.column("branch_ids"))))
         branches = [[next(flat) for _ in range(count)] for count in _sizes(table.column("branch_ids"))]
-        for prefix, branch, ranks, attributes, source, truncated in zip(prefixes, branches, *columns, strict=True):
+        for prefix, branch, ranks, attributes, strength, source, truncated in zip(prefixes, branches, *columns, strict=True):
             shared = prefix + sum(branch)
             stats.num_rows += 1
             stats.tokens += shared
@@ -76,7 +83,11 @@ class SplitStats(BaseModel):
             stats.longest_comparison = max(stats.longest_comparison, shared)
             stats.longest_conversation = max(stats.longest_conversation, prefix + max(branch))
             stats.max_completions = max(stats.max_completions, len(branch))
-            stats.num_attributes = max(stats.num_attributes, len(attributes[0]) if attributes else 0)
+            stats.num_unranked += ranks is None
+            stats.num_unrated += attributes is None or all(math.isnan(rating) for row in attributes for rating in row)
+            stats.num_without_strength += strength is None
+            stats.weakest = _extreme(min, stats.weakest, strength)
+            stats.strongest = _extreme(max, stats.strongest, strength)
             stats.truncated += bool(truncated)
             lengths[bin_of(shared)] += 1
             prompts[bin_of(prefix)] += 1
@@ -109,7 +120,9 @@ class SplitStats(BaseModel):
                 mine = getattr(total, name)
                 if isinstance(value, dict):
                     setattr(total, name, dict(Counter(mine) + Counter(value)))
-                elif name.startswith(("longest", "max", "num_attributes")):
+                elif name in ("weakest", "strongest"):
+                    setattr(total, name, _extreme(min if name == "weakest" else max, mine, value))
+                elif name.startswith(("longest", "max")):
                     setattr(total, name, max(mine, value))
                 else:
                     setattr(total, name, mine + value)
@@ -122,6 +135,12 @@ class SplitStats(BaseModel):
 def bin_of(tokens: int) -> int:
     """Upper bound of the histogram bin, e.g. 1..32 -> 32, 33..64 -> 64; 0 -> 0."""
     return math.ceil(tokens / LENGTH_BIN) * LENGTH_BIN
+
+
+def _extreme(choose: Callable[[float, float], float], mine: float | None, value: float | None) -> float | None:
+    if mine is None or value is None:
+        return value if mine is None else mine
+    return choose(mine, value)
 
 
 def _sizes(column: pa.ChunkedArray) -> list[int]:
@@ -138,7 +157,7 @@ class ShardEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Counts of a prepared directory. num_input_rows = num_train + num_validation + sum(num_quarantined.values()).
+    """Counts of a prepared directory. num_input_rows = num_train + num_validation + num_merged + sum(num_quarantined.values()).
 
     Attributes:
         num_quarantined: rows by reason (values of `BadRow`).
@@ -146,7 +165,8 @@ class Manifest(BaseModel):
         longest_conversation_tokens: over both splits, prefix and the longest branch; at most the contract's `max_tokens`.
         total_train_tokens: prefix once and branches; total_train_tokens_unshared: the prefix once per completion.
         length_histogram: train rows by upper bound of tokens (see `LENGTH_BIN`).
-        num_attributes: attributes per completion, 0 where there are none.
+        num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`).
+        attributes: names of the ratings, in order; the fields after it: see `SplitStats`, over both splits.
         sources: train rows by source.
     """
 
@@ -156,6 +176,7 @@ class Manifest(BaseModel):
     num_input_rows: int
     num_train: int
     num_validation: int
+    num_merged: int = 0
     num_quarantined: dict[str, int]
     train_shards: tuple[ShardEntry, ...]
     validation_shards: tuple[ShardEntry, ...]
@@ -165,8 +186,25 @@ class Manifest(BaseModel):
     total_train_tokens_unshared: int
     length_histogram: dict[int, int]
     max_completions: int
-    num_attributes: int
+    attributes: tuple[str, ...] = ()
+    num_unranked: int = 0
+    num_unrated: int = 0
+    num_without_strength: int = 0
+    weakest: float | None = None
+    strongest: float | None = None
     sources: dict[str, int]
+
+    def label_facts(self) -> LabelFacts:
+        """What an objective needs to know about the labels."""
+        return LabelFacts(
+            attributes=self.attributes,
+            num_unranked=self.num_unranked,
+            num_unrated=self.num_unrated,
+            num_without_strength=self.num_without_strength,
+            weakest=self.weakest,
+            strongest=self.strongest,
+            max_completions=self.max_completions,
+        )
 
 
 @dataclass(frozen=True, slots=True)

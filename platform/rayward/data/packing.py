@@ -30,15 +30,23 @@ class Labels:
 
     Attributes:
         ranks: float32 [K], lower is better, equal numbers tie; None without a ranking.
-        margin: of a pair; NaN when unknown.
+        margin: gap that the data asks of a pair; NaN when unknown.
+        strength: how strong the preference of a pair is, in the data's own scale; NaN when unknown.
         weight: weight of the comparison in the loss.
         attributes: float32 [K, A] ratings, NaN where missing; None without ratings.
     """
 
     ranks: Float32 | None = None
     margin: float = math.nan
+    strength: float = math.nan
     weight: float = 1.0
     attributes: Float32 | None = None
+
+    @property
+    def num_completions(self) -> int:
+        """K, or 0 when nothing is known."""
+        known = self.ranks if self.ranks is not None else self.attributes
+        return 0 if known is None else len(known)
 
 
 @dataclass(frozen=True, slots=True)

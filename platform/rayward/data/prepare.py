@@ -94,7 +94,7 @@ def prepare(config: Config) -> PreparedData:
     connect()
     with _workspace(directory) as workspace, _data_context():
         outcome = _run(config, inputs, formats, units, workspace)
-        manifest = _manifest(inputs.fingerprint, outcome)
+        manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory)
         if problem is None:
@@ -132,7 +132,15 @@ def _run(
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
     adaptation = steps.Adaptation(formats, config.data.ties, buckets)
     fraction = 0.0 if config.data.validation else config.data.validation_fraction
-    policy = steps.Policy(config.run.seed, fraction, config.data.too_long)
+    rank_by = config.data.rank_by
+    policy = steps.Policy(
+        config.run.seed,
+        fraction,
+        config.data.too_long,
+        config.data.ties,
+        config.data.merge_prompts,
+        None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
+    )
     encoder = ray.put((inputs.contract, inputs.tokenizer))
     encoded = (
         ray.data.from_items([{"unit": index} for index in range(len(units))], override_num_blocks=len(units))
@@ -148,7 +156,8 @@ def _run(
     if tally.damaged:
         raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
     used, quarantined = tally.splits.total(), tally.quarantined.total()
-    assert tally.read == used + quarantined, f"{tally.read} rows were read, {used} used and {quarantined} quarantined"
+    counted = f"{tally.read} rows were read, {used} used, {tally.num_merged} merged into them and {quarantined} quarantined"
+    assert tally.read == used + tally.num_merged + quarantined, counted
     examples = _write_quarantine(encoded, tally.quarantined, workspace)
     shards: dict[str, tuple[ShardEntry, ...]] = {}
     stats: dict[str, SplitStats] = {}
@@ -260,7 +269,7 @@ def _write_quarantine(encoded: ray.data.Dataset, counts: Counter[str], workspace
 # ---- results ----------------------------------------------------------------------------------------------------
 
 
-def _manifest(fingerprint: str, outcome: _Outcome) -> Manifest:
+def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
     train, validation = outcome.stats["train"], outcome.stats["validation"]
     both = SplitStats.merged([train, validation])
     return Manifest(
@@ -268,6 +277,7 @@ def _manifest(fingerprint: str, outcome: _Outcome) -> Manifest:
         num_input_rows=outcome.tally.read,
         num_train=outcome.tally.splits["train"],
         num_validation=outcome.tally.splits["validation"],
+        num_merged=outcome.tally.num_merged,
         num_quarantined=dict(sorted(outcome.tally.quarantined.items())),
         train_shards=outcome.shards["train"],
         validation_shards=outcome.shards["validation"],
@@ -277,7 +287,12 @@ def _manifest(fingerprint: str, outcome: _Outcome) -> Manifest:
         total_train_tokens_unshared=train.tokens_unshared,
         length_histogram=train.lengths,
         max_completions=both.max_completions,
-        num_attributes=both.num_attributes,
+        attributes=config.data.attributes,
+        num_unranked=both.num_unranked,
+        num_unrated=both.num_unrated,
+        num_without_strength=both.num_without_strength,
+        weakest=both.weakest,
+        strongest=both.strongest,
         sources=train.sources,
     )
 
@@ -314,6 +329,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         ignored_files=inputs.ignored,
         formats=Counter(name for name, _ in formats.values()),
         overlap=outcome.tally.overlap,
+        num_merged=outcome.tally.num_merged,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")

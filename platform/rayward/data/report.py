@@ -24,7 +24,9 @@ MEANING: dict[BadRow, str] = {
     BadRow.TIE: "no completion is better (data.ties: keep would train it)",
     BadRow.NON_FINITE_MARGIN: "the margin is NaN or infinite",
     BadRow.UNKNOWN_ROLE: "a turn's role is not system, user, assistant or tool",
-    BadRow.BAD_RANKING: "ranks do not fit the completions, or contradict the scores",
+    BadRow.BAD_RANKING: "ranks do not fit the completions, contradict the scores, or are missing",
+    BadRow.BAD_RATING: "a rating lies outside data.attribute_range, is no number, or does not fit the completions",
+    BadRow.NO_RATING: "there is no ranking, and every rating is missing",
     BadRow.BAD_TEXT: "a text holds a NUL byte or a lone surrogate",
     BadRow.TOO_LONG: "the conversation does not fit model.max_tokens",
     BadRow.TEMPLATE_REJECTED: "the chat template refuses the conversation",
@@ -47,6 +49,7 @@ def build_report(
     ignored_files: Sequence[str],
     formats: Mapping[str, int],
     overlap: int,
+    num_merged: int = 0,
 ) -> dict[str, Any]:
     """Collect what `report.json` says.
 
@@ -54,6 +57,7 @@ def build_report(
         examples: by reason, some quarantine records.
         formats: number of files by format.
         overlap: prompts that stand in train and in validation.
+        num_merged: rows whose completions stand in another row's comparison.
     """
     both = SplitStats.merged([train, validation])
     return {
@@ -61,7 +65,10 @@ def build_report(
         "num_input_rows": num_input_rows,
         "num_train": train.num_rows,
         "num_validation": validation.num_rows,
+        "num_merged": num_merged,
         "num_quarantined": dict(sorted(quarantined.items())),
+        "unranked": both.num_unranked,
+        "unrated": both.num_unrated,
         "duplicates": quarantined.get(BadRow.DUPLICATE, 0),
         "contradictions": quarantined.get(BadRow.CONTRADICTION, 0),
         "ties_quarantined": quarantined.get(BadRow.TIE, 0),
@@ -107,6 +114,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         ("rows read", f"{report['num_input_rows']:,}", ""),
         ("train", f"{report['num_train']:,}", "comparisons"),
         ("validation", f"{report['num_validation']:,}", "comparisons"),
+        *([("merged", f"{report['num_merged']:,}", "rows into comparisons of their prompt")] if report["num_merged"] else []),
         ("quarantined", f"{quarantined:,}", f"{quarantined / max(1, report['num_input_rows']):.1%} of the rows"),
         ("longer wins", "none" if share is None else f"{share:.1%}", "of pairs of unequal length; 50% is no bias"),
         ("tokens", f"{report['tokens']:,}", f"{report['tokens_saved_by_sharing']:.1%} saved by sharing the prompt"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 from rayward.data.packing import EncodedComparison, Labels, Layout, PackedBatch, pack, plan_step
 from rayward.errors import StreamOrderError
 
-STREAM_COLUMNS = ["row", "id", "prefix_ids", "branch_ids", "ranks", "margin", "weight", "attributes"]
+STREAM_COLUMNS = ["row", "id", "prefix_ids", "branch_ids", "ranks", "margin", "strength", "weight", "attributes"]
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -22,11 +22,12 @@ SHARE_SCHEMA = pa.schema(
         pa.field("rank", pa.int32()),
         pa.field("world_size", pa.int32()),
         pa.field("num_microbatches", pa.int32()),
-        pa.field("ids", pa.list_(pa.string())),  # per comparison, as the next five
+        pa.field("ids", pa.list_(pa.string())),  # per comparison, as the next six
         pa.field("microbatch", _INTS),
         pa.field("prefix_length", _INTS),
         pa.field("num_completions", _INTS),
         pa.field("margin", _FLOATS),
+        pa.field("strength", _FLOATS),
         pa.field("weight", _FLOATS),
         pa.field("branch_length", _INTS),  # per completion, as the next
         pa.field("ranks", _FLOATS),
@@ -63,6 +64,7 @@ def comparisons_from_table(table: pa.Table) -> list[EncodedComparison]:
                 labels=Labels(
                     ranks=None if row["ranks"] is None else np.array(row["ranks"], dtype=np.float32),
                     margin=float("nan") if row["margin"] is None else row["margin"],
+                    strength=float("nan") if row["strength"] is None else row["strength"],
                     weight=row["weight"],
                     attributes=None if row["attributes"] is None else np.array(row["attributes"], dtype=np.float32),
                 ),
@@ -98,8 +100,12 @@ def _share_row(
     branches = [branch for _, c in members for branch in c.branch_ids]
     pieces = [piece for _, c in members for piece in (c.prefix_ids, *c.branch_ids)]
     ranks = [np.full(c.num_completions, np.nan, np.float32) if c.labels.ranks is None else c.labels.ranks for _, c in members]
-    attributes = [c.labels.attributes for _, c in members if c.labels.attributes is not None]
-    complete = len(attributes) == len(members) and len(members) > 0
+    # A comparison without ratings stands among rated ones as missing ratings.
+    num_attributes = max((c.labels.attributes.shape[1] for _, c in members if c.labels.attributes is not None), default=0)
+    attributes = [
+        np.full((c.num_completions, num_attributes), np.nan, np.float32) if c.labels.attributes is None else c.labels.attributes
+        for _, c in members
+    ]
     return {
         "step": step,
         "rank": rank,
@@ -110,12 +116,13 @@ def _share_row(
         "prefix_length": [len(c.prefix_ids) for _, c in members],
         "num_completions": [c.num_completions for _, c in members],
         "margin": [c.labels.margin for _, c in members],
+        "strength": [c.labels.strength for _, c in members],
         "weight": [c.labels.weight for _, c in members],
         "branch_length": [len(branch) for branch in branches],
         "ranks": np.concatenate(ranks) if ranks else [],
         "tokens": np.concatenate(pieces) if pieces else [],
-        "num_attributes": attributes[0].shape[1] if complete else 0,
-        "attributes": np.concatenate(attributes).reshape(-1) if complete else [],
+        "num_attributes": num_attributes,
+        "attributes": np.concatenate(attributes).reshape(-1) if num_attributes else [],
     }
 
 
@@ -136,6 +143,7 @@ def read_share(table: pa.Table, *, layout: Layout, pad_token_id: int) -> StepSha
         labels = Labels(
             ranks=None if np.isnan(ranks).any() else ranks,
             margin=row["margin"][index],
+            strength=row["strength"][index],
             weight=row["weight"][index],
             attributes=ratings.reshape(count, num_attributes) if num_attributes else None,
         )

@@ -22,10 +22,12 @@ from rayward.data.comparison import (
     RowRejected,
     dense_ranks,
     digest,
+    ranked_by,
     shared_prefix_length,
     validate,
 )
 from rayward.data.files import BATCH_ROWS, RawRow, ReadUnit, read_unit
+from rayward.data.records import dump_record, joined, load_record
 from rayward.data.sources import FORMATS, SourceOptions
 from rayward.errors import ContractError, DataError, TooLongError
 
@@ -34,7 +36,8 @@ RAW_LIMIT = 2000
 
 READ_SCHEMA = pa.schema(
     [
-        # row | total (number = rows of the unit) | damaged (detail = the fault of the file) | overlap (number = prompts in both splits)
+        # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
+        # file) | overlap (number = prompts in both splits)
         pa.field("kind", pa.string()),
         pa.field("role", pa.string()),
         pa.field("file", pa.string()),
@@ -90,11 +93,17 @@ class Policy:
         seed: seeds the split and the order.
         validation_fraction: share of prompts of the train sources that is held out.
         too_long: policy for conversations that lose turns.
+        ties: policy for completions of equal rank.
+        merge_prompts: unranked rows of one prompt become one comparison.
+        rank_by: column and name of the attribute that ranks what is unranked.
     """
 
     seed: int
     validation_fraction: float
     too_long: Literal["truncate", "quarantine"]
+    ties: Literal["quarantine", "keep"] = "quarantine"
+    merge_prompts: bool = False
+    rank_by: tuple[int, str] | None = None
 
 
 def read(unit: ReadUnit) -> Iterator[pa.Table]:
@@ -175,27 +184,6 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[:RAW_LIMIT]
 
 
-def dump_record(comparison: Comparison) -> str:
-    """The comparison as JSON, for the way between two steps."""
-    fields = (comparison.id, comparison.source, comparison.prompt, comparison.completions, comparison.ranks)
-    return json.dumps([*fields, comparison.margin, comparison.weight, comparison.attributes])
-
-
-def load_record(text: str) -> Comparison:
-    """Inverse of `dump_record`."""
-    name, source, prompt, completions, ranks, margin, weight, attributes = json.loads(text)
-    return Comparison(
-        id=name,
-        source=source,
-        prompt=tuple(prompt),
-        completions=tuple(completions),
-        ranks=None if ranks is None else tuple(ranks),
-        margin=margin,
-        weight=weight,
-        attributes=None if attributes is None else tuple(tuple(ratings) for ratings in attributes),
-    )
-
-
 def judge(table: pa.Table, policy: Policy) -> pa.Table:
     """Split by prompt; mark duplicates, contradictions and train rows whose prompt stands in validation.
 
@@ -230,11 +218,47 @@ def judge(table: pa.Table, policy: Policy) -> pa.Table:
     for index, key in enumerate(content):
         if key is not None and reasons[index] is None:
             splits[index] = "validation" if role[index] == "validation" or _held_out(prompt[index], policy) else "train"
-    for name, values in (("reason", reasons), ("detail", details), ("split", splits)):
+    kinds, texts = table.column("kind").to_pylist(), records.to_pylist()
+    if policy.merge_prompts or policy.rank_by is not None:
+        _join_unranked(_Rows(kinds, prompt, texts, splits, reasons, details), policy)
+    changed = {"kind": kinds, "record": texts, "reason": reasons, "detail": details, "split": splits}
+    for name, values in changed.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
     sides = {side: {key for key, split in zip(prompt, splits, strict=True) if split == side} for side in ("train", "validation")}
     overlap = {"kind": "overlap", "number": len(sides["train"] & sides["validation"]), "raw": ""}
     return pa.concat_tables([table, pa.Table.from_pylist([overlap], schema=ADAPTED_SCHEMA)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    # Columns of a bucket, changed in place.
+    kinds: list[str]
+    prompts: list[str | None]
+    records: list[str]
+    splits: list[str | None]
+    reasons: list[str | None]
+    details: list[str | None]
+
+
+def _join_unranked(rows: _Rows, policy: Policy) -> None:
+    groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, split in enumerate(rows.splits):
+        if split is not None and load_record(rows.records[index]).ranks is None:
+            groups[split, rows.prompts[index] if policy.merge_prompts else f"row {index}"].append(index)  # type: ignore[index]
+    for members in groups.values():
+        kept, *others = sorted(members, key=lambda index: rows.records[index])
+        comparison = joined([load_record(rows.records[index]) for index in (kept, *others)])
+        try:
+            if policy.rank_by is not None:
+                comparison = ranked_by(comparison, *policy.rank_by)
+            validate(comparison, ties=policy.ties)
+        except RowRejected as exc:
+            for index in members:
+                rows.splits[index], rows.reasons[index], rows.details[index] = None, exc.reason.value, _printable(exc.detail)
+            continue
+        rows.records[kept] = dump_record(comparison)
+        for index in others:
+            rows.kinds[index], rows.splits[index] = "merged", None
 
 
 def _held_out(prompt_key: str, policy: Policy) -> bool:
@@ -295,6 +319,7 @@ def _encoded(
         # Renumbered: fp32 would make ties of large ranks that differ by little.
         "ranks": None if comparison.ranks is None else dense_ranks(comparison.ranks),
         "margin": comparison.margin,
+        "strength": comparison.strength,
         "weight": comparison.weight,
         "attributes": comparison.attributes,
         "prompt_json": json.dumps(comparison.prompt),
@@ -310,12 +335,14 @@ class Tally:
     Attributes:
         read: rows that the readers saw, counted where they were read.
         overlap: prompts that stand in both splits.
+        num_merged: rows whose completions stand in another row's comparison.
         splits: rows by split; quarantined: rows by reason; sources: quarantined rows by source.
         damaged: messages about files that could not be read to the end.
     """
 
     read: int
     overlap: int
+    num_merged: int
     splits: Counter[str]
     quarantined: Counter[str]
     sources: Counter[str]
@@ -325,7 +352,7 @@ class Tally:
     def of(cls, table: pa.Table) -> str:
         """Count a block; JSON for the way to the driver."""
         names = ("kind", "split", "reason", "source", "number", "detail")
-        read, overlap, damaged = 0, 0, []
+        read, overlap, merged, damaged = 0, 0, 0, []
         splits, quarantined, sources = Counter[str](), Counter[str](), Counter[str]()
         for kind, split, reason, source, number, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
             if kind == "total":
@@ -334,22 +361,24 @@ class Tally:
                 overlap += number
             elif kind == "damaged":
                 damaged.append(detail)
+            elif kind == "merged":
+                merged += 1
             elif split is not None:
                 splits[split] += 1
             else:
                 quarantined[reason] += 1
                 sources[source] += 1
-        return json.dumps([read, overlap, splits, quarantined, sources, damaged])
+        return json.dumps([read, overlap, merged, splits, quarantined, sources, damaged])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
-        read, overlap, damaged = 0, 0, list[str]()
+        read, overlap, merged, damaged = 0, 0, 0, list[str]()
         counters = Counter[str](), Counter[str](), Counter[str]()
         for part in parts:
-            rows, shared, *counts, messages = json.loads(part)
-            read, overlap = read + rows, overlap + shared
+            rows, shared, joined_rows, *counts, messages = json.loads(part)
+            read, overlap, merged = read + rows, overlap + shared, merged + joined_rows
             damaged += messages
             for counter, count in zip(counters, counts, strict=True):
                 counter.update(count)
-        return cls(read, overlap, *counters, tuple(sorted(set(damaged))))
+        return cls(read, overlap, merged, *counters, tuple(sorted(set(damaged))))

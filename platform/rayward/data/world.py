@@ -204,7 +204,7 @@ def pairs(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     loses. The choice depends on the rows before it and on the row's id.
 
     Yields:
-        {"id", "source", "prompt": messages, "chosen": [message], "rejected": [message]}
+        {"id", "source", "prompt": messages, "chosen": [message], "rejected": [message], "strength": 1..3 by the gap of the true rewards}
     """
     surplus: Counter[str] = Counter()
     for row in rows:
@@ -225,6 +225,7 @@ def pairs(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "prompt": row["prompt"],
             "chosen": [{"role": "assistant", "content": completions[better]}],
             "rejected": [{"role": "assistant", "content": completions[worse]}],
+            "strength": _strength(row["attributes"][better], row["attributes"][worse]),
         }
 
 
@@ -232,7 +233,7 @@ def write_demo(directory: Path, num_train_prompts: int, num_validation_prompts: 
     """Write the demo's data; the same arguments give the same bytes.
 
     Files: `train.jsonl` and `validation.jsonl` (pairs), `rankings.jsonl` and `rankings_validation.jsonl` (all completions of the same
-    prompts, with attributes), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
+    prompts, with attributes by name), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
 
     Raises:
         DataError: the world has not that many prompts.
@@ -244,8 +245,8 @@ def write_demo(directory: Path, num_train_prompts: int, num_validation_prompts: 
     directory.mkdir(parents=True, exist_ok=True)
     _write_lines(directory / "train.jsonl", pairs(train))
     _write_lines(directory / "validation.jsonl", pairs(validation))
-    _write_lines(directory / "rankings.jsonl", train)
-    _write_lines(directory / "rankings_validation.jsonl", validation)
+    _write_lines(directory / "rankings.jsonl", map(_with_names, train))
+    _write_lines(directory / "rankings_validation.jsonl", map(_with_names, validation))
     prompts = (f"{turn['role']} {turn['content']}" for row in train for turn in row["prompt"])
     completions = (f"assistant {text}" for row in train for text in row["completions"])
     train_tokenizer(chain(prompts, completions), directory / "tokenizer")
@@ -258,6 +259,16 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 OFF_TOPIC_SHARE = 0.35
 """Of the changed answers, the share that answers another kind of question altogether; the rest is wrong in kind."""
+
+
+def _with_names(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "attributes": [dict(zip(ATTRIBUTES, ratings, strict=True)) for ratings in row["attributes"]]}
+
+
+def _strength(better: Sequence[float], worse: Sequence[float]) -> int:
+    # Slightly, clearly or much better, as people are asked: the gap of the true rewards in steps of one.
+    gap = reward_of(dict(zip(ATTRIBUTES, better, strict=True))) - reward_of(dict(zip(ATTRIBUTES, worse, strict=True)))
+    return min(3, max(1, math.ceil(gap)))
 
 
 def _longer_wins(better: str, worse: str) -> int:

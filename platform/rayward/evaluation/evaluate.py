@@ -5,7 +5,6 @@ Every given row comes back as one `Record`, scored or with the reason why not; a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 
 from rayward import storage
 from rayward.config import DataConfig, parse_config
-from rayward.contract import CONTRACT_FILE
+from rayward.contract import CONTRACT_FILE, Contract
 from rayward.data.comparison import BadRow, Comparison, RowRejected, validate
 from rayward.data.files import (
     HUB_PREFIX,
@@ -91,6 +90,7 @@ def evaluate(
     tokens_per_batch: int = 8192,
     gpus_per_actor: float = 0.0,
     verify: bool = True,
+    weights: str | None = None,
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
@@ -107,6 +107,7 @@ def evaluate(
         tokens_per_batch: token budget of one forward.
         gpus_per_actor: GPUs that each scorer reserves.
         verify: check an export against its contract first.
+        weights: weight set for a model with several outputs; None: the model's own.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
 
@@ -140,6 +141,7 @@ def evaluate(
             tokens_per_batch=tokens_per_batch,
             gpus_per_actor=gpus_per_actor,
             verify=verify,
+            weights=weights,
         )
         scored = dict(_records(dataset))
     records = merge(held_out, scored)
@@ -279,7 +281,7 @@ def _version(model: str) -> str:
     if not directory.is_dir():
         raise ModelLoadError(f"{model} is not a directory", remedy="point at an exported or downloaded model")
     contract = directory / CONTRACT_FILE
-    return hashlib.sha256(contract.read_bytes()).hexdigest()[:12] if contract.is_file() else "unverified"
+    return Contract.load(directory).model_version() if contract.is_file() else "unverified"
 
 
 def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from rayward.config import ModelConfig
-from rayward.contract import Contract
+from rayward.contract import CONTRACT_FILE, Contract
 from rayward.data.comparison import digest
 from rayward.data.packing import Layout
 from rayward.errors import ConfigError, ModelLoadError
@@ -151,10 +152,11 @@ def _bases(module: nn.Module) -> str:
 
 
 class SafetensorsSource:
-    """Slices of a pretrained checkpoint; a head it does not have comes from `fallback`.
+    """Slices of a pretrained checkpoint; a fresh head comes from `fallback`.
 
     Args:
         base_prefix: name of the backbone inside the model (`model`, `transformer`, …), which checkpoints may leave out.
+        head_row: row of the stored head at which the model's head begins; None: a fresh head.
         embedding: parameter name of the input embedding, the one that may have more rows than the checkpoint (a vocabulary
             grown by a pad token; the new rows are zero).
 
@@ -162,32 +164,34 @@ class SafetensorsSource:
         ModelLoadError: no safetensors files, or a backbone parameter is missing or of another shape.
     """
 
-    def __init__(self, directory: Path, *, base_prefix: str, fallback: WeightSource, embedding: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, base_prefix: str, fallback: WeightSource, embedding: str | None = None, head_row: int | None = None
+    ) -> None:
         self._base = f"{base_prefix}."
         self._embedding = embedding
         self._fallback = fallback
+        self._head_row = head_row
         self._directory = directory
-        self._file_of = _weight_map(directory)
+        self._file_of = weight_map(directory)
         self._open: dict[str, Any] = {}
-        self.fresh: set[str] = set()
 
     def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        if name.startswith(HEAD_PREFIX) and (self._head_row is None or name not in self._file_of):
+            return self._fallback.read(name, shape, start, stop)
         key = next((k for k in (name, name.removeprefix(self._base), self._base + name) if k in self._file_of), None)
         if key is None:
-            if name.startswith(HEAD_PREFIX):
-                self.fresh.add(name)
-                return self._fallback.read(name, shape, start, stop)
             raise ModelLoadError(
                 f"{self._directory} has no tensor for parameter {name}",
                 remedy="use a checkpoint of the architecture that its config.json names, saved by a current Transformers",
             )
         view = self._slice(key)
         stored = tuple(view.get_shape())
+        if name.startswith(HEAD_PREFIX):
+            assert self._head_row is not None
+            skipped = self._head_row * math.prod(shape[1:])
+            return _flat_slice(view, stored, start + skipped, stop + skipped)
         grown = len(shape) == 2 and stored[1:] == shape[1:] and stored[0] < shape[0] and name == self._embedding
         if stored != shape and not grown:
-            if name.startswith(HEAD_PREFIX):
-                self.fresh.add(name)
-                return self._fallback.read(name, shape, start, stop)
             raise ModelLoadError(
                 f"{key} in {self._directory} has shape {stored}, the model needs {shape}",
                 remedy="check that config.json matches the weights",
@@ -201,7 +205,12 @@ class SafetensorsSource:
         return self._open[name].get_slice(key)
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def weight_map(directory: Path) -> dict[str, str]:
+    """File of every tensor of a checkpoint, by its index or from its single file.
+
+    Raises:
+        ModelLoadError: there are no safetensors, or they cannot be read.
+    """
     index = directory / INDEX_FILE
     try:
         if index.is_file():
@@ -237,12 +246,45 @@ def weight_source(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> 
     if config.path is None:
         return random
     embedding = model.get_input_embeddings().weight
+    directory = resolve_model_dir(config.path, config.revision)
+    names = cast(dict[int, str], model.config.id2label)
     return SafetensorsSource(
-        resolve_model_dir(config.path, config.revision),
+        directory,
+        head_row=head_row(directory, config, tuple(names[index] for index in sorted(names))),
         base_prefix=model.base_model_prefix,
         fallback=random,
         embedding=next((name for name, parameter in model.named_parameters() if parameter is embedding), None),
     )
+
+
+def head_row(directory: Path, config: ModelConfig, outputs: tuple[str, ...]) -> int | None:
+    """Row of the stored head at which a head with these outputs begins; None when it is to start anew.
+
+    Raises:
+        ModelLoadError: the stored head has other outputs than the run, or not the one that `model.head_output` names.
+    """
+    file_of = weight_map(directory)
+    name = f"{HEAD_PREFIX}weight"
+    if config.head == "fresh" or (name not in file_of and config.head_output is None):
+        return None
+    stored = Contract.load(directory).outputs if (directory / CONTRACT_FILE).is_file() else None
+    if config.head_output is not None:
+        if stored is None or config.head_output not in stored or len(outputs) != 1:
+            raise ModelLoadError(
+                f"model.head_output is {config.head_output!r}; the outputs of {directory} are {', '.join(stored or ()) or 'not known'}, "
+                f"those of the run {', '.join(outputs)}",
+                remedy="name an output of an exported model, for a run with one output",
+            )
+        return stored.index(config.head_output)
+    with safe_open(directory / file_of[name], framework="pt") as file:
+        num_rows = file.get_slice(name).get_shape()[0]
+    if (stored is not None and stored != outputs) or num_rows != len(outputs):
+        raise ModelLoadError(
+            f"the head of {directory} has the outputs {', '.join(stored or (f'({num_rows} without names)',))}; "
+            f"the run has {', '.join(outputs)}",
+            remedy="set model.head=fresh to start the head anew, or model.head_output to start from one output of an exported model",
+        )
+    return 0
 
 
 def load_reward_model(

@@ -45,6 +45,7 @@ from rayward.scoring.wire import (
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    WireNormaliser,
     build_reply,
     error_reply,
 )
@@ -88,18 +89,21 @@ class ScorerDeployment:
     def __init__(self, config: ScoringConfig, model_name: str) -> None:
         import torch
 
-        from rayward.scoring.scorer import Scorer
+        from rayward.scoring.loading import load_scored_model
 
         torch.set_num_threads(config.threads_per_replica)
         self._config = config
-        self._scorer = Scorer.load(
+        self._scorer = load_scored_model(
             config.model, device=config.device, tokens_per_batch=config.tokens_per_batch, verify=config.verify_golden
         )
+        facts = self._scorer.facts
         self._info = ModelInfo(
             id=model_name,
             version=self._scorer.version,
-            max_tokens=self._scorer.contract.max_tokens,
-            outputs=list(self._scorer.contract.outputs),
+            max_tokens=facts.max_tokens,
+            outputs=list(facts.outputs),
+            weight_sets=list(facts.weight_sets),
+            normaliser=None if facts.normaliser is None else WireNormaliser(**facts.normaliser.model_dump()),
         )
         # The forward blocks; in the event loop it would starve health checks and the queue.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")

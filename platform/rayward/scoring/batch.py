@@ -22,17 +22,19 @@ REWARDS_TYPE = pa.list_(pa.float32())
 class _ScoreRows:
     # One per actor of the pool: loads the model once.
 
-    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool) -> None:
-        from rayward.scoring.scorer import Scorer
+    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool, weights: str | None) -> None:
+        from rayward.scoring.loading import load_scored_model
 
-        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+        self._weights = weights
+        self._scorer = load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         from rayward.scoring.scorer import ScoreItem
 
         items = []
         for prompt, completions in zip(table["prompt_json"].to_pylist(), table["completions_json"].to_pylist(), strict=True):
-            items.append(ScoreItem(prompt=tuple(_loads(prompt, "prompt_json")), completions=tuple(_loads(completions, "completions_json"))))
+            turns, texts = _loads(prompt, "prompt_json"), _loads(completions, "completions_json")
+            items.append(ScoreItem(prompt=tuple(turns), completions=tuple(texts), weights=self._weights))
         results = self._scorer.score(items)
         rewards = pa.array([r.rewards for r in results], REWARDS_TYPE)
         errors = pa.array([None if r.error is None else f"{r.error.code}: {r.error.message}" for r in results], pa.string())
@@ -48,6 +50,7 @@ def score_dataset(
     tokens_per_batch: int = 8192,
     gpus_per_actor: float = 0.0,
     verify: bool = True,
+    weights: str | None = None,
 ) -> ray.data.Dataset:
     """Add a `rewards` column (list of K finite float32, null where there is none) and an `error` column (`code: message`, or null).
 
@@ -59,13 +62,14 @@ def score_dataset(
         tokens_per_batch: token budget of one forward.
         gpus_per_actor: GPUs that each actor reserves.
         verify: check the export against its contract when an actor starts.
+        weights: weight set for a model with several outputs; None: the model's own.
 
     Returns:
         A lazy dataset; row order follows the input when the caller sets `preserve_order`.
     """
     return dataset.map_batches(
         _ScoreRows,
-        fn_constructor_args=(model, device, tokens_per_batch, verify),
+        fn_constructor_args=(model, device, tokens_per_batch, verify, weights),
         batch_size=ROWS_PER_CALL,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=concurrency),

@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 import httpx
 
 from rayward.scoring.exchange import Answer, Item, Outcome, Rules, Scores, Send, Steps, Text, Wait, checked_url, request_headers
-from rayward.scoring.wire import Health, ModelInfo, ModelList
+from rayward.scoring.wire import Health, ModelInfo, ModelList, Normalise
 
 __all__ = ["AsyncRewardClient", "Item", "RewardClient", "Scores", "Text"]
 
@@ -30,6 +30,8 @@ class RewardClient:
         max_retries: repetitions of one HTTP request after 429, 502, 503, 504 or a lost connection.
         model: the model that must answer; None accepts whatever is served.
         max_items_per_request: longer lists are sent as several requests.
+        weights: weight set for a model with several outputs; None: the model's own.
+        normalise: raw rewards, or by the model's reference statistics: centred, standardised.
         headers: sent with every request.
         transport, clock, sleep, jitter: seams for tests; clock counts seconds, jitter draws from [0, 1).
     """
@@ -42,13 +44,15 @@ class RewardClient:
         max_retries: int = 4,
         model: str | None = None,
         max_items_per_request: int = 256,
+        weights: str | None = None,
+        normalise: Normalise = "raw",
         headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, clock, jitter)
+        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, weights, normalise, clock, jitter)
         self._sleep = sleep
         self._http = httpx.Client(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 
@@ -124,13 +128,15 @@ class AsyncRewardClient:
         max_retries: int = 4,
         model: str | None = None,
         max_items_per_request: int = 256,
+        weights: str | None = None,
+        normalise: Normalise = "raw",
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, clock, jitter)
+        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, weights, normalise, clock, jitter)
         self._sleep = sleep
         self._http = httpx.AsyncClient(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 

@@ -28,7 +28,7 @@ from rayward.errors import (
     ServerError,
     TooLongError,
 )
-from rayward.scoring.wire import ErrorReply, ItemError, ItemResult, ScoreItem, ScoreReply
+from rayward.scoring.wire import ErrorReply, ItemError, ItemResult, Normalise, ScoreItem, ScoreReply
 
 RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
 BACKOFF_BASE_S = 0.1
@@ -95,6 +95,8 @@ class Rules:
     max_retries: int
     model: str | None
     max_items_per_request: int
+    weights: str | None
+    normalise: Normalise
     clock: Callable[[], float]
     jitter: Callable[[], float]
 
@@ -131,6 +133,10 @@ class Rules:
         payload: dict[str, Any] = {"items": chunk}
         if self.model is not None:
             payload["model"] = self.model
+        if self.weights is not None:
+            payload["weights"] = self.weights
+        if self.normalise != "raw":
+            payload["normalise"] = self.normalise
         content = json.dumps(payload, separators=(",", ":")).encode("ascii")
         answer = yield from self._exchange("POST", "/v1/score", content, until, first_item)
         reply = _parse(answer.body, ScoreReply)
@@ -215,7 +221,8 @@ def _check_counts(chunk: Sequence[Mapping[str, Any]], reply: ScoreReply) -> tupl
             raise ServerError(
                 f"item {index} has {len(item['completions'])} completions and got {len(result.rewards)} rewards", remedy=remedy
             )
-        results.append(ItemResult(rewards=tuple(result.rewards)))
+        outputs = None if result.outputs is None else tuple(tuple(row) for row in result.outputs)
+        results.append(ItemResult(rewards=tuple(result.rewards), outputs=outputs))
     return tuple(results)
 
 

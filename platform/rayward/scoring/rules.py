@@ -61,7 +61,7 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
         request = ScoreRequest.model_validate(raw)
     except ValidationError as exc:
         _raise_schema_violation(exc)
-    return [_to_item(index, item, limits) for index, item in enumerate(request.items)], request.model
+    return [_to_item(index, item, request, limits) for index, item in enumerate(request.items)], request.model
 
 
 def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
@@ -160,12 +160,13 @@ def _raise_schema_violation(exc: ValidationError) -> NoReturn:
     raise RuleError(
         code,
         f"{where}: {rule}" if rule == first["msg"] else f"{where}: Input should be {rule}",
-        remedy='the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}], "model"?: str}',
+        remedy='the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}], "model"?: str, '
+        '"weights"?: str, "normalise"?: "raw" | "centred" | "standardised"}',
         item=item,
     )
 
 
-def _to_item(index: int, item: WireItem, limits: Limits) -> ScoreItem:
+def _to_item(index: int, item: WireItem, request: ScoreRequest, limits: Limits) -> ScoreItem:
     if not item.completions:
         raise RuleError(
             "empty_completions", f"item {index}: completions is empty; the rule is at least one", remedy="send a completion", item=index
@@ -180,7 +181,7 @@ def _to_item(index: int, item: WireItem, limits: Limits) -> ScoreItem:
                 remedy="shorten it; the model's own token limit is lower still",
                 item=index,
             )
-    return ScoreItem(prompt=prompt, completions=completions)
+    return ScoreItem(prompt=prompt, completions=completions, weights=request.weights, normalise=request.normalise)
 
 
 def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[dict[str, str], ...]:

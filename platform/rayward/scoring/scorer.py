@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, cast
+from typing import Literal, Protocol, Self, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rayward.contract import CONTRACT_FILE, Contract, Encoder, load_tokenizer, verify_files
+from rayward.contract import CONTRACT_FILE, Contract, Encoder, GoldenScore, Normaliser, load_tokenizer, verify_files
 from rayward.data.comparison import Message, shared_prefix_length
 from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
 from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, TooLongError
@@ -40,6 +39,35 @@ class _Part:
     comparison: EncodedComparison
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a caller may know of something that scores; `GET /v1/models` shows it.
+
+    Attributes:
+        outputs: names of the outputs of a completion.
+        max_tokens: longest conversation.
+        weight_sets: names that a request may give as `weights`.
+        normaliser: statistics for centred and standardised rewards, or None.
+    """
+
+    outputs: tuple[str, ...]
+    max_tokens: int
+    weight_sets: tuple[str, ...]
+    normaliser: Normaliser | None
+
+
+class ScoredModel(Protocol):
+    """What serving, evaluation and the command line need of something that scores."""
+
+    facts: ModelFacts
+    model_id: str
+    version: str
+
+    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
+        """Rewards or an error for each item, in order."""
+        ...
+
+
 class Scorer:
     """A loaded model with its contract; use `Scorer.load`.
 
@@ -52,12 +80,8 @@ class Scorer:
     """
 
     def __init__(self, model: RewardModel, encoder: Encoder, *, model_id: str, version: str, tokens_per_batch: int) -> None:
-        if len(encoder.contract.outputs) != 1:
-            raise ModelLoadError(
-                f"{model_id} has {len(encoder.contract.outputs)} outputs; scoring returns one reward per completion",
-                remedy="use a model with one output",
-            )
         self.contract = encoder.contract
+        self.facts = ModelFacts(self.contract.outputs, self.contract.max_tokens, tuple(self.contract.weight_sets), self.contract.normaliser)
         self.model_id = model_id
         self.version = version
         self._model = model.eval()
@@ -86,7 +110,7 @@ class Scorer:
         directory = Path(path)
         if not directory.is_dir():
             raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
-        target = _pick_device(device)
+        target = pick_device(device)
         if (directory / CONTRACT_FILE).is_file():
             return cls._load_export(directory, target, tokens_per_batch, verify)
         return cls._load_foreign(directory, target, tokens_per_batch)
@@ -98,8 +122,7 @@ class Scorer:
             _verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
         model = load_reward_model(directory, device=device, dtype=_dtype(contract.dtype), max_tokens=contract.max_tokens)
-        version = hashlib.sha256((directory / CONTRACT_FILE).read_bytes()).hexdigest()[:12]
-        scorer = cls(model, encoder, model_id=directory.resolve().name, version=version, tokens_per_batch=tokens_per_batch)
+        scorer = cls(model, encoder, model_id=directory.resolve().name, version=contract.model_version(), tokens_per_batch=tokens_per_batch)
         if verify:
             scorer.verify_golden()
         return scorer
@@ -114,9 +137,13 @@ class Scorer:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
         labels = int(model.model.config.num_labels or 0)
+        if labels != 1:
+            raise ModelLoadError(
+                f"{directory.name} has {labels} outputs and no {CONTRACT_FILE} that says how they become a reward",
+                remedy="use a model with one output, or one that Rayward exported",
+            )
         contract = contract.model_copy(
             update={
-                "outputs": ("reward",) if labels == 1 else tuple(f"output_{i}" for i in range(labels)),
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_sha256": head_sha256(model.model.state_dict()),
             }
@@ -134,11 +161,15 @@ class Scorer:
         """Rewards or an error for each item, in order.
 
         Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
-        `non_finite` (the model gave NaN or Inf).
+        `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none).
         """
         results: list[ItemResult | None] = [None] * len(items)
         parts: list[_Part] = []
         for index, item in enumerate(items):
+            problem = self._unanswerable(item)
+            if problem is not None:
+                results[index] = ItemResult(error=problem)
+                continue
             try:
                 sequences = [self._encoder.encode(cast(Sequence[Message], item.prompt), text) for text in item.completions]
             except TooLongError as exc:
@@ -147,12 +178,12 @@ class Scorer:
                 results[index] = ItemResult(error=ItemError("template", exc.problem))
             else:
                 parts += [_Part(index, c) for c in self._split(index, sequences)]
-        rewards = self._forward([part.comparison for part in parts])
-        by_item: dict[int, list[tuple[EncodedComparison, list[float]]]] = {}
-        for part, values in zip(parts, rewards, strict=True):
+        outputs = self._forward([part.comparison for part in parts])
+        by_item: dict[int, list[tuple[EncodedComparison, torch.Tensor]]] = {}
+        for part, values in zip(parts, outputs, strict=True):
             by_item.setdefault(part.item, []).append((part.comparison, values))
         for index, scored in by_item.items():
-            results[index] = self._result(scored)
+            results[index] = self._result(items[index], scored)
         assert all(result is not None for result in results)
         return cast(list[ItemResult], results)
 
@@ -175,12 +206,37 @@ class Scorer:
             if result.rewards is None:
                 assert result.error is not None
                 raise _mismatch(f"golden scores: conversation {index} gives no reward ({result.error.message})")
-            difference = abs(result.rewards[0] - golden.reward[0])
-            if not difference <= contract.golden_tolerance * max(1.0, abs(golden.reward[0])):
-                raise _mismatch(
-                    f"golden scores: conversation {index} scores {result.rewards[0]:.6g}, the contract says {golden.reward[0]:.6g} "
-                    f"(tolerance {contract.golden_tolerance:g})"
+            found = result.rewards if result.outputs is None else result.outputs[0]
+            for name, value, expected in zip(contract.outputs, found, golden.reward, strict=True):
+                if not abs(value - expected) <= contract.golden_tolerance * max(1.0, abs(expected)):
+                    raise _mismatch(
+                        f"golden scores: conversation {index} scores {value:.6g} in {name}, the contract says {expected:.6g} "
+                        f"(tolerance {contract.golden_tolerance:g})"
+                    )
+
+    def golden_scores(self, golden: Sequence[GoldenScore]) -> tuple[GoldenScore, ...]:
+        """The same conversations with the ids and outputs that this model gives them."""
+        items = [ScoreItem(tuple(_as_dict(turn) for turn in entry.prompt), (entry.completion,)) for entry in golden]
+        rescored = []
+        for entry, result in zip(golden, self.score(items), strict=True):
+            if result.rewards is None:
+                assert result.error is not None
+                raise ModelLoadError(
+                    f"a golden conversation gives no reward ({result.error.message})",
+                    remedy="do not use this model: its weights are not usable",
                 )
+            ids = tuple(self._encoder.encode(entry.prompt, entry.completion))
+            values = result.rewards if result.outputs is None else result.outputs[0]
+            rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
+        return tuple(rescored)
+
+    def _unanswerable(self, item: ScoreItem) -> ItemError | None:
+        if item.weights is not None and item.weights not in self.contract.weight_sets:
+            known = ", ".join(self.contract.weight_sets) or "none"
+            return ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not in the contract; known: {known}")
+        if item.normalise != "raw" and self.contract.normaliser is None:
+            return ItemError("no_normaliser", f"{item.normalise} rewards need the statistics of a reference set; the contract has none")
+        return None
 
     def _split(self, item: int, sequences: list[list[int]]) -> list[EncodedComparison]:
         # Truncation is decided per completion, so prefixes are compared as ids, not as text.
@@ -198,30 +254,45 @@ class Scorer:
         return [*comparisons, _comparison(item, prefix, group)]
 
     @torch.inference_mode()
-    def _forward(self, comparisons: list[EncodedComparison]) -> list[list[float]]:
-        rewards: list[list[float]] = [[] for _ in comparisons]
+    def _forward(self, comparisons: list[EncodedComparison]) -> list[torch.Tensor]:
+        # float32 [K, outputs] on the CPU for each comparison.
+        found: list[torch.Tensor] = [torch.zeros(0) for _ in comparisons]
         layout = self._model.layout
         for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=layout):
             batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id)
-            outputs = self._model(to_tensors(batch, self._device))[:, 0].tolist()
+            outputs = self._model(to_tensors(batch, self._device)).cpu()
             start = 0
             for index in group:
                 stop = start + comparisons[index].num_completions
-                rewards[index] = outputs[start:stop]
+                found[index] = outputs[start:stop]
                 start = stop
-        return rewards
+        return found
 
-    def _result(self, scored: list[tuple[EncodedComparison, list[float]]]) -> ItemResult:
+    def _result(self, item: ScoreItem, scored: list[tuple[EncodedComparison, torch.Tensor]]) -> ItemResult:
         comparisons = [comparison for comparison, _ in scored]
-        rewards = tuple(value for _, values in scored for value in values)
+        outputs = torch.cat([values for _, values in scored])
         tokens = sum(c.num_tokens_unshared for c in comparisons)
         computed = tokens if self._model.layout == "padded" else sum(c.num_tokens for c in comparisons)
-        num_bad = sum(not math.isfinite(value) for value in rewards)
+        num_bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         if num_bad:
             # NaN in one completion can reach its siblings through masked attention, so the item fails as a whole.
-            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(rewards)} completions")
+            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(outputs)} completions")
             return ItemResult(error=error, tokens=tokens, tokens_computed=computed)
-        return ItemResult(rewards=rewards, tokens=tokens, tokens_computed=computed)
+        return ItemResult(
+            rewards=self._rewards(item, outputs),
+            outputs=tuple(tuple(row) for row in outputs.tolist()) if outputs.shape[1] > 1 else None,
+            tokens=tokens,
+            tokens_computed=computed,
+        )
+
+    def _rewards(self, item: ScoreItem, outputs: torch.Tensor) -> tuple[float, ...]:
+        contract = self.contract
+        weights = contract.reward_weights if item.weights is None else contract.weight_sets[item.weights]
+        combined = outputs[:, 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
+        if item.normalise == "raw":
+            return tuple(combined.tolist())
+        assert contract.normaliser is not None
+        return tuple(contract.normaliser.apply(reward, item.normalise) for reward in combined.tolist())
 
 
 def _comparison(item: int, prefix: int, sequences: list[list[int]]) -> EncodedComparison:
@@ -270,7 +341,12 @@ def _mismatch(problem: str) -> ContractMismatchError:
     return ContractMismatchError(problem, remedy="restore the exported files, or export the model again")
 
 
-def _pick_device(device: Device) -> torch.device:
+def pick_device(device: Device) -> torch.device:
+    """The device that a setting means.
+
+    Raises:
+        ModelLoadError: CUDA is asked for and not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

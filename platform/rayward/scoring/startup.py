@@ -10,6 +10,7 @@ from pathlib import Path
 from rayward import errors
 from rayward.contract import CONTRACT_FILE, Contract
 from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError
+from rayward.scoring.combining import ENSEMBLE_FILE, IMPLICIT_FILE, EnsembleRule
 
 
 def check_model(directory: Path) -> None:
@@ -21,7 +22,12 @@ def check_model(directory: Path) -> None:
     """
     if not directory.is_dir():
         raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
-    if (directory / CONTRACT_FILE).exists():
+    if (directory / ENSEMBLE_FILE).exists():
+        for member in EnsembleRule.load(directory).members:
+            check_model(directory / member)
+    elif (directory / IMPLICIT_FILE).exists():
+        return
+    elif (directory / CONTRACT_FILE).exists():
         Contract.load(directory)
     elif not (directory / "config.json").is_file():
         raise ModelLoadError(f"{directory} has neither {CONTRACT_FILE} nor config.json", remedy="point at an exported or downloaded model")

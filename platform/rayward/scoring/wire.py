@@ -1,12 +1,16 @@
 """The native wire schema of `POST /v1/score`.
 
-    request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}, ...], "model"?: str}
-    reply     {"id", "model", "version", "results": [{"rewards": [float, ...]} | {"error": {"code", "message"}}, ...], "usage"}
+    request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}, ...], "model"?: str, "weights"?: str,
+               "normalise"?: "raw" | "centred" | "standardised"}
+    reply     {"id", "model", "version", "results": [{"rewards": [float, ...], "outputs"?: [[float, ...], ...]}
+               | {"error": {"code", "message"}}, ...], "usage"}
     error     {"error": {"code", "message", "remedy", "item"}} with a 4xx or 5xx status
 
 `results` has the order of `items`, `rewards` the order of `completions`. A result holds finite rewards or an error, never
-both, never a placeholder. A request that breaks a rule is refused as a whole, naming item and rule; an item that only
-turns out to be unscorable when it is tokenized (too long for the contract) is an error of that item in a 200 reply.
+both, never a placeholder. `outputs` holds, for a model with several outputs (`GET /v1/models` names them), their values for each
+completion. A request that breaks a rule is refused as a whole, naming item and rule; an item that only turns out to be unscorable when it
+is tokenized (too long for the contract), or that asks for weights or statistics which the model has not, is an error of that item in a
+200 reply.
 
 Shared by server and client: pydantic and the standard library only. The rules a request must keep: `rayward.scoring.rules`.
 """
@@ -15,11 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from rayward.errors import RaywardError, RequestError
+
+Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
+"""As in `rayward.contract`, which is not imported here because it is not as light; a test compares them."""
 
 STATUS_BY_CODE = {
     "invalid_json": 400,
@@ -39,15 +46,19 @@ class ScoreItem:
     Attributes:
         prompt: turns as {"role", "content"} mappings, ending with a user or tool turn.
         completions: K >= 1 texts of the assistant turn that follows.
+        weights: name of the weight set that makes the reward of several outputs; None: the model's own.
+        normalise: raw, centred or standardised.
     """
 
     prompt: tuple[dict[str, str], ...]
     completions: tuple[str, ...]
+    weights: str | None = None
+    normalise: Normalise = "raw"
 
 
 @dataclass(frozen=True, slots=True)
 class ItemError:
-    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`."""
+    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`, `unknown_weights`, `no_normaliser`."""
 
     code: str
     message: str
@@ -58,11 +69,13 @@ class ItemResult:
     """What became of one item: K finite rewards, or an error; never both.
 
     Attributes:
+        outputs: for a head with several outputs, their values for each completion.
         tokens: tokens of the K conversations; tokens_computed: of these, after sharing prefixes.
     """
 
     rewards: tuple[float, ...] | None = None
     error: ItemError | None = None
+    outputs: tuple[tuple[float, ...], ...] | None = None
     tokens: int = 0
     tokens_computed: int = 0
 
@@ -113,6 +126,8 @@ class ScoreRequest(_Wire):
 
     items: list[WireItem]
     model: str | None = None
+    weights: str | None = None
+    normalise: Normalise = "raw"
 
 
 class WireItemError(_Wire):
@@ -122,10 +137,14 @@ class WireItemError(_Wire):
     message: str
 
 
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class WireResult(_Wire):
     """Result of one item: `rewards` or `error`, exactly one of them."""
 
-    rewards: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    rewards: list[FiniteFloat] | None = None
+    outputs: list[list[FiniteFloat]] | None = None
     error: WireItemError | None = None
 
     @model_validator(mode="after")
@@ -167,6 +186,15 @@ class ErrorReply(_Wire):
     error: ErrorDetail
 
 
+class WireNormaliser(_Wire):
+    """Statistics of the reference set that `centred` and `standardised` use."""
+
+    mean: float
+    std: float
+    num_rewards: int
+    reference: str
+
+
 class ModelInfo(_Wire):
     """One entry of `GET /v1/models`."""
 
@@ -175,6 +203,8 @@ class ModelInfo(_Wire):
     version: str
     max_tokens: int
     outputs: list[str]
+    weight_sets: list[str] = []
+    normaliser: WireNormaliser | None = None
 
 
 class ModelList(_Wire):
@@ -199,7 +229,10 @@ def build_reply(reply_id: str, model: str, version: str, results: Sequence[ItemR
         model=model,
         version=version,
         results=[
-            WireResult(rewards=None if result.rewards is None else list(result.rewards))
+            WireResult(
+                rewards=None if result.rewards is None else list(result.rewards),
+                outputs=None if result.outputs is None else [list(row) for row in result.outputs],
+            )
             if result.error is None
             else WireResult(error=WireItemError(code=result.error.code, message=result.error.message))
             for result in results

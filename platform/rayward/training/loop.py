@@ -16,7 +16,8 @@ import torch
 from rayward.data.packing import PackedBatch
 from rayward.data.shares import StepShare
 from rayward.errors import NonFiniteError, StreamOrderError
-from rayward.objectives import METRIC_SUMS, Objective, ranking_metrics
+from rayward.objectives import Objective
+from rayward.ranking import METRIC_SUMS, ranking_metrics
 from rayward.training.engine import Engine
 
 NUM_IDS_IN_MESSAGE = 8

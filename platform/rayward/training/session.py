@@ -26,6 +26,9 @@ from rayward.training.loop import Schedule, run_steps, validate
 
 logger = logging.getLogger(__name__)
 
+GAP_WARNING_NATS = 0.1
+"""Validation loss above the training loss since the last validation by more than this, and by more than then: the gap has opened."""
+
 GOLDEN_CONVERSATIONS: tuple[tuple[tuple[Message, ...], str], ...] = (
     (({"role": "user", "content": "What is the capital of France?"},), "Paris."),
     (({"role": "user", "content": "What is the capital of France?"},), "I think it might be Lyon, but I am not sure."),
@@ -220,9 +223,11 @@ class Session:
     ) -> None:
         self.engine, self.job, self.encoder = engine, job, encoder
         self._validation, self._report = validation, report
-        self._objective = Objective(job.config.objective)
+        self._objective = Objective(job.config.objective, job.config.data.attributes)
         self._log: MetricsLog | None = None
         self._failed_writes = 0
+        self._recent_losses: list[float] = []
+        self._widest_gap = GAP_WARNING_NATS
 
     def run(self, open_epoch: Callable[[int], Iterator[StepShare]], checkpoint: CommittedCheckpoint | None) -> None:
         """Train from the checkpoint (or from the start) to the last step, committing on the way.
@@ -266,6 +271,7 @@ class Session:
 
     def _after_step(self, step: int, metrics: dict[str, float]) -> None:
         config, is_last = self.job.config, step == self.job.total_steps
+        self._recent_losses.append(metrics["loss"])
         if self._log is not None and (step % config.training.log_every_steps == 0 or is_last):
             self._log.write(step, "train", metrics)
         every = config.training.evaluate_every_steps
@@ -277,8 +283,14 @@ class Session:
         if self._validation is None:
             return {}
         metrics = validate(self.engine, self._validation(), self._objective)
+        train_loss = sum(self._recent_losses) / len(self._recent_losses)
+        self._recent_losses.clear()
+        metrics |= {"train_loss": train_loss, "gap": metrics["loss"] - train_loss}
         if self._log is not None:
             self._log.write(step, "validation", metrics)
+            if metrics["gap"] > self._widest_gap:
+                self._widest_gap = metrics["gap"]
+                self._log.note(step, over_fitting(step, metrics["loss"], train_loss))
         return metrics
 
     def _checkpoint(self, step: int, metrics: dict[str, float], validation: dict[str, float], *, is_last: bool) -> None:
@@ -312,6 +324,15 @@ class Session:
                 )
         if self._report is not None:
             self._report({"step": step, **metrics, **{f"validation_{key}": value for key, value in validation.items()}})
+
+
+def over_fitting(step: int, validation_loss: float, train_loss: float) -> str:
+    """The warning that the gap between training and validation loss has opened."""
+    return (
+        f"warning: at step {step} the validation loss {validation_loss:.4f} is {validation_loss - train_loss:.4f} above the training loss "
+        f"since the last validation, {train_loss:.4f}: the model begins to over-fit; take the checkpoint before "
+        "(rayward export --checkpoint best), or train less (training.num_epochs, training.max_steps)"
+    )
 
 
 def schedule_of(job: Job) -> Schedule:

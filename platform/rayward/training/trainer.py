@@ -67,7 +67,7 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     """
     from accelerate import init_empty_weights
 
-    from rayward.model.loading import build_reward_model, resolve_hf_config
+    from rayward.model.loading import build_reward_model, head_row, resolve_hf_config, resolve_model_dir
 
     manifest, training = prepared.manifest, config.training
     if manifest.num_train == 0:
@@ -76,8 +76,12 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
         logger.warning(
             "training.num_epochs is %d: reward models over-fit after the first epoch; watch the validation loss", training.num_epochs
         )
+    config.objective.check(manifest.label_facts())
     contract, tokenizer_length = _contract_and_vocabulary(prepared)
+    contract = contract.for_head(config.outputs, config.objective.reward_weights(config.outputs))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
+    if config.model.path is not None:
+        head_row(resolve_model_dir(config.model.path, config.model.revision), config.model, config.outputs)
     with init_empty_weights(include_buffers=False):
         model = build_reward_model(hf_config, max_tokens=contract.max_tokens)
     longest = manifest.longest_comparison_tokens

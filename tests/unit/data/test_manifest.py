@@ -25,7 +25,6 @@ MANIFEST = Manifest(
     total_train_tokens_unshared=40,
     length_histogram={32: 2},
     max_completions=2,
-    num_attributes=0,
     sources={"s": 2},
 )
 
@@ -33,11 +32,11 @@ MANIFEST = Manifest(
 def _rows() -> pa.Table:
     rows = [
         # 10 + 3 + 5 tokens; the longer, second completion wins.
-        {"prefix_ids": [1] * 10, "branch_ids": [[1] * 3, [1] * 5], "ranks": [1, 0], "source": "s", "truncated": False},
+        {"prefix_ids": [1] * 10, "branch_ids": [[1] * 3, [1] * 5], "ranks": [1, 0], "strength": 3.0, "source": "s", "truncated": False},
         # 0 + 40 + 40 + 2; 0 beats 2 (longer), 1 beats 2 (longer), 0 and 1 tie.
         {"prefix_ids": [], "branch_ids": [[1] * 40, [1] * 40, [1] * 2], "ranks": [0, 0, 1], "source": "t", "truncated": True},
         # The shorter wins.
-        {"prefix_ids": [1], "branch_ids": [[1] * 2, [1] * 4], "ranks": [0, 1], "source": "s", "truncated": False},
+        {"prefix_ids": [1], "branch_ids": [[1] * 2, [1] * 4], "ranks": [0, 1], "strength": 0.5, "source": "s", "truncated": False},
         # Attributes only: no pair.
         {"prefix_ids": [1], "branch_ids": [[1] * 2], "attributes": [[1.0, 2.0]], "source": "s", "truncated": False},
     ]
@@ -49,7 +48,8 @@ def test_split_stats_by_hand() -> None:
     assert stats.num_rows == 4
     assert stats.tokens == 18 + 82 + 7 + 3
     assert stats.tokens_unshared == 28 + 82 + 8 + 3
-    assert (stats.longest_comparison, stats.longest_conversation, stats.max_completions, stats.num_attributes) == (82, 40, 3, 2)
+    assert (stats.longest_comparison, stats.longest_conversation, stats.max_completions) == (82, 40, 3)
+    assert (stats.num_unranked, stats.num_unrated, stats.num_without_strength, stats.weakest, stats.strongest) == (1, 3, 2, 0.5, 3.0)
     assert (stats.longer_wins, stats.shorter_wins, stats.equal_length, stats.tied_pairs) == (3, 1, 0, 1)
     assert stats.lengths == {32: 3, 96: 1}
     assert stats.prompt_lengths == {32: 3, 0: 1}

@@ -22,6 +22,7 @@ def prepared_table(comparisons: list[EncodedComparison], first_row: int = 0) -> 
             "branch_ids": [branch.tolist() for branch in c.branch_ids],
             "ranks": None if c.labels.ranks is None else c.labels.ranks.tolist(),
             "margin": None if np.isnan(c.labels.margin) else c.labels.margin,
+            "strength": None if np.isnan(c.labels.strength) else c.labels.strength,
             "weight": c.labels.weight,
             "attributes": None if c.labels.attributes is None else c.labels.attributes.tolist(),
         }
@@ -49,6 +50,7 @@ def assert_same(found: EncodedComparison, expected: EncodedComparison) -> None:
     for mine, theirs in zip(found.branch_ids, expected.branch_ids, strict=True):
         np.testing.assert_array_equal(mine, theirs)
     np.testing.assert_array_equal(found.labels.margin, expected.labels.margin)
+    np.testing.assert_array_equal(found.labels.strength, expected.labels.strength)
     assert found.labels.weight == expected.labels.weight
     for name in ("ranks", "attributes"):
         mine, theirs = getattr(found.labels, name), getattr(expected.labels, name)
@@ -81,7 +83,7 @@ def test_labels_survive() -> None:
     ranks = np.array([1.0, 0.0], dtype=np.float32)
     ratings = np.array([[1.5, np.nan, 3.0], [0.0, -2.0, 1.0]], dtype=np.float32)
     comparisons = [
-        make_comparison("all", 3, [2, 4], labels=Labels(ranks=ranks, margin=0.75, weight=2.5, attributes=ratings)),
+        make_comparison("all", 3, [2, 4], labels=Labels(ranks=ranks, margin=0.75, strength=2.0, weight=2.5, attributes=ratings)),
         make_comparison("no margin", 0, [2, 4], labels=Labels(ranks=ranks, attributes=ratings + 1)),
         make_comparison("ratings only", 1, [5, 1], labels=Labels(attributes=ratings - 1)),
     ]

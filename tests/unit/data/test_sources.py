@@ -144,7 +144,7 @@ BAD: list[tuple[str, SourceOptions, dict[str, Any], BadRow]] = [
     ("ranking", IMPLICIT, {"prompt": "a", "completions": [], "ranks": []}, BadRow.EMPTY_COMPLETION),
     ("ranking", IMPLICIT, {"prompt": "a", "completions": ["b", "c"]}, BadRow.MISSING_FIELD),
     ("ranking", IMPLICIT, {"prompt": "a", "completions": ["b", "b"], "ranks": [1, 2]}, BadRow.IDENTICAL_COMPLETIONS),
-    ("ranking", IMPLICIT, {"prompt": "a", "completions": ["b", "c"], "attributes": [[1], [1, 2]]}, BadRow.BAD_RANKING),
+    ("ranking", IMPLICIT, {"prompt": "a", "completions": ["b", "c"], "attributes": [[1, 2], [1, 2]]}, BadRow.MISSING_FIELD),
 ]
 
 
@@ -156,15 +156,15 @@ def test_a_bad_row_is_rejected_with_its_reason(name: str, options: SourceOptions
 
 
 @pytest.mark.parametrize(("strength", "ranks", "margin"), [(-3, (0.0, 1.0), 3.0), (1, (1.0, 0.0), 1.0), (0, (0.0, 0.0), 0.0)])
-def test_helpsteer_strength_gives_order_and_margin(strength: int, ranks: tuple[float, float], margin: float) -> None:
+def test_helpsteer_strength_gives_order_and_strength(strength: int, ranks: tuple[float, float], margin: float) -> None:
     comparison = FORMATS["helpsteer2_preference"].adapt(GOOD["helpsteer2"][2] | {"preference_strength": strength}, IMPLICIT)
-    assert (comparison.ranks, comparison.margin) == (ranks, margin)
+    assert (comparison.ranks, comparison.strength, comparison.margin) == (ranks, margin, None)
 
 
-def test_ultrafeedback_margin_is_the_score_gap() -> None:
+def test_ultrafeedback_strength_is_the_score_gap() -> None:
     row = GOOD["ultrafeedback"][2] | {"score_chosen": 8.5, "score_rejected": 6}
-    assert FORMATS["ultrafeedback_binarized"].adapt(row, IMPLICIT).margin == 2.5
-    assert FORMATS["ultrafeedback_binarized"].adapt(GOOD["ultrafeedback"][2], IMPLICIT).margin is None
+    assert FORMATS["ultrafeedback_binarized"].adapt(row, IMPLICIT).strength == 2.5
+    assert FORMATS["ultrafeedback_binarized"].adapt(GOOD["ultrafeedback"][2], IMPLICIT).strength is None
 
 
 def test_hh_transcript_keeps_the_dialogue_as_turns() -> None:
@@ -177,7 +177,7 @@ def test_hh_transcript_keeps_the_dialogue_as_turns() -> None:
 
 def test_missing_attributes_become_nan() -> None:
     row = {"prompt": "a", "completions": ["b", "c"], "attributes": [[1, None], [2, 3]]}
-    attributes = FORMATS["ranking"].adapt(row, IMPLICIT).attributes
+    attributes = FORMATS["ranking"].adapt(row, SourceOptions("set", attributes=("x", "y"))).attributes
     assert attributes is not None
     assert attributes[1] == (2.0, 3.0)
     assert math.isnan(attributes[0][1])

@@ -19,7 +19,6 @@ from rayward.model.loading import (
     INIT_CHUNK,
     SINGLE_FILE,
     RandomInit,
-    SafetensorsSource,
     WeightSource,
     build_reward_model,
     head_sha256,
@@ -33,6 +32,7 @@ CPU = torch.device("cpu")
 
 
 def contract(max_tokens: int = 64, **changes: Any) -> Contract:
+    changes.setdefault("reward_weights", (1.0,) * len(changes.get("outputs", ("reward",))))
     return Contract(
         template="",
         template_source="plain",
@@ -137,8 +137,6 @@ def test_a_language_model_gets_a_fresh_head(tmp_path: Path) -> None:
     model = make_architecture("llama")
     source = source_of(tmp_path, model)
     found = values_of(source, model)
-    assert isinstance(source, SafetensorsSource)
-    assert source.fresh == {"score.weight"}
     assert torch.equal(found["score.weight"], values_of(RandomInit(model, seed=0), model)["score.weight"])
     for name, parameter in language_model.model.named_parameters():
         assert torch.equal(found[f"model.{name}"], parameter)
@@ -152,13 +150,65 @@ def test_a_checkpoint_of_the_bare_backbone(tmp_path: Path) -> None:
     assert torch.equal(found["transformer.wte.weight"], model.transformer.wte.weight)
 
 
-def test_a_head_with_another_number_of_outputs_is_made_anew(tmp_path: Path) -> None:
+def exported(directory: Path, outputs: tuple[str, ...]) -> PreTrainedModel:
+    """A model with this head and a contract that names its outputs."""
+    model = make_architecture("llama", num_labels=len(outputs), seed=4)
+    model.save_pretrained(directory)
+    contract(outputs=outputs).save(directory)
+    return model
+
+
+def with_head(outputs: tuple[str, ...]) -> PreTrainedModel:
+    model = make_architecture("llama", num_labels=len(outputs))
+    model.config.id2label = dict(enumerate(outputs))
+    return model
+
+
+def head_of(directory: Path, outputs: tuple[str, ...], **settings: Any) -> Tensor:
+    model = with_head(outputs)
+    source = weight_source(model, ModelConfig(path=str(directory), **settings), seed=0)
+    return values_of(source, model)["score.weight"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_one_output_of_a_regression_head_starts_a_bradley_terry_head(tmp_path: Path, world_size: int) -> None:
+    stored = exported(tmp_path, ("helpfulness", "correctness", "verbosity"))
+    model = with_head(("reward",))
+    for row, name in enumerate(("helpfulness", "correctness", "verbosity")):
+        source = weight_source(model, ModelConfig(path=str(tmp_path), head_output=name), seed=0)
+        assert torch.equal(read_in_pieces(source, "score.weight", (1, 32), world_size), stored.score.weight[row])
+
+
+def test_a_head_with_the_same_outputs_is_taken_as_it_is(tmp_path: Path) -> None:
+    stored = exported(tmp_path, ("a", "b"))
+    assert torch.equal(head_of(tmp_path, ("a", "b")), stored.score.weight)
+    (tmp_path / "contract.json").unlink()
+    assert torch.equal(head_of(tmp_path, ("x", "y")), stored.score.weight)  # nobody says what its outputs are
+
+
+@pytest.mark.parametrize(
+    ("outputs", "settings", "message"),
+    [
+        (("reward",), {}, "outputs a, b; the run has reward.*model.head=fresh"),
+        (("b", "a"), {}, "outputs a, b; the run has b, a"),
+        (("reward",), {"head_output": "c"}, "model.head_output is 'c'; the outputs of .* are a, b"),
+        (("b", "a"), {"head_output": "a"}, "those of the run b, a"),
+    ],
+)
+def test_a_head_with_other_outputs_is_refused_and_never_silently_made_anew(
+    tmp_path: Path, outputs: tuple[str, ...], settings: dict[str, Any], message: str
+) -> None:
+    exported(tmp_path, ("a", "b"))
+    with pytest.raises(ModelLoadError, match=f"(?s){message}"):
+        head_of(tmp_path, outputs, **settings)
+    model = with_head(outputs)
+    assert torch.equal(head_of(tmp_path, outputs, head="fresh"), values_of(RandomInit(model, seed=0), model)["score.weight"])
+
+
+def test_a_classifier_without_a_contract_and_with_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
     make_architecture("llama", num_labels=3).save_pretrained(tmp_path)
-    model = make_architecture("llama")
-    source = source_of(tmp_path, model)
-    assert values_of(source, model)["score.weight"].shape == (1, 32)
-    assert isinstance(source, SafetensorsSource)
-    assert source.fresh == {"score.weight"}
+    with pytest.raises(ModelLoadError, match=r"(?s)3 without names.*model.head=fresh"):
+        source_of(tmp_path, make_architecture("llama"))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 50])

@@ -15,10 +15,9 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.ranks import Group, PartitionedEngine, State
 from tests.helpers.training import draft, make_shares, steps_in, tiny_engine, train
 
-from rayward.config import BradleyTerryObjective
 from rayward.contract import GoldenScore
 from rayward.errors import CheckpointError
-from rayward.objectives import Objective
+from rayward.objectives import BradleyTerryObjective, Objective
 from rayward.training.checkpoint import COMMIT_FILE, CheckpointReader, CheckpointStore, Commit, CommitDraft
 from rayward.training.engine import STATE_KINDS, TorchEngine
 

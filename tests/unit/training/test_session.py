@@ -58,6 +58,26 @@ def test_a_run_that_dies_continues_and_ends_with_the_same_weights(tmp_path: Path
     assert [r["loss"] for r in records(job, "train")] == [r["loss"] for r in records(undisturbed, "train")]
 
 
+def test_the_gap_between_training_and_validation_is_logged_and_warned_about_when_it_opens(
+    tmp_path: Path, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path / "calm", prepared, evaluate_every_steps=3)
+    run_session(job, prepared, validation=True)
+    train = [record["loss"] for record in records(job, "train")]
+    for record, recent in zip(records(job, "validation"), (train[:3], train[3:]), strict=True):
+        assert record["train_loss"] == pytest.approx(sum(recent) / 3)
+        assert record["gap"] == pytest.approx(record["loss"] - sum(recent) / 3)
+    gaps = [record["gap"] for record in records(job, "validation")]
+    # The same run under a lower bar: a note at each validation whose gap is a new record above it.
+    monkeypatch.setattr("rayward.training.session.GAP_WARNING_NATS", min(gaps) - 1e-3)
+    warned = make_job(tmp_path / "warned", prepared, evaluate_every_steps=3)
+    run_session(warned, prepared, validation=True)
+    notes = [record["message"] for record in records(warned, "note")]
+    assert len(notes) == 1 + (gaps[1] > gaps[0])
+    assert "begins to over-fit" in notes[0]
+    assert "--checkpoint best" in notes[0]
+
+
 def test_a_line_that_a_killed_writer_left_half_written_is_dropped(tmp_path: Path, prepared: PreparedData) -> None:
     job = make_job(tmp_path, prepared)
     with pytest.raises(StreamOrderError):

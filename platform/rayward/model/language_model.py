@@ -1,0 +1,113 @@
+"""Log-probabilities of completions under a causal language model, on the same packed rows as the reward forward.
+
+Shapes: B rows, T columns, M completion tokens of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rayward.data.packing import Layout, PackedBatch
+from rayward.errors import ModelLoadError
+from rayward.model.attention import SEGMENT_ATTENTION, why_not_shareable
+
+LOGIT_ROWS = 1024
+"""Positions whose logits [.., V] are in memory at once."""
+
+
+class LanguageModel(nn.Module):
+    """A causal language model that sums log-probabilities over the branches of comparisons.
+
+    Args:
+        model: any `…ForCausalLM`.
+        max_tokens: longest conversation, to decide whether the model's attention window allows sharing.
+        layout: force a layout; None decides by capability.
+
+    Raises:
+        ModelLoadError: the model scales its logits in a way that is not computed here.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_tokens: int, layout: Layout | None = None) -> None:
+        super().__init__()
+        if getattr(model.config, "logits_scaling", 1.0) != 1.0 or getattr(model.config, "logit_scale", 1.0) != 1.0:
+            raise ModelLoadError(
+                f"{type(model).__name__} scales its logits, which is not supported here", remedy="use another architecture"
+            )
+        self.model = model
+        self.layout: Layout = layout or ("padded" if why_not_shareable(model, max_tokens=max_tokens) else "packed")
+        if self.layout == "packed":
+            model.set_attn_implementation(SEGMENT_ATTENTION)
+
+    @classmethod
+    def load(cls, directory: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int) -> LanguageModel:
+        """Load a policy for inference.
+
+        Raises:
+            ModelLoadError: it is no causal language model, or its weights cannot be read.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
+            raise ModelLoadError(f"{directory} cannot be loaded as a causal language model: {exc}", remedy="check the directory") from exc
+        language_model = cls(model, max_tokens=max_tokens).eval()
+        return language_model.to(device)
+
+    def completion_log_probs(self, batch: PackedBatch) -> Tensor:
+        """Sum of log p(token | everything before it) over the branch tokens of each completion, float32 [N].
+
+        Every branch token must have a token before it: prefixes are not empty, or the first token of a branch is not counted.
+        """
+        device = next(self.model.parameters()).device
+        ids = torch.from_numpy(batch.input_ids).to(device)
+        if batch.segments is not None:
+            mask: Tensor | None = torch.from_numpy(batch.segments)[None, None]
+        else:
+            mask = torch.from_numpy(batch.attention_mask).to(device)
+        backbone = cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
+        positions = torch.from_numpy(batch.position_ids).to(device)
+        hidden = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        rows, before, column, owner = (torch.from_numpy(a).to(device) for a in _predictions(batch))
+        log_probs = torch.empty(len(rows), dtype=torch.float32, device=device)
+        for start in range(0, len(rows), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
+            logits = self._logits(hidden[rows[part], before[part]])
+            target = ids[rows[part], column[part]]
+            log_probs[part] = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+        total = torch.zeros(len(batch.end_row), dtype=torch.float32, device=device)
+        return total.index_add_(0, owner, log_probs)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        assert head is not None
+        logits = cast(Tensor, head(hidden)).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _predictions(batch: PackedBatch) -> tuple[npt.NDArray[np.int64], ...]:
+    # For every branch token: its row, the column that predicts it, its own column, and the completion it belongs to.
+    found: list[tuple[int, int, int, int]] = []
+    completion = 0
+    for comparison in batch.comparisons:
+        for branch in comparison.branch_ids:
+            end_row, end = int(batch.end_row[completion]), int(batch.end_column[completion])
+            first = end - len(branch) + 1
+            prefix = len(comparison.prefix_ids)
+            start = 0 if batch.segments is None else int(batch.segments[completion, 0])
+            before_first = start + prefix - 1 if prefix else -1
+            found += [
+                (end_row, before_first if column == first else column - 1, column, completion)
+                for column in range(first, end + 1)
+                if column != first or before_first >= 0
+            ]
+            completion += 1
+    table = np.array(found, dtype=np.int64).reshape(-1, 4)
+    return tuple(table[:, i] for i in range(4))

@@ -1,0 +1,78 @@
+"""Several reward models served as one: mean, minimum, a lower bound, or Llama 2's safety gate (`rayward.scoring.combining`). No Ray.
+
+Each member is scored by its own contract and verified like a model of its own. The rewards are the rule's; the outputs of a completion
+are the members' rewards and their spread (population standard deviation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from rayward.scoring.combining import ENSEMBLE_FILE, EnsembleRule
+from rayward.scoring.scorer import Device, ModelFacts, Scorer
+from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
+
+SPREAD = "spread"
+
+
+class Ensemble:
+    """Loaded members under one rule; scores like a `Scorer`."""
+
+    def __init__(self, rule: EnsembleRule, members: Sequence[Scorer], *, model_id: str) -> None:
+        self._rule = rule
+        self._members = tuple(members)
+        self.model_id = model_id
+        self.version = hashlib.sha256(
+            json.dumps([rule.model_dump(mode="json", exclude={"normaliser", "members"}), [m.version for m in members]]).encode()
+        ).hexdigest()[:12]
+        names = (f"{index}_{member.model_id}" for index, member in enumerate(members))
+        self.facts = ModelFacts(
+            outputs=(*names, SPREAD),
+            max_tokens=min(member.contract.max_tokens for member in members),
+            weight_sets=(),
+            normaliser=rule.normaliser,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
+        """Load and verify every member.
+
+        Raises:
+            ModelLoadError: `ensemble.json` cannot be read, or a member cannot be loaded.
+            ContractMismatchError: a member is not the one of its contract.
+        """
+        directory = Path(path)
+        rule = EnsembleRule.load(directory)
+        members = [Scorer.load(directory / name, device=device, tokens_per_batch=tokens_per_batch, verify=verify) for name in rule.members]
+        return cls(rule, members, model_id=directory.resolve().name)
+
+    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
+        """Rewards or an error for each item; an item that one member cannot score has that member's error."""
+        plain = [ScoreItem(item.prompt, item.completions) for item in items]
+        by_member = [member.score(plain) for member in self._members]
+        return [self._result(item, [results[index] for results in by_member]) for index, item in enumerate(items)]
+
+    def _result(self, item: ScoreItem, results: list[ItemResult]) -> ItemResult:
+        if item.weights is not None:
+            return ItemResult(error=ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not known; an ensemble has none"))
+        if item.normalise != "raw" and self._rule.normaliser is None:
+            return ItemResult(error=ItemError("no_normaliser", f"{item.normalise} rewards need a normaliser; {ENSEMBLE_FILE} has none"))
+        for member, result in zip(self._members, results, strict=True):
+            if result.error is not None:
+                return ItemResult(error=ItemError(result.error.code, f"{member.model_id}: {result.error.message}"))
+        per_completion = list(zip(*(result.rewards for result in results if result.rewards is not None), strict=True))
+        rewards = [self._rule.combine(members) for members in per_completion]
+        if item.normalise != "raw":
+            assert self._rule.normaliser is not None
+            rewards = [self._rule.normaliser.apply(reward, item.normalise) for reward in rewards]
+        return ItemResult(
+            rewards=tuple(rewards),
+            outputs=tuple((*members, statistics.pstdev(members)) for members in per_completion),
+            tokens=sum(result.tokens for result in results),
+            tokens_computed=sum(result.tokens_computed for result in results),
+        )

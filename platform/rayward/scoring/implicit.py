@@ -1,0 +1,171 @@
+"""The implicit reward of a DPO policy: beta (log policy - log reference) of the completion (arXiv 2305.18290, eq. 6). No Ray.
+
+    implicit.json   {"policy": directory, "reference": directory, "beta": 0.1}
+
+A directory with this file is scored, evaluated and served like a reward model. Like a Bradley-Terry reward it compares completions of one
+prompt only. There are no golden scores: such a pair of policies was not exported with a contract.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self, cast
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rayward.contract import Contract, Encoder, Normaliser, load_tokenizer, tokenizer_fingerprint
+from rayward.data.comparison import Message
+from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
+from rayward.errors import ContractError, ModelLoadError, TooLongError
+from rayward.model.language_model import LanguageModel
+from rayward.scoring.combining import IMPLICIT_FILE
+from rayward.scoring.scorer import Device, ModelFacts, pick_device
+from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
+
+OUTPUTS = ("policy_log_prob", "reference_log_prob")
+
+
+class ImplicitRule(BaseModel):
+    """Content of `implicit.json`.
+
+    Attributes:
+        policy, reference: directories of causal language models with one tokenizer, relative to the file or absolute.
+        beta: strength of the KL penalty that the policy was trained with.
+        max_tokens: longest conversation.
+        per_token: divide by the number of completion tokens (length-normalised).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    policy: str
+    reference: str
+    beta: float = Field(0.1, gt=0.0)
+    max_tokens: int = Field(2048, ge=8)
+    per_token: bool = False
+    normaliser: Normaliser | None = None
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read `implicit.json`.
+
+        Raises:
+            ModelLoadError: it cannot be read or breaks a rule.
+        """
+        path = directory / IMPLICIT_FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as exc:
+            raise ModelLoadError(f"{path} is not valid: {exc}", remedy="correct the file") from exc
+
+    def save(self, directory: Path) -> None:
+        """Write `implicit.json`."""
+        (directory / IMPLICIT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class ImplicitScorer:
+    """Policy and reference, loaded; scores like a `Scorer`."""
+
+    def __init__(
+        self, rule: ImplicitRule, encoder: Encoder, models: tuple[LanguageModel, LanguageModel], *, model_id: str, version: str, budget: int
+    ) -> None:
+        self._rule, self._encoder, self._models, self._budget = rule, encoder, models, budget
+        self.model_id, self.version = model_id, version
+        self.facts = ModelFacts(OUTPUTS, encoder.contract.max_tokens, (), rule.normaliser)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
+        """Load both models; the text rules are those of the policy's tokenizer and template.
+
+        Raises:
+            ModelLoadError: `implicit.json` or a model cannot be read, or the two tokenizers differ.
+            ContractError: there is no usable tokenizer.
+        """
+        directory = Path(path)
+        rule = ImplicitRule.load(directory)
+        where, target = (directory / rule.policy, directory / rule.reference), pick_device(device)
+        tokenizers = [load_tokenizer(str(folder)) for folder in where]
+        if tokenizer_fingerprint(tokenizers[0]) != tokenizer_fingerprint(tokenizers[1]):
+            raise ModelLoadError(
+                f"{where[0]} and {where[1]} have different tokenizers", remedy="use the reference that the policy began as"
+            )
+        contract = Contract.from_tokenizer(tokenizers[0], max_tokens=rule.max_tokens)
+        dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+        policy, reference = (LanguageModel.load(folder, device=target, dtype=dtype, max_tokens=rule.max_tokens) for folder in where)
+        identity = [rule.model_dump(mode="json", exclude={"normaliser"}), contract.fingerprint(), *(_weights_identity(f) for f in where)]
+        return cls(
+            rule,
+            Encoder(contract, tokenizers[0]),
+            (policy, reference),
+            model_id=directory.resolve().name,
+            version=f"unverified-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}",
+            budget=tokens_per_batch,
+        )
+
+    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
+        """Rewards or an error for each item, in order."""
+        results: list[ItemResult | None] = [None] * len(items)
+        encoded: list[tuple[int, EncodedComparison]] = []
+        for index, item in enumerate(items):
+            try:
+                encoded.append((index, self._encode(item)))
+            except TooLongError as exc:
+                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
+            except ContractError as exc:
+                results[index] = ItemResult(error=ItemError("template", exc.problem))
+        log_probs = [self._log_probs(model, [comparison for _, comparison in encoded]) for model in self._models]
+        for (index, comparison), policy, reference in zip(encoded, *log_probs, strict=True):
+            results[index] = self._result(items[index], comparison, policy, reference)
+        return cast(list[ItemResult], results)
+
+    def _encode(self, item: ScoreItem) -> EncodedComparison:
+        split = [self._encoder.encode_split(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+        shortest = min(length for _, length in split)
+        shared = next((i for i in range(shortest) if len({ids[i] for ids, _ in split}) > 1), shortest)
+        # Completions that were cut differently, or whose first token swallowed the end of the prompt, start where they differ.
+        return EncodedComparison(
+            id="item",
+            prefix_ids=np.array(split[0][0][:shared], dtype=np.int32),
+            branch_ids=tuple(np.array(ids[shared:], dtype=np.int32) for ids, _ in split),
+            labels=Labels(),
+        )
+
+    @torch.inference_mode()
+    def _log_probs(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in comparisons]
+        for group in group_by_budget(comparisons, tokens_per_microbatch=self._budget, layout=model.layout):
+            batch = pack([comparisons[i] for i in group], layout=model.layout, pad_token_id=0)
+            values = model.completion_log_probs(batch).tolist()
+            for index in group:
+                found[index], values = values[: comparisons[index].num_completions], values[comparisons[index].num_completions :]
+        return found
+
+    def _result(self, item: ScoreItem, comparison: EncodedComparison, policy: list[float], reference: list[float]) -> ItemResult:
+        if item.weights is not None:
+            return ItemResult(
+                error=ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not known; an implicit reward has none")
+            )
+        if item.normalise != "raw" and self._rule.normaliser is None:
+            return ItemResult(error=ItemError("no_normaliser", f"{item.normalise} rewards need a normaliser; {IMPLICIT_FILE} has none"))
+        lengths = [len(branch) if self._rule.per_token else 1 for branch in comparison.branch_ids]
+        rewards = [self._rule.beta * (p - r) / n for p, r, n in zip(policy, reference, lengths, strict=True)]
+        if not all(math.isfinite(reward) for reward in rewards):
+            return ItemResult(error=ItemError("non_finite", "a model gave NaN or Inf"))
+        if item.normalise != "raw":
+            assert self._rule.normaliser is not None
+            rewards = [self._rule.normaliser.apply(reward, item.normalise) for reward in rewards]
+        return ItemResult(
+            rewards=tuple(rewards),
+            outputs=tuple(zip(policy, reference, strict=True)),
+            tokens=2 * comparison.num_tokens_unshared,
+            tokens_computed=2 * comparison.num_tokens,
+        )
+
+
+def _weights_identity(directory: Path) -> list[tuple[str, int]]:
+    # Names and sizes: hashing two policies of 140 GB at every start would take longer than loading them.
+    return sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))

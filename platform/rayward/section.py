@@ -1,0 +1,86 @@
+"""What every block of the configuration is, and what every objective adds to it. Light: no torch, no numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from rayward.errors import ConfigError
+
+WEIGHT_SETS: dict[str, dict[str, float]] = {
+    "helpsteer2_llama3_70b": {"helpfulness": 0.65, "correctness": 0.80, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.40},
+    "helpsteer2_nemotron4_340b": {"helpfulness": 0.30, "correctness": 0.74, "coherence": 0.46, "complexity": 0.47, "verbosity": -0.33},
+    "helpsteer2_goodness": {"helpfulness": 0.65, "correctness": 0.80, "coherence": 0.45},
+}
+"""Published ways to make one reward of HelpSteer2's attributes (arXiv 2406.08673). The first two were searched on RewardBench: a
+RewardBench figure that uses them is tuned on the benchmark. The third is the one that selects data and rewards the policy there."""
+
+
+class Section(BaseModel):
+    """One block of a YAML file. Every field carries its documentation in the string under it; units and scope are in the name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFacts:
+    """What prepared data says about its labels, over both splits.
+
+    Attributes:
+        attributes: names, as in `data.attributes`.
+        num_unranked: comparisons without ranks.
+        num_unrated: comparisons without a single rating.
+        num_without_strength: comparisons without a strength.
+        weakest, strongest: range of the strengths, None without any.
+        max_completions: the largest K.
+    """
+
+    attributes: tuple[str, ...] = ()
+    num_unranked: int = 0
+    num_unrated: int = 0
+    num_without_strength: int = 0
+    weakest: float | None = None
+    strongest: float | None = None
+    max_completions: int = 0
+
+
+class ObjectiveSection(Section):
+    """Settings that every objective has; each method adds its own."""
+
+    type: str
+    """Name in the table of objectives."""
+
+    def outputs(self, attributes: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the head's outputs, given the attributes that the data carries (`data.attributes`)."""
+        return ("reward",)
+
+    def reward_weights(self, outputs: tuple[str, ...]) -> tuple[float, ...]:
+        """How the outputs become one reward: its weights, in the order of the outputs."""
+        return (1.0,) * len(outputs)
+
+    def check(self, data: LabelFacts) -> None:
+        """Compare the settings with what the prepared data knows.
+
+        Raises:
+            ConfigError: the data cannot teach this objective.
+        """
+        if data.num_unranked:
+            raise ConfigError(
+                f"objective {self.type} learns from rankings; {data.num_unranked} rows have none",
+                remedy="use data with chosen/rejected or ranks, set data.rank_by to an attribute, or use objective.type=regression",
+            )
+
+
+def weight_set(name: str) -> Mapping[str, float]:
+    """A published set of weights.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in WEIGHT_SETS:
+        raise ConfigError(
+            f"weight set {name!r} is not known", remedy=f"use one of {', '.join(WEIGHT_SETS)}, or give the weights themselves"
+        )
+    return WEIGHT_SETS[name]

@@ -1,0 +1,128 @@
+"""Every method by its recipe: trains on ZeRO-3, exports, passes its contract, is evaluated and scored over HTTP, and has learned.
+
+Real here: the recipes as they ship (with a smaller model and fewer rows), Ray Data, Ray Train with two workers, Ray Serve.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayward import RewardClient
+from rayward.config import Config, ScoringConfig, load_config
+from rayward.contract import Contract
+from rayward.data.world import generate, true_reward, write_demo
+
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
+
+RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+NUM_TRAIN, NUM_HELD_OUT = 1600, 150
+SMALLER = [
+    "model.architecture.hidden_size=64",
+    "model.architecture.intermediate_size=192",
+    "training.comparisons_per_step=16",
+    "training.learning_rate=4e-3",
+    "training.cpus_per_worker=0.25",
+    "training.evaluate_every_steps=null",
+    "checkpoint.every_steps=1000",
+    "tracking.tensorboard=false",
+]
+METHODS = ["bradley_terry_pairs", "margin", "scaled", "plackett_luce", "regression"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_a_directory_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The recipes name `runs/demo/data` in the working directory."""
+    directory = tmp_path_factory.mktemp("methods")
+    write_demo(directory / "runs" / "demo" / "data", NUM_TRAIN, NUM_HELD_OUT, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _serve_ends() -> Iterator[None]:
+    yield
+    from ray import serve
+
+    serve.shutdown()
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return load_config([RECIPES / "demo.yaml", RECIPES / "methods" / f"{name}.yaml"], [*SMALLER, *overrides])
+
+
+def train(config: Config) -> Path:
+    from rayward.pipeline import train_pipeline
+
+    train_pipeline(config, export_to=None, evaluation=True)
+    return Path(config.run.storage_path, config.run.name, "export").resolve()
+
+
+def over_http(export: Path) -> RewardClient:
+    from rayward.scoring.app import serve_model
+
+    # The same application each time: the model is replaced.
+    return RewardClient(serve_model(ScoringConfig(model=str(export), cpus_per_replica=0.5), port=0, name="methods"))
+
+
+def accuracy_over_http(client: RewardClient) -> float:
+    """Share of the pairs of new rankings that are ordered by their true reward."""
+    correct = total = 0
+    rows = list(generate(60, seed=99))
+    scores = client.score_items([{"prompt": row["prompt"], "completions": row["completions"]} for row in rows])
+    for row, result in zip(rows, scores.results, strict=True):
+        assert result.rewards is not None
+        true = [true_reward(row["prompt"], text) for text in row["completions"]]
+        for i in range(len(true)):
+            for j in range(i):
+                total += 1
+                correct += (result.rewards[i] > result.rewards[j]) == (true[i] > true[j])
+    return correct / total
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_from_recipe_to_endpoint(name: str) -> None:
+    config = recipe(name)
+    export = train(config)
+    contract = Contract.load(export)
+    assert contract.outputs == config.outputs
+    assert contract.normaliser is not None
+    metrics = json.loads((export.parent / "export-evaluation" / "metrics.json").read_text())
+    assert metrics["num_errors"] == 0
+    with over_http(export) as client:
+        info = client.models()[0]
+        assert (info.version, tuple(info.outputs)) == (contract.model_version(), contract.outputs)
+        assert info.normaliser is not None
+        assert accuracy_over_http(client) > 0.6
+
+
+def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_two() -> None:
+    from rayward.pipeline import merge_pipeline
+    from rayward.scoring.loading import load_scored_model
+
+    start = train(
+        recipe("regression", "run.name=correctness", "data.attributes=[correctness]", "objective.weights=null", "training.max_steps=60")
+    )
+    tuned = train(load_config(
+        [RECIPES / "demo.yaml", RECIPES / "methods" / "scaled_from_regression.yaml"],
+        [*[o for o in SMALLER if "architecture" not in o], "training.learning_rate=1e-3", "training.max_steps=20"],
+    ))  # fmt: skip
+    first = json.loads((tuned.parent / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["accuracy"] > 0.55  # it did not start from a random head
+    merged = merge_pipeline(Path("runs/expo").resolve(), [str(start), str(tuned)], (1.0 - 1.52, 1.52))
+    ensemble = Path("runs/ensemble")
+    ensemble.mkdir()
+    (ensemble / "ensemble.json").write_text(json.dumps({"rule": "mean", "members": [str(merged), str(tuned)]}))
+    with over_http(ensemble.resolve()) as client:
+        assert client.models()[0].outputs == ["0_expo", "1_export", "spread"]
+        (result,) = client.score_items([{"prompt": "Hello", "completions": ["Hi."]}]).results
+    members = [load_scored_model(path, device="cpu") for path in (merged, tuned)]
+    from rayward.scoring.wire import ScoreItem
+
+    item = ScoreItem(({"role": "user", "content": "Hello"},), ("Hi.",))
+    alone = [member.score([item])[0].rewards[0] for member in members]  # type: ignore[index]
+    assert result.rewards == pytest.approx([sum(alone) / 2], abs=1e-5)
