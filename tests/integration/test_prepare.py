@@ -99,16 +99,19 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
     planted = _planted()
     train = _write(tmp_path / "train.jsonl", [row for _, row in planted])
     ranking = {"prompt": "three", "completions": ["a", "b", "c"]}
-    ranked = _write(tmp_path / "ranked.jsonl", [ranking | {"ranks": [2, 0, 1]}, ranking | {"ranks": [1, 1, 1]}, ranking | {"ranks": [1]}])
+    rated = [{"prompt": "rated", "completions": ["a", "b"], "attributes": ratings} for ratings in ([[9], [1]], [[None], [None]])]
+    rows = [ranking | {"ranks": [2, 0, 1]}, ranking | {"ranks": [1, 1, 1]}, ranking | {"ranks": [1]}, *rated]
+    ranked = _write(tmp_path / "ranked.jsonl", rows)
     held_out = [{"prompt": "held out", "chosen": "1", "rejected": "2"}, {"prompt": "more", "chosen": "1", "rejected": "2"}]
     validation = _write(tmp_path / "validation.jsonl.gz", held_out)
     options = (f"data.validation=[{validation}]", "data.max_bad_fraction=1.0", "data.rows_per_shard=8")
+    options += ("data.attributes=[quality]", "data.attribute_range=[0,4]")
     prepared = prepare(_config(tokenizer_path, tmp_path, [train, ranked], *options))
     manifest = prepared.manifest
-    expected = Counter(reason.value for reason, _ in planted if reason) + Counter(tie=1, bad_ranking=1)
+    expected = Counter(reason.value for reason, _ in planted if reason) + Counter(tie=1, bad_ranking=1, bad_rating=1, no_rating=1)
     assert manifest.num_quarantined == dict(expected)
     assert set(manifest.num_quarantined) == {reason.value for reason in BadRow}
-    assert (manifest.num_input_rows, manifest.num_train, manifest.num_validation) == (len(planted) + 5, 22, 2)
+    assert (manifest.num_input_rows, manifest.num_train, manifest.num_validation) == (len(planted) + 7, 22, 2)
     assert manifest.num_input_rows == manifest.num_train + manifest.num_validation + sum(manifest.num_quarantined.values())
 
     records = [json.loads(line) for path in Path(prepared.directory, "quarantine").iterdir() for line in path.read_text().splitlines()]

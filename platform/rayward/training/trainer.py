@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
 
     from rayward.model.loading import build_reward_model, head_row, resolve_hf_config, resolve_model_dir
 
+    # Workers run in other directories than the driver.
+    local = {key: os.path.abspath(path) for key in ("path", "tokenizer") if (path := getattr(config.model, key)) and os.path.isdir(path)}
+    config = config.model_copy(update={"model": config.model.model_copy(update=local)})
     manifest, training = prepared.manifest, config.training
     if manifest.num_train == 0:
         raise DataError(f"{prepared.directory} holds no training row", remedy="lower data.validation_fraction or add data")
