@@ -219,6 +219,35 @@ def _shares(weights: str | None, num_models: int) -> tuple[float, ...]:
 
 
 @app.command()
+def mixture(settings: Settings = None) -> None:
+    """Mixture of objectives on a frozen reward model (ArmoRM): ridge regression to ratings, then a gate on the prompt."""
+    from rayward.config import load_config
+    from rayward.mixture_config import MixtureConfig
+
+    given = settings or []
+    resolved = load_config([s for s in given if "=" not in s], [s for s in given if "=" in s], schema=MixtureConfig)
+    from rayward.mixture import fit_mixture
+
+    typer.echo(f"model: {fit_mixture(resolved)}")
+
+
+@app.command("import-armo")
+def import_armo(
+    source: Annotated[Path, typer.Argument(help="Checkpoint with regression_layer, reward_transform_matrix and gating tensors.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    attributes: Annotated[str, typer.Option(help="Names of the objectives, with commas between.")],
+    gate_ids: Annotated[str, typer.Option(help="Token ids of the assistant's header.")] = "128009,128006,78191,128007,271",
+    max_tokens: Annotated[int, typer.Option(help="Longest conversation.")] = 4096,
+) -> None:
+    """Write a published mixture-of-objectives checkpoint as an export with a contract."""
+    from rayward.mixture import import_armo as run_import
+
+    ids = tuple(int(value) for value in _shares(gate_ids, 0))
+    run_import(source, output, attributes=tuple(attributes.split(",")), gate_ids=ids, max_tokens=max_tokens)
+    typer.echo(f"model: {output}")
+
+
+@app.command()
 def serve(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [FILE.yaml]... [key=value]...")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

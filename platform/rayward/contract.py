@@ -89,6 +89,8 @@ class Contract(BaseModel):
         outputs: names of the head's outputs, in order.
         reward_weights: the reward is the sum of the outputs times these.
         weight_sets: other published weights for the same outputs, by name; a request may choose one.
+        gate: of a mixture of objectives, the token ids whose last occurrence in the prompt begins where the gate reads; empty: the prompt's
+            last token. None: the head has no gate.
         normaliser: statistics of a reference set, applied on request only; not part of the version.
         dtype: parameter type of the backbone that the golden scores were computed with; the head is always fp32.
         golden_tolerance: largest accepted |difference| to a golden reward, relative to max(1, |reward|).
@@ -109,6 +111,7 @@ class Contract(BaseModel):
     outputs: tuple[str, ...] = ("reward",)
     reward_weights: tuple[float, ...] = (1.0,)
     weight_sets: dict[str, tuple[float, ...]] = {}
+    gate: tuple[int, ...] | None = None
     normaliser: Normaliser | None = None
     dtype: str = "float32"
     golden: tuple[GoldenScore, ...] = ()
@@ -283,6 +286,24 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+
+def gate_position(contract: Contract, ids: Sequence[int], prompt_length: int) -> int:
+    """Position in a conversation that a gated head reads: the prompt's last token, or where `contract.gate` occurs last in the prompt.
+
+    Raises:
+        ContractError: the prompt does not hold the token ids of `contract.gate`.
+    """
+    pattern = list(contract.gate or ())
+    if not pattern:
+        return max(prompt_length - 1, 0)
+    for start in range(prompt_length - len(pattern), -1, -1):
+        if list(ids[start : start + len(pattern)]) == pattern:
+            return start
+    raise ContractError(
+        f"the prompt does not hold the token ids {pattern} where the gate reads",
+        remedy="use the chat template that the model was made with",
+    )
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from rayward import RewardClient
 from rayward.config import Config, ScoringConfig, load_config
 from rayward.contract import Contract
 from rayward.data.world import generate, true_reward, write_demo
+from rayward.mixture_config import MixtureConfig
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
 
@@ -104,6 +105,20 @@ def test_a_method_from_recipe_to_endpoint(name: str) -> None:
         info = client.models()[0]
         assert (info.version, tuple(info.outputs)) == (contract.model_version(), contract.outputs)
         assert info.normaliser is not None
+        assert accuracy_over_http(client) > 0.65
+
+
+def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:
+    from rayward.mixture import fit_mixture
+
+    settings = ["model=runs/bradley_terry_pairs/export", "gate_steps=150"]
+    if not Path("runs/bradley_terry_pairs/export").exists():  # the test runs alone
+        train(recipe("bradley_terry_pairs"))
+    export = fit_mixture(load_config([RECIPES / "mixture" / "demo.yaml"], settings, schema=MixtureConfig))
+    report = json.loads((export / "mixture.json").read_text())
+    assert report["gate_loss"]["last"] < report["gate_loss"]["first"]
+    assert Contract.load(export).outputs == ("correctness", "completeness", "concision", "tone", "score")
+    with over_http(export) as client:
         assert accuracy_over_http(client) > 0.65
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT_RAY = {
     "data.prepare",
     "data.stream",
     "evaluation.evaluate",
+    "mixture",
     "scoring.app",
     "scoring.batch",
     "training.trainer",
@@ -40,10 +41,10 @@ DIRECTION: dict[str, set[str]] = {
     "contract": {"errors", "section", "config", "data.comparison"},
     "data": {"errors", "section", "config", "storage", "cluster", "contract", "data.comparison", "data.packing", "data.shares"},
     "metrics": {"errors", "config"},
-    "model": {"errors", "config", "contract", "data.comparison", "data.packing"},
+    "model": {"errors", "config", "contract", "data.comparison", "data.packing", "metrics"},
     "training": {
         "errors", "config", "storage", "cluster", "contract", "data", "data.comparison", "data.packing", "data.shares", "objectives",
-        "ranking", "metrics", "model",
+        "ranking", "metrics", "model", "golden",
     },
     "scoring.wire": {"errors"},
     "scoring.exchange": {"errors", "scoring.wire"},
@@ -60,8 +61,16 @@ DIRECTION: dict[str, set[str]] = {
     "pipeline": {
         "errors", "config", "storage", "cluster", "contract", "data", "model", "training", "scoring", "evaluation",
     },
+    "golden": {"contract", "data.comparison"},
+    "mixture_config": {"section", "config"},
+    "mixture": {
+        "errors", "config", "mixture_config", "storage", "cluster", "contract", "golden", "data", "model", "scoring",
+    },
     "demo": {"errors", "cluster", "data"},
-    "cli": {"errors", "config", "cluster", "data", "scoring", "scoring.client", "evaluation", "capacity", "pipeline", "demo"},
+    "cli": {
+        "errors", "config", "cluster", "data", "scoring", "scoring.client", "evaluation", "capacity", "pipeline", "demo", "mixture_config",
+        "mixture",
+    },
     "": {"errors", "scoring.client"},
 }  # fmt: skip
 

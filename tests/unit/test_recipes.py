@@ -11,6 +11,8 @@ from accelerate import init_empty_weights
 
 from rayward.config import ScoringConfig, load_config, parse_config
 from rayward.contract import Contract
+from rayward.errors import ConfigError
+from rayward.mixture_config import MixtureConfig
 from rayward.model.loading import build_reward_model, resolve_hf_config
 from rayward.objectives import OBJECTIVES
 
@@ -37,6 +39,26 @@ def test_a_method_recipe_lies_over_the_demo_and_is_named_after_its_run(path: Pat
     config = load_config([DEMO, path])
     assert config.run.name == path.stem
     assert config.model.path or config.model.architecture
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "recipes" / "mixture").glob("*.y*ml")), ids=lambda path: path.name)
+def test_a_mixture_recipe_parses(path: Path) -> None:
+    config = load_config([path], schema=MixtureConfig)
+    assert config.ratings.attributes
+    assert config.preferences.train
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ratings.attributes=[]", r"ratings\.attributes is empty"),
+        ("verbosity_attribute=length", "verbosity_attribute is 'length'.*correctness"),
+        ("gate_dept=2", "gate_dept = 2: unknown key"),
+    ],
+)
+def test_a_mixture_that_contradicts_itself_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        load_config([ROOT / "jobs" / "recipes" / "mixture" / "demo.yaml"], [override], schema=MixtureConfig)
 
 
 def test_every_method_has_a_recipe() -> None:

@@ -56,12 +56,14 @@ class EncodedComparison:
     Attributes:
         prefix_ids: int32 [P], the ids that all completions share (P may be 0).
         branch_ids: K arrays of int32; each ends with the token that is scored.
+        gate_positions: of each completion, the position in its conversation that a gated head reads; None where no head does.
     """
 
     id: str
     prefix_ids: Int32
     branch_ids: tuple[Int32, ...]
     labels: Labels
+    gate_positions: tuple[int, ...] | None = None
 
     @property
     def num_completions(self) -> int:
@@ -88,6 +90,7 @@ class PackedBatch:
             branch. Spans are half-open columns of the row; every token belongs to a prefix or to one branch.
         attention_mask: int64 [R, T], padded layout only: 1 for real tokens, which stand at the left.
         end_row, end_column: int64 [N], where each completion's reward is read, comparison by comparison.
+        gate_column: int64 [N], where a gated head reads the prompt (in the rows of `end_row`); None unless every comparison says it.
     """
 
     comparisons: tuple[EncodedComparison, ...]
@@ -97,6 +100,7 @@ class PackedBatch:
     attention_mask: npt.NDArray[np.int64] | None
     end_row: npt.NDArray[np.int64]
     end_column: npt.NDArray[np.int64]
+    gate_column: npt.NDArray[np.int64] | None = None
 
     @property
     def num_computed_tokens(self) -> int:
@@ -156,7 +160,19 @@ def _pack_shared(comparisons: Sequence[EncodedComparison]) -> PackedBatch:
         attention_mask=None,
         end_row=np.zeros(len(segments), dtype=np.int64),
         end_column=table[:, 2] + table[:, 3] - 1,
+        gate_column=_gate_columns(comparisons, table),
     )
+
+
+def _gate_columns(comparisons: Sequence[EncodedComparison], segments: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
+    # A position in the conversation is a column of the prefix or of the branch (packed), or itself (padded).
+    if any(c.gate_positions is None for c in comparisons):
+        return None
+    positions = np.array([p for c in comparisons for p in c.gate_positions or ()], dtype=np.int64)
+    if segments is None:
+        return positions
+    start, prefix, branch = segments[:, 0], segments[:, 1], segments[:, 2]
+    return np.where(positions < prefix, start + positions, branch + positions - prefix)
 
 
 def _pack_padded(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> PackedBatch:
@@ -175,6 +191,7 @@ def _pack_padded(comparisons: Sequence[EncodedComparison], pad_token_id: int) ->
         attention_mask=(columns[None] < lengths[:, None]).astype(np.int64),
         end_row=np.arange(len(rows), dtype=np.int64),
         end_column=lengths - 1,
+        gate_column=_gate_columns(comparisons, None),
     )
 
 

@@ -25,6 +25,14 @@ _MEANINGS = {
         "a prompt carry meaning. The absolute value, its sign and comparisons across prompts do not: any constant per prompt leaves the "
         "objective unchanged."
     ),
+    "plackett_luce": (
+        "The model was trained on rankings with the Plackett-Luce objective: among answers to **the same prompt**, `softmax(rewards)` is "
+        "the model's probability that a judge of the training data puts each of them first. Only differences within a prompt carry meaning."
+    ),
+    "regression": (
+        "The model was trained by regression to ratings: each output is the predicted rating of one attribute, on the scale of the "
+        "training data. The reward is their weighted sum (`reward_weights` in `contract.json`)."
+    ),
 }
 
 _TRANSFORMERS_CODE = """```python
@@ -169,8 +177,12 @@ def _is_hub_name(base: object) -> bool:
 def _meaning(config: Mapping[str, Any], contract: Contract) -> str:
     objective = str(_get(config, "objective", "type") or "unknown")
     fallback = f"The model was trained with the objective `{objective}`. Compare its rewards within one prompt only."
-    outputs = ", ".join(f"`{output}`" for output in contract.outputs)
-    return f"{_MEANINGS.get(objective, fallback)} Outputs of the head, fp32: {outputs}."
+    outputs = ", ".join(f"`{name}` ({weight:g})" for name, weight in zip(contract.outputs, contract.reward_weights, strict=True))
+    statistics = ""
+    if contract.normaliser is not None:
+        found = contract.normaliser
+        statistics = f" Rewards of {found.num_rewards:,} {found.reference}: mean {found.mean:.4g}, standard deviation {found.std:.4g}."
+    return f"{_MEANINGS.get(objective, fallback)} Outputs of the head, fp32, with their weights in the reward: {outputs}.{statistics}"
 
 
 def _quality(evaluation: Evaluation | None, plots: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from rayward.contract import CONTRACT_FILE, Contract
 from rayward.data.comparison import digest
 from rayward.data.packing import Layout
 from rayward.errors import ConfigError, ModelLoadError
+from rayward.model.mixture import GATING_FILE, Gating
 from rayward.model.reward_model import RewardModel
 
 HEAD_PREFIX = "score."
@@ -310,7 +311,8 @@ def load_reward_model(
     model = model.to(device)
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score.float()
-    return RewardModel(model, max_tokens=max_tokens, layout=layout).eval()
+    gate = Gating.load(directory / GATING_FILE).to(device) if (directory / GATING_FILE).is_file() else None
+    return RewardModel(model, max_tokens=max_tokens, layout=layout, gate=gate).eval()
 
 
 def head_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -109,6 +109,10 @@ def _common_contract(models: Sequence[Path]) -> Contract:
     contracts = [Contract.load(model) for model in models]
     first, last = contracts[0], contracts[-1]
     for model, contract in zip(models, contracts, strict=True):
+        if contract.gate is not None:
+            raise ModelLoadError(
+                f"{model} is a mixture of objectives; its gate cannot be averaged", remedy="merge first, then fit the mixture"
+            )
         if contract.fingerprint() != first.fingerprint() or contract.dtype != first.dtype or len(contract.outputs) != len(first.outputs):
             raise ModelLoadError(
                 f"{model} and {models[0]} have different contracts (template, tokens, limit, dtype or number of outputs)",

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rayward.data.packing import Layout, PackedBatch
 from rayward.model.attention import SEGMENT_ATTENTION, flex_mask, why_not_shareable
 from rayward.model.heads import LinearHead
+from rayward.model.mixture import Gating
 
 AttentionKind = Literal["segments", "flex"]
 
@@ -29,6 +30,7 @@ class BatchTensors:
     attention_mask: Tensor | None
     end_row: Tensor
     end_column: Tensor
+    gate_column: Tensor | None = None
 
 
 def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
@@ -45,6 +47,7 @@ def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
         attention_mask=move("attention_mask"),
         end_row=cast(Tensor, move("end_row")),
         end_column=cast(Tensor, move("end_column")),
+        gate_column=move("gate_column"),
     )
 
 
@@ -56,11 +59,13 @@ class RewardModel(nn.Module):
             with their own pooler) keep their head and are computed in the padded layout.
         max_tokens: longest conversation, to decide whether the model's attention window allows sharing.
         layout: force a layout; None decides by capability.
+        gate: makes a score of the outputs of a linear head (mixture of objectives); its output comes after them.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_tokens: int, layout: Layout | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, max_tokens: int, layout: Layout | None = None, gate: Gating | None = None) -> None:
         super().__init__()
         self.model = model
+        self.gate = gate
         self.has_linear_head = isinstance(getattr(model, "score", None), nn.Linear)
         self.why_padded = why_not_shareable(model, max_tokens=max_tokens) if self.has_linear_head else "it has its own pooler"
         self.layout: Layout = layout or ("padded" if self.why_padded else "packed")
@@ -84,6 +89,21 @@ class RewardModel(nn.Module):
         if not self.has_linear_head:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
             return cast(Tensor, logits[batch.end_row])
+        hidden = self._hidden(batch)
+        # An empty micro-batch selects no position, and its sum still reaches every parameter with a zero gradient.
+        outputs = cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.end_row, batch.end_column]))
+        if self.gate is None:
+            return outputs
+        assert batch.gate_column is not None
+        return cast(Tensor, self.gate(outputs, hidden[batch.end_row, batch.gate_column]))
+
+    def features(self, batch: BatchTensors) -> tuple[Tensor, Tensor]:
+        """What a head reads: hidden states at the end of each completion and at its gate position, float32 [N, H] each."""
+        assert batch.gate_column is not None
+        hidden = self._hidden(batch)
+        return hidden[batch.end_row, batch.end_column].float(), hidden[batch.end_row, batch.gate_column].float()
+
+    def _hidden(self, batch: BatchTensors) -> Tensor:
         mask = batch.attention_mask
         if batch.segments is not None:
             num_tokens = batch.input_ids.shape[1]
@@ -92,11 +112,8 @@ class RewardModel(nn.Module):
                 if self.attention == "segments"
                 else flex_mask(batch.segments.to(batch.input_ids.device), num_tokens)  # type: ignore[assignment]
             )
-        hidden = self.backbone(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
-        # An empty micro-batch selects no position, and its sum still reaches every parameter with a zero gradient.
-        return cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.end_row, batch.end_column]))
+        output = self.backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        return cast(Tensor, output.last_hidden_state)
 
 
 def _use_fp32_head(model: PreTrainedModel) -> None:

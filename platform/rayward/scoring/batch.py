@@ -11,7 +11,7 @@ import ray.data
 from rayward.errors import DataError
 
 if TYPE_CHECKING:
-    from rayward.scoring.scorer import Device
+    from rayward.scoring.scorer import Device, ScoreItem
 
 ROWS_PER_CALL = 256
 """Rows given to one scorer call; it cuts them into micro-batches by tokens."""
@@ -29,16 +29,71 @@ class _ScoreRows:
         self._scorer = load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        from rayward.scoring.scorer import ScoreItem
-
-        items = []
-        for prompt, completions in zip(table["prompt_json"].to_pylist(), table["completions_json"].to_pylist(), strict=True):
-            turns, texts = _loads(prompt, "prompt_json"), _loads(completions, "completions_json")
-            items.append(ScoreItem(prompt=tuple(turns), completions=tuple(texts), weights=self._weights))
-        results = self._scorer.score(items)
+        results = self._scorer.score(_items(table, self._weights))
         rewards = pa.array([r.rewards for r in results], REWARDS_TYPE)
         errors = pa.array([None if r.error is None else f"{r.error.code}: {r.error.message}" for r in results], pa.string())
         return table.append_column("rewards", rewards).append_column("error", errors)
+
+
+class _FeatureRows:
+    # As _ScoreRows; gives the hidden states instead of rewards.
+
+    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool) -> None:
+        from rayward.scoring.scorer import Scorer
+
+        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        from rayward.scoring.wire import ItemError
+
+        ends: list[Any] = []
+        gates: list[Any] = []
+        errors: list[str | None] = []
+        for found in self._scorer.features(_items(table, None)):
+            if isinstance(found, ItemError):
+                ends.append(None)
+                gates.append(None)
+                errors.append(f"{found.code}: {found.message}")
+            else:
+                ends.append(found[:, 0].flatten().numpy())
+                gates.append(found[:, 1].flatten().numpy())
+                errors.append(None)
+        for name, values in (("end_hidden", ends), ("gate_hidden", gates)):
+            table = table.append_column(name, pa.array(values, pa.large_list(pa.float32())))
+        return table.append_column("error", pa.array(errors, pa.string()))
+
+
+def _items(table: pa.Table, weights: str | None) -> list[ScoreItem]:
+    from rayward.scoring.scorer import ScoreItem
+
+    items = []
+    for prompt, completions in zip(table["prompt_json"].to_pylist(), table["completions_json"].to_pylist(), strict=True):
+        turns, texts = _loads(prompt, "prompt_json"), _loads(completions, "completions_json")
+        items.append(ScoreItem(prompt=tuple(turns), completions=tuple(texts), weights=weights))
+    return items
+
+
+def feature_dataset(
+    dataset: ray.data.Dataset,
+    *,
+    model: str,
+    device: Device = "auto",
+    concurrency: int = 1,
+    tokens_per_batch: int = 8192,
+    gpus_per_actor: float = 0.0,
+) -> ray.data.Dataset:
+    """Add what a head reads: `end_hidden` and `gate_hidden` (flattened float32 [K, hidden], null with an `error`).
+
+    Args: as `score_dataset`.
+    """
+    return dataset.map_batches(
+        _FeatureRows,
+        fn_constructor_args=(model, device, tokens_per_batch, True),
+        batch_size=ROWS_PER_CALL,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=concurrency),
+        num_gpus=gpus_per_actor,
+    )
 
 
 def score_dataset(

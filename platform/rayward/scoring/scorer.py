@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self, cast
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rayward.contract import CONTRACT_FILE, Contract, Encoder, GoldenScore, Normaliser, load_tokenizer, verify_files
+from rayward.contract import CONTRACT_FILE, Contract, Encoder, GoldenScore, Normaliser, gate_position, load_tokenizer, verify_files
 from rayward.data.comparison import Message, shared_prefix_length
 from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
 from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, TooLongError
 from rayward.model.loading import HEAD_PREFIX, head_sha256, load_reward_model
-from rayward.model.reward_model import RewardModel, to_tensors
+from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
 
 __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
@@ -30,6 +30,12 @@ __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
 Device = Literal["auto", "cpu", "cuda"]
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    ids: list[int]
+    gate_position: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +177,14 @@ class Scorer:
                 results[index] = ItemResult(error=problem)
                 continue
             try:
-                sequences = [self._encoder.encode(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+                conversations = [self._encode(item, text, gated=self.contract.gate is not None) for text in item.completions]
             except TooLongError as exc:
                 results[index] = ItemResult(error=ItemError("too_long", exc.problem))
             except ContractError as exc:
                 results[index] = ItemResult(error=ItemError("template", exc.problem))
             else:
-                parts += [_Part(index, c) for c in self._split(index, sequences)]
-        outputs = self._forward([part.comparison for part in parts])
+                parts += [_Part(index, c) for c in self._split(index, conversations)]
+        outputs = self._forward([part.comparison for part in parts], self._model)
         by_item: dict[int, list[tuple[EncodedComparison, torch.Tensor]]] = {}
         for part, values in zip(parts, outputs, strict=True):
             by_item.setdefault(part.item, []).append((part.comparison, values))
@@ -215,19 +221,16 @@ class Scorer:
                     )
 
     def golden_scores(self, golden: Sequence[GoldenScore]) -> tuple[GoldenScore, ...]:
-        """The same conversations with the ids and outputs that this model gives them."""
+        """The same conversations with the ids and outputs that this model gives them; those the contract cannot hold are left out."""
         items = [ScoreItem(tuple(_as_dict(turn) for turn in entry.prompt), (entry.completion,)) for entry in golden]
         rescored = []
         for entry, result in zip(golden, self.score(items), strict=True):
-            if result.rewards is None:
-                assert result.error is not None
-                raise ModelLoadError(
-                    f"a golden conversation gives no reward ({result.error.message})",
-                    remedy="do not use this model: its weights are not usable",
-                )
-            ids = tuple(self._encoder.encode(entry.prompt, entry.completion))
-            values = result.rewards if result.outputs is None else result.outputs[0]
-            rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
+            if result.error is not None and result.error.code == "non_finite":
+                raise ModelLoadError(f"a golden conversation has no reward: {result.error.message}", remedy="do not use this model")
+            if result.rewards is not None:
+                ids = tuple(self._encoder.encode(entry.prompt, entry.completion))
+                values = result.rewards if result.outputs is None else result.outputs[0]
+                rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
         return tuple(rescored)
 
     def _unanswerable(self, item: ScoreItem) -> ItemError | None:
@@ -238,29 +241,49 @@ class Scorer:
             return ItemError("no_normaliser", f"{item.normalise} rewards need the statistics of a reference set; the contract has none")
         return None
 
-    def _split(self, item: int, sequences: list[list[int]]) -> list[EncodedComparison]:
+    def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
+        """What a head reads: for each item float32 [K, 2, hidden] (end of the completion, gate position), or why there is none."""
+        results: list[torch.Tensor | ItemError] = []
+        for index, item in enumerate(items):
+            try:
+                conversations = [self._encode(item, text, gated=True) for text in item.completions]
+            except ContractError as exc:
+                results.append(ItemError("too_long" if isinstance(exc, TooLongError) else "template", exc.problem))
+                continue
+            found = self._forward(self._split(index, conversations), lambda batch: torch.stack(self._model.features(batch), dim=1))
+            results.append(torch.cat(found))
+        return results
+
+    def _encode(self, item: ScoreItem, text: str, *, gated: bool) -> _Conversation:
+        prompt = cast(Sequence[Message], item.prompt)
+        if not gated:
+            return _Conversation(self._encoder.encode(prompt, text), None)
+        ids, prompt_length = self._encoder.encode_split(prompt, text)
+        return _Conversation(ids, gate_position(self.contract, ids, prompt_length))
+
+    def _split(self, item: int, conversations: list[_Conversation]) -> list[EncodedComparison]:
         # Truncation is decided per completion, so prefixes are compared as ids, not as text.
-        prefix = shared_prefix_length(sequences)
+        prefix = shared_prefix_length([conversation.ids for conversation in conversations])
         comparisons: list[EncodedComparison] = []
-        group: list[list[int]] = []
+        group: list[_Conversation] = []
         used = prefix
-        for sequence in sequences:
-            length = len(sequence) - prefix
+        for conversation in conversations:
+            length = len(conversation.ids) - prefix
             if group and used + length > self._tokens_per_batch:
                 comparisons.append(_comparison(item, prefix, group))
                 group, used = [], prefix
-            group.append(sequence)
+            group.append(conversation)
             used += length
         return [*comparisons, _comparison(item, prefix, group)]
 
     @torch.inference_mode()
-    def _forward(self, comparisons: list[EncodedComparison]) -> list[torch.Tensor]:
-        # float32 [K, outputs] on the CPU for each comparison.
+    def _forward(self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]) -> list[torch.Tensor]:
+        # float32 [K, ...] on the CPU for each comparison.
         found: list[torch.Tensor] = [torch.zeros(0) for _ in comparisons]
         layout = self._model.layout
         for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=layout):
             batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id)
-            outputs = self._model(to_tensors(batch, self._device)).cpu()
+            outputs = compute(to_tensors(batch, self._device)).cpu()
             start = 0
             for index in group:
                 stop = start + comparisons[index].num_completions
@@ -295,12 +318,14 @@ class Scorer:
         return tuple(contract.normaliser.apply(reward, item.normalise) for reward in combined.tolist())
 
 
-def _comparison(item: int, prefix: int, sequences: list[list[int]]) -> EncodedComparison:
+def _comparison(item: int, prefix: int, group: list[_Conversation]) -> EncodedComparison:
+    positions = [conversation.gate_position for conversation in group]
     return EncodedComparison(
         id=str(item),
-        prefix_ids=np.array(sequences[0][:prefix], dtype=np.int32),
-        branch_ids=tuple(np.array(sequence[prefix:], dtype=np.int32) for sequence in sequences),
+        prefix_ids=np.array(group[0].ids[:prefix], dtype=np.int32),
+        branch_ids=tuple(np.array(conversation.ids[prefix:], dtype=np.int32) for conversation in group),
         labels=Labels(),
+        gate_positions=None if None in positions else tuple(cast(list[int], positions)),
     )
 
 

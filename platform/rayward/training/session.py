@@ -15,10 +15,10 @@ import torch
 from rayward import storage
 from rayward.config import Config
 from rayward.contract import Contract, Encoder, GoldenScore
-from rayward.data.comparison import Message
 from rayward.data.packing import EncodedComparison, Labels, pack
 from rayward.data.shares import StepShare
 from rayward.errors import CheckpointError, ConfigError, ContractError
+from rayward.golden import GOLDEN_CONVERSATIONS
 from rayward.objectives import Objective
 from rayward.training.checkpoint import CheckpointStore, CommitDraft, CommittedCheckpoint
 from rayward.training.engine import Engine
@@ -28,28 +28,6 @@ logger = logging.getLogger(__name__)
 
 GAP_WARNING_NATS = 0.1
 """Validation loss above the training loss since the last validation by more than this, and by more than then: the gap has opened."""
-
-GOLDEN_CONVERSATIONS: tuple[tuple[tuple[Message, ...], str], ...] = (
-    (({"role": "user", "content": "What is the capital of France?"},), "Paris."),
-    (({"role": "user", "content": "What is the capital of France?"},), "I think it might be Lyon, but I am not sure."),
-    (({"role": "user", "content": "Add 17 and 25."},), "17 + 25 = 42"),
-    (
-        ({"role": "user", "content": "Write a haiku about rain."},),
-        "Soft rain on the roof,\nthe garden drinks in silence;\nmorning smells of earth.",
-    ),
-    (
-        (
-            {"role": "user", "content": "My code prints nothing."},
-            {"role": "assistant", "content": "Can you show it to me?"},
-            {"role": "user", "content": "print = lambda *a: None\nprint('hello')"},
-        ),
-        "You replaced `print` by a function that does nothing. Remove the first line.",
-    ),
-    (({"role": "user", "content": "Übersetze: Guten Morgen, wie geht es dir?"},), "Good morning, how are you?"),
-    (({"role": "user", "content": "用一句话解释重力。"},), "重力是物体之间相互吸引的力。"),
-    (({"role": "user", "content": "Repeat the word yes."},), "yes " * 40 + "yes"),
-)
-"""Fixed texts whose rewards travel with every checkpoint and export: short, long, multi-turn, several scripts, code."""
 
 
 @dataclass(frozen=True, slots=True)

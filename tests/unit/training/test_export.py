@@ -17,10 +17,11 @@ from rayward.contract import Contract
 from rayward.data.manifest import PreparedData
 from rayward.data.packing import EncodedComparison, Labels, pack
 from rayward.errors import CheckpointError, ConfigError, ContractMismatchError
+from rayward.golden import GOLDEN_CONVERSATIONS
 from rayward.scoring.scorer import Scorer
 from rayward.training.engine import TorchEngine
 from rayward.training.export import choose_checkpoint, export
-from rayward.training.session import GOLDEN_CONVERSATIONS, Job
+from rayward.training.session import Job
 
 TEXTS = [*CONVERSATIONS, *GOLDEN_CONVERSATIONS[:4]]
 

@@ -12,9 +12,10 @@ from tests.helpers.training import steps_in
 from rayward.config import Config, parse_config
 from rayward.data.manifest import PreparedData
 from rayward.errors import CheckpointError, ConfigError, StreamOrderError
+from rayward.golden import GOLDEN_CONVERSATIONS
 from rayward.training.checkpoint import CheckpointStore
 from rayward.training.engine import STATE_KINDS, TorchEngine
-from rayward.training.session import GOLDEN_CONVERSATIONS, Job, golden_scores, resume_point
+from rayward.training.session import Job, golden_scores, resume_point
 
 
 @pytest.fixture(scope="module")
