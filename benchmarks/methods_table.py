@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str | None, list[str], str]] = {
     "all pairs, by pair": ("bradley_terry_pairs", [], "rankings"),
     "Plackett-Luce": ("plackett_luce", [], "rankings"),
     "regression": ("regression", [], "attribute ratings"),
+    "outcome": ("outcome", [], "right or wrong"),
 }
 NUM_TRAIN, NUM_TEST, SEED, TEST_SEED = 24_000, 1_000, 0, 7
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from rayward.errors import ConfigError
-from rayward.ranking import ObjectiveOutput, ranking_sums, ranks_of, ratings_of
+from rayward.ranking import ObjectiveOutput, PairTable, pair_table, ranked_order, ranking_sums, ranks_of, ratings_of, stage_table
 from rayward.section import LabelFacts, ObjectiveSection, weight_set
 
 if TYPE_CHECKING:
@@ -119,56 +119,27 @@ def bradley_terry(outputs: Tensor, labels: Sequence[Labels], config: BradleyTerr
     return ObjectiveOutput(loss_sum=loss_sum, metrics=metrics)
 
 
-def bradley_terry_count(labels: Sequence[Labels], config: BradleyTerryObjective) -> float:
+def bradley_terry_count(labels: Sequence[Labels], config: BradleyTerryObjective, attributes: tuple[str, ...]) -> float:
     """What the loss sum is divided by: the summed weights of the comparisons (or of their pairs)."""
     import numpy as np
 
     return float(_pair_table(labels, config).weight.sum(dtype=np.float64))
 
 
-@dataclass(frozen=True, slots=True)
-class _PairTable:
-    # Pairs (i, j) with rank_i < rank_j, and the ties with i < j, as positions in the micro-batch.
-    better: npt.NDArray[np.int64]
-    worse: npt.NDArray[np.int64]
-    weight: npt.NDArray[np.float32]
-    margin: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.float32]
-    flip: npt.NDArray[np.float32]
+def _pair_table(labels: Sequence[Labels], config: BradleyTerryObjective) -> PairTable:
+    def margin_of(label: Labels) -> float:
+        if config.margin in ("none", "column"):
+            return label.margin if config.margin == "column" and label.margin == label.margin else 0.0  # not NaN
+        return label.strength / (MARGIN_LEVELS if config.margin == "small" else 1.0)
 
-
-def _pair_table(labels: Sequence[Labels], config: BradleyTerryObjective) -> _PairTable:
-    import numpy as np
-
-    rows: list[npt.NDArray[np.float64]] = []
-    offset = 0
-    for label in labels:
-        ranks = ranks_of(label, config.type)
-        first, second = np.triu_indices(len(ranks), k=1)
-        swap = ranks[first] > ranks[second]
-        strict = ranks[first] != ranks[second]
-        share = label.weight / (len(first) if config.balance == "prompt" else 1)
-        rows.append(
-            np.stack(
-                [
-                    np.where(swap, second, first) + offset,
-                    np.where(swap, first, second) + offset,
-                    np.full(len(first), share),
-                    np.where(strict, _margin_of(label, config), 0.0),
-                    np.full(len(first), label.strength if config.scale == "strength" else 1.0),
-                    np.where(strict, config.label_smoothing, 0.5),
-                ]
-            )
-        )
-        offset += len(ranks)
-    table = np.concatenate(rows, axis=1) if rows else np.zeros((6, 0))
-    return _PairTable(*table[:2].astype(np.int64), *table[2:].astype(np.float32))
-
-
-def _margin_of(label: Labels, config: BradleyTerryObjective) -> float:
-    if config.margin in ("none", "column"):
-        return label.margin if config.margin == "column" and label.margin == label.margin else 0.0  # not NaN
-    return label.strength / (MARGIN_LEVELS if config.margin == "small" else 1.0)
+    return pair_table(
+        labels,
+        config.type,
+        by_prompt=config.balance == "prompt",
+        margin_of=margin_of,
+        scaled=config.scale == "strength",
+        smoothing=config.label_smoothing,
+    )
 
 
 def _safety(
@@ -218,7 +189,7 @@ def plackett_luce(outputs: Tensor, labels: Sequence[Labels], config: PlackettLuc
 
     scores = outputs[:, 0]
     metrics = ranking_sums(scores, labels)
-    table = _stage_table(labels, config)
+    table = stage_table(labels, config.type, ties=config.ties, by_stage=config.reduction == "mean_stage", top_m=config.top_m)
     if table.order.size == 0:
         return ObjectiveOutput(loss_sum=outputs.sum() * 0.0, metrics=metrics)
 
@@ -233,54 +204,12 @@ def plackett_luce(outputs: Tensor, labels: Sequence[Labels], config: PlackettLuc
     return ObjectiveOutput(loss_sum=loss_sum, metrics=metrics)
 
 
-def plackett_luce_count(labels: Sequence[Labels], config: PlackettLuceObjective) -> float:
+def plackett_luce_count(labels: Sequence[Labels], config: PlackettLuceObjective, attributes: tuple[str, ...]) -> float:
     """Summed weights of the rankings that have a stage."""
     import numpy as np
 
-    usable = [label.weight for label in labels if len(_ranked_order(ranks_of(label, config.type), config.ties)) > 1]
+    usable = [label.weight for label in labels if len(ranked_order(ranks_of(label, config.type), config.ties)) > 1]
     return float(np.sum(usable, dtype=np.float64))
-
-
-@dataclass(frozen=True, slots=True)
-class _StageTable:
-    # All [comparisons, K of the largest]: position of the k-th best (-1: none), where its level begins, weight of its stage (0: none).
-    order: npt.NDArray[np.int64]
-    level_start: npt.NDArray[np.int64]
-    weight: npt.NDArray[np.float32]
-
-
-def _stage_table(labels: Sequence[Labels], config: PlackettLuceObjective) -> _StageTable:
-    import numpy as np
-
-    ranks = [ranks_of(label, config.type) for label in labels]
-    width = max((len(r) for r in ranks), default=0)
-    order = np.full((len(labels), width), -1, dtype=np.int64)
-    level_start = np.tile(np.arange(width, dtype=np.int64), (len(labels), 1))
-    weight = np.zeros((len(labels), width), dtype=np.float32)
-    offset = 0
-    for row, (label, values) in enumerate(zip(labels, ranks, strict=True)):
-        best_first = _ranked_order(values, config.ties)
-        size = len(best_first)
-        if size > 1:
-            ordered = values[best_first]
-            starts = np.searchsorted(ordered, ordered, side="left")
-            share = label.weight / (size - 1 if config.reduction == "mean_stage" else 1)
-            counts = starts < (config.top_m if config.top_m is not None else size)
-            order[row, :size] = best_first + offset
-            level_start[row, :size] = starts
-            weight[row, :size] = np.where(counts, share, 0.0)
-        offset += len(values)
-    return _StageTable(order, level_start, weight)
-
-
-def _ranked_order(ranks: npt.NDArray[np.float32], ties: str) -> npt.NDArray[np.int64]:
-    import numpy as np
-
-    order = np.argsort(ranks, kind="stable").astype(np.int64)
-    if ties == "drop":
-        values, counts = np.unique(ranks, return_counts=True)
-        order = order[np.isin(ranks[order], values[counts == 1])]
-    return order
 
 
 class RegressionObjective(ObjectiveSection):
@@ -344,7 +273,7 @@ def regression(outputs: Tensor, labels: Sequence[Labels], config: RegressionObje
     return ObjectiveOutput(loss_sum=(torch.from_numpy(weight).to(outputs.device)[:, None] * error**2).sum(), metrics=metrics)
 
 
-def regression_count(labels: Sequence[Labels], config: RegressionObjective) -> float:
+def regression_count(labels: Sequence[Labels], config: RegressionObjective, attributes: tuple[str, ...]) -> float:
     """Number of given ratings, weighted by their comparisons."""
     import numpy as np
 
@@ -356,8 +285,64 @@ def regression_count(labels: Sequence[Labels], config: RegressionObjective) -> f
 
 # ---- the table ----------------------------------------------------------------------------------------------------
 
+
+class OutcomeObjective(ObjectiveSection):
+    """Right or wrong, completion by completion: one label each (format `pointwise`), no comparison needed."""
+
+    type: Literal["outcome"] = "outcome"
+    """The method."""
+    attribute: str = "label"
+    """Attribute of the data that holds the label: 1 right, 0 wrong, between them a probability; missing labels are left out."""
+
+    def check(self, data: LabelFacts) -> None:
+        if self.attribute not in data.attributes:
+            raise ConfigError(
+                f"objective outcome learns the attribute {self.attribute!r}; data.attributes is {', '.join(data.attributes) or 'empty'}",
+                remedy=f"name it there: data.attributes=[{self.attribute}] data.attribute_range=[0,1]",
+            )
+        if data.num_unrated:
+            raise ConfigError(
+                f"objective outcome needs labels; {data.num_unrated} rows have none", remedy="use labelled rows, or another objective"
+            )
+
+
+def outcome(outputs: Tensor, labels: Sequence[Labels], config: OutcomeObjective, attributes: tuple[str, ...]) -> ObjectiveOutput:
+    """Cross-entropy of sigmoid(r) against the label, r read at the end of the completion (outcome reward, arXiv 2110.14168 and 2305.20050;
+    their loss on every token of the completion is another variant).
+
+    Args:
+        outputs: float32 [N, 1].
+    """
+    import numpy as np
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
+    scores = outputs[:, 0]
+    metrics = ranking_sums(scores, labels)
+    if not labels:
+        return ObjectiveOutput(loss_sum=outputs.sum() * 0.0, metrics=metrics)
+    ratings, weight = ratings_of(labels)
+    target = ratings[:, attributes.index(config.attribute)]
+    known = np.flatnonzero(~np.isnan(target))
+    judged = binary_cross_entropy_with_logits(
+        scores[torch.from_numpy(known)], torch.from_numpy(target[known]).to(outputs.device), reduction="none"
+    )
+    return ObjectiveOutput(loss_sum=(torch.from_numpy(weight[known]).to(outputs.device) * judged).sum(), metrics=metrics)
+
+
+def outcome_count(labels: Sequence[Labels], config: OutcomeObjective, attributes: tuple[str, ...]) -> float:
+    """Number of labels, weighted by their comparisons."""
+    if not labels:
+        return 0.0
+    import numpy as np
+
+    ratings, weight = ratings_of(labels)
+    known = ~np.isnan(ratings[:, attributes.index(config.attribute)])
+    return float(weight[known].sum(dtype=np.float64))
+
+
 LossFunction = Callable[["Tensor", Sequence["Labels"], Any, tuple[str, ...]], ObjectiveOutput]
-CountFunction = Callable[[Sequence["Labels"], Any], float]
+CountFunction = Callable[[Sequence["Labels"], Any, tuple[str, ...]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +364,7 @@ OBJECTIVES: dict[str, Method] = {
     "bradley_terry": Method(BradleyTerryObjective, bradley_terry, bradley_terry_count),
     "plackett_luce": Method(PlackettLuceObjective, plackett_luce, plackett_luce_count),
     "regression": Method(RegressionObjective, regression, regression_count),
+    "outcome": Method(OutcomeObjective, outcome, outcome_count),
 }
 
 
@@ -397,4 +383,4 @@ class Objective:
         return OBJECTIVES[self.config.type].loss(outputs, labels, self.config, self.attributes)
 
     def count(self, labels: Sequence[Labels]) -> float:
-        return OBJECTIVES[self.config.type].count(labels, self.config)
+        return OBJECTIVES[self.config.type].count(labels, self.config, self.attributes)

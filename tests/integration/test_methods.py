@@ -30,7 +30,7 @@ SMALLER = [
     "checkpoint.every_steps=1000",
     "tracking.tensorboard=false",
 ]
-METHODS = ["bradley_terry_pairs", "margin", "scaled", "plackett_luce", "regression"]
+METHODS = ["bradley_terry_pairs", "margin", "scaled", "plackett_luce", "regression", "outcome"]
 
 
 @pytest.fixture(scope="module", autouse=True)

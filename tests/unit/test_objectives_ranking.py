@@ -19,6 +19,7 @@ from rayward.objectives import (
     OBJECTIVES,
     BradleyTerryObjective,
     Objective,
+    OutcomeObjective,
     PlackettLuceObjective,
     RegressionObjective,
 )
@@ -180,6 +181,23 @@ def test_the_reward_that_the_metrics_judge_is_the_weighted_sum() -> None:
         assert (sums["pairs"], sums["correct"]) == (1.0, correct)
 
 
+# ---- outcome --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cross_entropy_of_a_label_by_hand() -> None:
+    config = OutcomeObjective()
+    one = [Labels(attributes=np.array([[1.0]], dtype=np.float32))]
+    assert mean_loss(column(0.5), one, config, ("label",)).item() == pytest.approx(0.4740769842, rel=1e-6)
+    several = [Labels(attributes=np.array([[1.0], [0.0], [math.nan]], dtype=np.float32)), *one]
+    outputs = column(0.5, -1.0, 7.0, 2.0)
+    expected = (np.logaddexp(0, -0.5) + np.logaddexp(0, -1.0) + np.logaddexp(0, -2.0)) / 3
+    assert mean_loss(outputs, several, config, ("label",)).item() == pytest.approx(expected, rel=1e-6)
+    soft = [Labels(attributes=np.array([[0.25]], dtype=np.float32))]
+    assert mean_loss(column(1.0), soft, config, ("label",)).item() == pytest.approx(
+        0.25 * np.logaddexp(0, -1) + 0.75 * np.logaddexp(0, 1), rel=1e-6
+    )
+
+
 # ---- every method -------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -189,6 +207,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "plackett_luce": [{}, {"reduction": "sum", "ties": "drop"}, {"top_m": 2}],
     "regression": [{}, {"weights": {"a": 1.0, "c": -0.5}}],
+    "outcome": [{"attribute": "b"}],
 }  # fmt: skip
 CASES = [(name, settings) for name, several in SETTINGS.items() for settings in several]
 
@@ -313,6 +332,8 @@ FACTS = LabelFacts(attributes=("helpfulness",), weakest=1.0, strongest=3.0, max_
         (RegressionObjective(), LabelFacts(), "data.attributes is empty"),
         (RegressionObjective(), LabelFacts(attributes=("a",), num_unrated=4), "4 rows have none of a"),
         (RegressionObjective(weights="helpsteer2_goodness"), FACTS, "coherence, correctness.*data.attributes"),
+        (OutcomeObjective(), FACTS, "learns the attribute 'label'.*helpfulness"),
+        (OutcomeObjective(attribute="a"), LabelFacts(attributes=("a",), num_unrated=2), "2 rows have none"),
         (RegressionObjective(weights="best"), FACTS, "weight set 'best' is not known.*helpsteer2_goodness"),
     ],
 )  # fmt: skip
@@ -333,7 +354,7 @@ def test_data_that_can_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"objective": {"type": "hinge"}}, "objective.type is 'hinge'.*bradley_terry, plackett_luce, regression"),
+        ({"objective": {"type": "hinge"}}, "objective.type is 'hinge'.*bradley_terry, plackett_luce, regression, outcome"),
         ({"objective": {"type": "plackett_luce", "label_smoothing": 0.1}}, "objective.label_smoothing = 0.1: unknown key.*top_m"),
         ({"objective": {"type": "plackett_luce", "ties": "efron"}}, "objective.ties = 'efron'"),
         ({"objective": {"type": "regression"}}, "data.attributes is empty"),

@@ -233,7 +233,8 @@ def write_demo(directory: Path, num_train_prompts: int, num_validation_prompts: 
     """Write the demo's data; the same arguments give the same bytes.
 
     Files: `train.jsonl` and `validation.jsonl` (pairs), `rankings.jsonl` and `rankings_validation.jsonl` (all completions of the same
-    prompts, with attributes by name), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
+    prompts, with attributes by name, and `label`: 1 when
+    the answer is right, else 0), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
 
     Raises:
         DataError: the world has not that many prompts.
@@ -262,7 +263,8 @@ OFF_TOPIC_SHARE = 0.35
 
 
 def _with_names(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "attributes": [dict(zip(ATTRIBUTES, ratings, strict=True)) for ratings in row["attributes"]]}
+    named = [dict(zip(ATTRIBUTES, ratings, strict=True)) for ratings in row["attributes"]]
+    return {**row, "attributes": [{**ratings, "label": float(ratings["correctness"] == 4.0)} for ratings in named]}
 
 
 def _strength(better: Sequence[float], worse: Sequence[float]) -> int:
