@@ -108,7 +108,14 @@ def validation_shares() -> list[StepShare]:
     return list(make_shares(random_comparisons(8, seed=8), per_step=COMPARISONS_PER_STEP, budget=256))
 
 
-def run_session(job: Job, prepared: PreparedData, *, validation: bool = False, stop_after: int | None = None) -> TorchEngine:
+def run_session(
+    job: Job,
+    prepared: PreparedData,
+    *,
+    validation: bool = False,
+    stop_after: int | None = None,
+    comparisons: list[EncodedComparison] | None = None,
+) -> TorchEngine:
     """Run or continue the job in this process; `stop_after` ends the stream there, as a dying worker would."""
     engine = make_engine(job)
     checkpoint = job.store.latest()
@@ -122,7 +129,9 @@ def run_session(job: Job, prepared: PreparedData, *, validation: bool = False, s
         report=reported.append,
     )
     shares = make_shares(
-        train_comparisons()[: (stop_after or STEPS) * COMPARISONS_PER_STEP], per_step=COMPARISONS_PER_STEP, first_step=first
+        (comparisons or train_comparisons())[: (stop_after or STEPS) * COMPARISONS_PER_STEP],
+        per_step=COMPARISONS_PER_STEP,
+        first_step=first,
     )
     session.run(lambda _epoch: shares, checkpoint)
     assert reported

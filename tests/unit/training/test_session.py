@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tests.helpers.jobs import STEPS, encoder_of, make_engine, make_job, make_prepared, run_session
+from tests.helpers.jobs import STEPS, encoder_of, make_engine, make_job, make_prepared, run_session, train_comparisons
 from tests.helpers.training import steps_in
 
 from rayward.config import Config, parse_config
 from rayward.data.manifest import PreparedData
+from rayward.data.packing import EncodedComparison, Labels
 from rayward.errors import CheckpointError, ConfigError, StreamOrderError
 from rayward.golden import GOLDEN_CONVERSATIONS
+from rayward.objectives import OBJECTIVES
 from rayward.training.checkpoint import CheckpointStore
 from rayward.training.engine import STATE_KINDS, TorchEngine
 from rayward.training.session import Job, golden_scores, resume_point
@@ -57,6 +61,41 @@ def test_a_run_that_dies_continues_and_ends_with_the_same_weights(tmp_path: Path
     # The fifth step was trained twice and is logged once.
     assert [record["step"] for record in records(job, "train")] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in records(job, "train")] == [r["loss"] for r in records(undisturbed, "train")]
+
+
+def _labelled() -> list[EncodedComparison]:
+    generator = np.random.default_rng(0)
+
+    def labels(comparison: EncodedComparison) -> Labels:
+        ratings = generator.integers(0, 2, (comparison.num_completions, 2)).astype(np.float32)
+        return replace(comparison.labels, strength=float(generator.integers(1, 4)), attributes=ratings)
+
+    return [replace(comparison, labels=labels(comparison)) for comparison in train_comparisons()]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{"type": name} for name in OBJECTIVES]
+    + [{"type": "bradley_terry", "margin": "large", "scale": "strength", "safety_coefficient": 0.5}],
+    ids=lambda objective: "-".join(str(value) for value in objective.values()),
+)
+def test_every_objective_continues_to_the_same_weights(tmp_path: Path, prepared: PreparedData, objective: dict[str, object]) -> None:
+    def job(name: str) -> Job:
+        made = make_job(tmp_path / name, prepared)
+        values = made.config.model_dump(mode="json")
+        values |= {"objective": {**objective}, "data": {"attributes": ["label", "is_safe"]}}
+        config = parse_config(values, Config)
+        return replace(
+            made, config=config, contract=made.contract.for_head(config.outputs, config.objective.reward_weights(config.outputs))
+        )
+
+    rows = _labelled()
+    expected = run_session(job("a"), prepared, comparisons=rows)
+    with pytest.raises(StreamOrderError):
+        run_session(job("b"), prepared, stop_after=3, comparisons=rows)
+    found = run_session(job("b"), prepared, comparisons=rows)
+    assert same_state(found, expected)
+    assert records(job("a"), "train")[-1]["loss"] != records(job("a"), "train")[0]["loss"]
 
 
 def test_the_gap_between_training_and_validation_is_logged_and_warned_about_when_it_opens(
