@@ -60,6 +60,7 @@ def fit_mixture(config: MixtureConfig) -> Path:
     import torch
 
     from rayward.cluster import connect
+    from rayward.evaluation.model_card import write_model_card
     from rayward.model.mixture import Gating, debiasing, fit_gate, ridge
 
     base = Contract.load(Path(config.model))
@@ -89,7 +90,11 @@ def fit_mixture(config: MixtureConfig) -> Path:
     )  # fmt: skip
     output = Path(storage.absolute(config.run.storage_path)) / config.run.name / "export"
     report = _report(attributes, found, gate, losses, num_pairs=len(compared.pairs))
-    write_mixture(Path(config.model), output, weights, gate, base, attributes, gate_ids=(), report=report, settings=dump_config(config))
+    contract = write_mixture(
+        Path(config.model), output, weights, gate, base, attributes, gate_ids=(), report=report, settings=dump_config(config)
+    )
+    described = {"objective": {"type": "mixture"}, "model": {"path": config.model}, "run": {"seed": config.run.seed}}
+    write_model_card(output, contract=contract, config_json=json.dumps(described), manifest=None, evaluation=None, plots=[])
     return output
 
 

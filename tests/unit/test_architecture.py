@@ -64,7 +64,7 @@ DIRECTION: dict[str, set[str]] = {
     "golden": {"contract", "data.comparison"},
     "mixture_config": {"section", "config"},
     "mixture": {
-        "errors", "config", "mixture_config", "storage", "cluster", "contract", "golden", "data", "model", "scoring",
+        "errors", "config", "mixture_config", "storage", "cluster", "contract", "golden", "data", "model", "scoring", "evaluation",
     },
     "demo": {"errors", "cluster", "data"},
     "cli": {

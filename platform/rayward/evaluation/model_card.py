@@ -29,6 +29,10 @@ _MEANINGS = {
         "The model was trained on rankings with the Plackett-Luce objective: among answers to **the same prompt**, `softmax(rewards)` is "
         "the model's probability that a judge of the training data puts each of them first. Only differences within a prompt carry meaning."
     ),
+    "mixture": (
+        "A mixture of objectives on a frozen reward model: each output but the last is the predicted rating of one objective, `score` is "
+        "their sum with weights that a gate reads off the prompt. Scores compare answers to **the same prompt** only."
+    ),
     "regression": (
         "The model was trained by regression to ratings: each output is the predicted rating of one attribute, on the scale of the "
         "training data. The reward is their weighted sum (`reward_weights` in `contract.json`)."
@@ -58,8 +62,9 @@ stripped = text.rstrip()
 text = stripped if stripped.endswith(contract["end_token"]) else text + contract["end_token"]
 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 with torch.inference_mode():
-    reward = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0].item()
-print(reward)
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+reward = outputs @ torch.tensor(contract["reward_weights"])
+print(reward.item())
 ```"""
 
 _RAYWARD_CODE = """```python
@@ -106,8 +111,7 @@ def write_model_card(
         "## What the number means\n\n" + _meaning(config, contract),
         "## How good it is\n\n" + _quality(evaluation, shown),
         "## Training\n\n" + _training(config, manifest),
-        "## Load it in plain Transformers\n\n" + _TRANSFORMERS_CODE + "\n\nConversations over "
-        f"{contract.max_tokens:,} tokens must be shortened first; Rayward drops their oldest turns and never a part of the completion.",
+        "## Load it in plain Transformers\n\n" + _plain(contract),
         "## Load it through Rayward\n\n" + _RAYWARD_CODE,
         "## Scoring contract\n\n" + _contract(contract),
         "## Limitations\n\n" + _limitations(evaluation),
@@ -115,6 +119,15 @@ def write_model_card(
     path = export_dir / CARD_FILE
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
+
+
+def _plain(contract: Contract) -> str:
+    if contract.gate is not None:
+        return "Plain Transformers loads the objectives' outputs only; the gate that makes a score of them needs Rayward."
+    return (
+        f"{_TRANSFORMERS_CODE}\n\nConversations over {contract.max_tokens:,} tokens must be shortened first; Rayward drops their oldest "
+        "turns and never a part of the completion."
+    )
 
 
 def _parse_config(config_json: str) -> dict[str, Any]:

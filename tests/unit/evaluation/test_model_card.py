@@ -135,3 +135,25 @@ def test_the_code_in_the_card_runs_and_gives_the_score(export: Path, monkeypatch
     assert float(run_block(transformers_code)) == pytest.approx(expected.rewards[0], abs=1e-5)
     first = float(run_block(rayward_code).strip("()[]").split(",")[0])
     assert first == pytest.approx(expected.rewards[0], abs=1e-5)
+
+
+def test_the_code_of_a_card_with_several_outputs_gives_their_weighted_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rated = make_export(tmp_path / "rated", outputs=("a", "b"), reward_weights=(0.75, -0.5))
+    card = write_model_card(rated, contract=Contract.load(rated), config_json="{}", manifest=None, evaluation=None).read_text(
+        encoding="utf-8"
+    )
+    assert "`a` (0.75), `b` (-0.5)" in card
+    monkeypatch.chdir(rated)
+    prompt = ({"role": "user", "content": "What is the capital of France?"},)
+    [expected] = Scorer.load(rated, device="cpu").score([ScoreItem(prompt=prompt, completions=("Paris.",))])
+    assert expected.rewards is not None
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0]
+    assert float(run_block(code)) == pytest.approx(expected.rewards[0], abs=1e-5)
+
+
+def test_the_card_of_a_mixture_says_what_plain_transformers_cannot(export: Path) -> None:
+    contract = Contract.load(export).for_head(("a", "score"), (0.0, 1.0)).model_copy(update={"gate": ()})
+    config = json.dumps({"objective": {"type": "mixture"}})
+    card = write_model_card(export, contract=contract, config_json=config, manifest=None, evaluation=None).read_text(encoding="utf-8")
+    assert "the gate that makes a score of them needs Rayward" in card
+    assert "a gate reads off the prompt" in card
