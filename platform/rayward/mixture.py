@@ -133,7 +133,7 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
         raise DataError(
             f"{len(failed)} prepared rows give no features, for example: {failed[0]['error']}", remedy="quarantine or correct them"
         )
-    num_attributes = len(prepared.manifest.attributes)
+    num_attributes = len(prepared.manifest.labels.attributes)
     ends, gates, ratings, pairs, held_out = [], [], [], [], []
     offset = 0
     for row in rows:

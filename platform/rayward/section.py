@@ -34,7 +34,6 @@ class LabelFacts:
         num_unrated: comparisons without a single rating.
         num_without_strength: comparisons without a strength.
         weakest, strongest: range of the strengths, None without any.
-        max_completions: the largest K.
     """
 
     attributes: tuple[str, ...] = ()
@@ -43,7 +42,6 @@ class LabelFacts:
     num_without_strength: int = 0
     weakest: float | None = None
     strongest: float | None = None
-    max_completions: int = 0
 
 
 class ObjectiveSection(Section):

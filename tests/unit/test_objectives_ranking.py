@@ -316,7 +316,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(name: str) -> None:
 
 # ---- settings and data that contradict each other -------------------------------------------------------------------
 
-FACTS = LabelFacts(attributes=("helpfulness",), weakest=1.0, strongest=3.0, max_completions=2)
+FACTS = LabelFacts(attributes=("helpfulness",), weakest=1.0, strongest=3.0)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class Manifest(BaseModel):
         total_train_tokens: prefix once and branches; total_train_tokens_unshared: the prefix once per completion.
         length_histogram: train rows by upper bound of tokens (see `LENGTH_BIN`).
         num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`).
-        attributes: names of the ratings, in order; the fields after it: see `SplitStats`, over both splits.
+        labels: what is known about the labels, over both splits.
         sources: train rows by source.
     """
 
@@ -186,25 +186,8 @@ class Manifest(BaseModel):
     total_train_tokens_unshared: int
     length_histogram: dict[int, int]
     max_completions: int
-    attributes: tuple[str, ...] = ()
-    num_unranked: int = 0
-    num_unrated: int = 0
-    num_without_strength: int = 0
-    weakest: float | None = None
-    strongest: float | None = None
+    labels: LabelFacts = LabelFacts()
     sources: dict[str, int]
-
-    def label_facts(self) -> LabelFacts:
-        """What an objective needs to know about the labels."""
-        return LabelFacts(
-            attributes=self.attributes,
-            num_unranked=self.num_unranked,
-            num_unrated=self.num_unrated,
-            num_without_strength=self.num_without_strength,
-            weakest=self.weakest,
-            strongest=self.strongest,
-            max_completions=self.max_completions,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ from rayward.data.manifest import MANIFEST_FILE, Manifest, PreparedData, ShardEn
 from rayward.data.report import EXAMPLES_PER_REASON, build_report, render_html
 from rayward.data.sources import SourceOptions
 from rayward.errors import DataError, TooManyBadRowsError
+from rayward.section import LabelFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -287,12 +288,14 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
         total_train_tokens_unshared=train.tokens_unshared,
         length_histogram=train.lengths,
         max_completions=both.max_completions,
-        attributes=config.data.attributes,
-        num_unranked=both.num_unranked,
-        num_unrated=both.num_unrated,
-        num_without_strength=both.num_without_strength,
-        weakest=both.weakest,
-        strongest=both.strongest,
+        labels=LabelFacts(
+            attributes=config.data.attributes,
+            num_unranked=both.num_unranked,
+            num_unrated=both.num_unrated,
+            num_without_strength=both.num_without_strength,
+            weakest=both.weakest,
+            strongest=both.strongest,
+        ),
         sources=train.sources,
     )
 

@@ -80,7 +80,7 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
         logger.warning(
             "training.num_epochs is %d: reward models over-fit after the first epoch; watch the validation loss", training.num_epochs
         )
-    config.objective.check(manifest.label_facts())
+    config.objective.check(manifest.labels)
     contract, tokenizer_length = _contract_and_vocabulary(prepared)
     contract = contract.for_head(config.outputs, config.objective.reward_weights(config.outputs))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
