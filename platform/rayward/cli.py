@@ -119,11 +119,14 @@ def evaluate(
     tokens_per_batch: TokensPerBatch = 8192,
     verify: Verify = True,
     weights: Weights = None,
+    attributes: Annotated[str | None, typer.Option(help="Ratings of raw files to keep, with commas between.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="The one that ranks completions without a ranking.")] = None,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config import DataConfig, parse_config
 
-    data_config = parse_config({"format": format}, DataConfig)
+    kept = attributes.split(",") if attributes else []
+    data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
     from rayward.pipeline import evaluate_pipeline
 
     evaluate_pipeline(

@@ -139,3 +139,11 @@ def test_contradicting_arguments_are_refused_before_anything_heavy(tmp_path: Pat
         evaluate(model="m", output="s3://bucket/x", prepared="b")
     with pytest.raises(ModelLoadError, match="not a directory"):
         evaluate(model=str(tmp_path / "absent"), output=str(tmp_path), prepared="b")
+
+
+def test_rated_rows_are_ranked_by_the_rating_that_is_named(tmp_path: Path) -> None:
+    answers = [{"response": text, "overall_score": score} for text, score in (("4", 8.5), ("5", 3.0))]
+    path = write_lines(tmp_path / "rated.jsonl", [{"instruction": "2+2?", "completions": answers}])
+    assert rows_of(read([path], tmp_path, attributes=("overall_score",), rank_by="overall_score"))[0]["ranks"] == [-8.5, -3.0]
+    # Without the name there is nothing to rank by, and the row says so.
+    assert [record.error_code for record in read([path], tmp_path).rejected.values()] == ["missing_field"]
