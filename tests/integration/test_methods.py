@@ -105,7 +105,7 @@ def test_a_method_from_recipe_to_endpoint(name: str) -> None:
         info = client.models()[0]
         assert (info.version, tuple(info.outputs)) == (contract.model_version(), contract.outputs)
         assert info.normaliser is not None
-        assert accuracy_over_http(client) > 0.65
+        assert accuracy_over_http(client) > 0.6
 
 
 def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:
@@ -119,7 +119,7 @@ def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:
     assert report["gate_loss"]["last"] < report["gate_loss"]["first"]
     assert Contract.load(export).outputs == ("correctness", "completeness", "concision", "tone", "score")
     with over_http(export) as client:
-        assert accuracy_over_http(client) > 0.65
+        assert accuracy_over_http(client) > 0.6
 
 
 def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_two() -> None:
