@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def judge(export: Path) -> dict[str, Any]:
         differences = pair_differences(result.rewards, ranks)
         correct.append(int((differences > 0).sum()))
         pairs.append(len(differences))
-        taus.append(kendall_tau(result.rewards, ranks))
+        tau = kendall_tau(result.rewards, ranks)
+        taus.append(0.0 if math.isnan(tau) else tau)  # all rewards equal: no order at all
     return {"correct": correct, "pairs": pairs, "tau": taus}
 
 
@@ -108,7 +110,7 @@ def main() -> None:
     text = (
         f"Two-layer decoder of jobs/recipes/demo.yaml, two workers, {args.tokens:,} training tokens for every method; "
         f"{NUM_TEST:,} new prompts with two to five completions each, no ties. Accuracy: share of pairs in the order of the "
-        "true reward. Tau: Kendall's, mean over prompts. 95 % intervals resample prompts.\n\n"
+        "true reward. Tau: Kendall's, mean over prompts, 0 where all rewards are equal. 95 % intervals resample prompts.\n\n"
         + common.table(["method", "learns from", "steps", "accuracy [95 %]", "tau [95 %]"], rows)
         + f"\n\n![accuracy by method](methods_table-{machine['date'][:10]}.png)"
     )
