@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from rayward import storage
 from rayward.config import Config, dump_config, parse_config
@@ -116,13 +117,18 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     import ray.data
 
     from rayward.data.manifest import PreparedData
-    from rayward.scoring.batch import feature_dataset
+    from rayward.scoring.batch import ROWS_PER_CALL, feature_dataset
 
     assert isinstance(prepared, PreparedData)
-    filesystem, _ = storage.resolve(prepared.directory)
-    paths = [storage.resolve(path)[1] for path in prepared.shard_paths("train")]
+    # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the scorers.
     columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
-    dataset = ray.data.read_parquet(paths, filesystem=filesystem, columns=columns)
+    tables = []
+    for shard in prepared.shard_paths("train"):
+        filesystem, path = storage.resolve(shard)
+        with filesystem.open_input_file(path) as stream:
+            table = pq.read_table(stream, columns=columns)
+        tables += [table.slice(start, ROWS_PER_CALL) for start in range(0, table.num_rows, ROWS_PER_CALL)]
+    dataset = ray.data.from_arrow(tables)
     rows = feature_dataset(
         dataset, model=str(Path(config.model).resolve()), device=config.device, concurrency=config.scorers,
         tokens_per_batch=config.tokens_per_batch, gpus_per_actor=config.gpus_per_scorer,
