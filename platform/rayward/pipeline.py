@@ -163,8 +163,7 @@ def merge_pipeline(output: Path, models: Sequence[str], weights: Sequence[float]
 
 def _store_normaliser(model: Path, rewards: Sequence[float], reference: str) -> Normaliser:
     from rayward.contract import Contract, Normaliser
-    from rayward.scoring.combining import ENSEMBLE_FILE, IMPLICIT_FILE, EnsembleRule
-    from rayward.scoring.implicit import ImplicitRule
+    from rayward.scoring.combining import rule_kind
 
     std = statistics.pstdev(rewards) if rewards else 0.0
     if not std > 0:
@@ -172,8 +171,7 @@ def _store_normaliser(model: Path, rewards: Sequence[float], reference: str) -> 
             f"{reference} gives {len(rewards)} rewards without spread; the rule is two different ones", remedy="use a larger reference set"
         )
     normaliser = Normaliser(mean=statistics.fmean(rewards), std=std, num_rewards=len(rewards), reference=reference)
-    kinds: dict[str, type[EnsembleRule] | type[ImplicitRule]] = {ENSEMBLE_FILE: EnsembleRule, IMPLICIT_FILE: ImplicitRule}
-    kind = next((found for name, found in kinds.items() if (model / name).is_file()), Contract)
+    kind = rule_kind(model) or Contract
     kind.load(model).model_copy(update={"normaliser": normaliser}).save(model)
     return normaliser
 

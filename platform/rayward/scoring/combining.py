@@ -1,6 +1,7 @@
-"""How the rewards of several models become one: the rule of an ensemble, as data. Needs neither torch nor Ray.
+"""Directories that score by a rule over other models, as data. Needs neither torch nor Ray.
 
 ensemble.json   {"rule": "mean" | "minimum" | "lower_bound" | "safety_gate", "members": [directory, ...], ...}
+implicit.json   {"policy": directory, "reference": directory, "beta": 0.1}
 """
 
 from __future__ import annotations
@@ -9,18 +10,44 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayward.contract import Normaliser
 from rayward.errors import ModelLoadError
 
-ENSEMBLE_FILE = "ensemble.json"
-IMPLICIT_FILE = "implicit.json"
+
+class ScoringRule(BaseModel):
+    """Content of a rule's file.
+
+    Attributes:
+        normaliser: statistics for centred and standardised rewards.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: ClassVar[str]
+    normaliser: Normaliser | None = None
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read the rule's file.
+
+        Raises:
+            ModelLoadError: it cannot be read or breaks a rule.
+        """
+        path = directory / cls.file
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as exc:
+            raise ModelLoadError(f"{path} is not valid: {exc}", remedy="correct the file") from exc
+
+    def save(self, directory: Path) -> None:
+        """Write the rule's file."""
+        (directory / self.file).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-class EnsembleRule(BaseModel):
+class EnsembleRule(ScoringRule):
     """Content of `ensemble.json`.
 
     Attributes:
@@ -29,38 +56,19 @@ class EnsembleRule(BaseModel):
         penalty: of `lower_bound`: the mean less this many spreads (conservative scores against reward hacking, arXiv 2310.02743).
         threshold: of `safety_gate`: where sigmoid(safety reward) is below it, the safety reward is the reward, else the helpfulness reward
             (Llama 2, arXiv 2307.09288 section 3.2.3, without its list of safety prompts: a request does not say where it comes from).
-        normaliser: statistics for centred and standardised rewards.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    file = "ensemble.json"
     rule: Literal["mean", "minimum", "lower_bound", "safety_gate"]
     members: tuple[str, ...] = Field(min_length=2)
     penalty: float = Field(1.0, ge=0.0)
     threshold: float = Field(0.15, gt=0.0, lt=1.0)
-    normaliser: Normaliser | None = None
 
     @model_validator(mode="after")
     def _two_for_the_gate(self) -> Self:
         if self.rule == "safety_gate" and len(self.members) != 2:
             raise ValueError(f"safety_gate has {len(self.members)} members; the rule is two: helpfulness, then safety")
         return self
-
-    @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read `ensemble.json`.
-
-        Raises:
-            ModelLoadError: it cannot be read or breaks a rule.
-        """
-        path = directory / ENSEMBLE_FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as exc:
-            raise ModelLoadError(f"{path} is not a valid ensemble: {exc}", remedy="correct the file") from exc
-
-    def save(self, directory: Path) -> None:
-        """Write `ensemble.json`."""
-        (directory / ENSEMBLE_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def combine(self, rewards: Sequence[float]) -> float:
         """One reward from those of the members."""
@@ -75,3 +83,27 @@ class EnsembleRule(BaseModel):
                 helpful, safe = rewards
                 # sigmoid is monotonic: the reward is compared with the threshold's logit, which cannot overflow.
                 return safe if safe < math.log(self.threshold / (1.0 - self.threshold)) else helpful
+
+
+class ImplicitRule(ScoringRule):
+    """Content of `implicit.json`.
+
+    Attributes:
+        policy, reference: directories of causal language models with one tokenizer, relative to the file or absolute.
+        beta: strength of the KL penalty that the policy was trained with.
+        max_tokens: longest conversation.
+        per_token: divide by the number of completion tokens (length-normalised).
+    """
+
+    file = "implicit.json"
+    policy: str
+    reference: str
+    beta: float = Field(0.1, gt=0.0)
+    max_tokens: int = Field(2048, ge=8)
+    per_token: bool = False
+
+
+def rule_kind(directory: Path) -> type[EnsembleRule] | type[ImplicitRule] | None:
+    """The kind of rule that lies in a directory, None for a model."""
+    kinds: tuple[type[EnsembleRule] | type[ImplicitRule], ...] = (EnsembleRule, ImplicitRule)
+    return next((kind for kind in kinds if (directory / kind.file).is_file()), None)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from rayward.scoring.combining import ENSEMBLE_FILE, EnsembleRule
-from rayward.scoring.scorer import Device, ModelFacts, Scorer
+from rayward.scoring.combining import EnsembleRule
+from rayward.scoring.facts import Device, ModelFacts
+from rayward.scoring.scorer import Scorer
 from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
 
 SPREAD = "spread"
@@ -53,25 +54,21 @@ class Ensemble:
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item; an item that one member cannot score has that member's error."""
-        plain = [ScoreItem(item.prompt, item.completions) for item in items]
-        by_member = [member.score(plain) for member in self._members]
-        return [self._result(item, [results[index] for results in by_member]) for index, item in enumerate(items)]
+        refusals = [self.facts.refusal(item) for item in items]
+        asked = [ScoreItem(item.prompt, item.completions) for item, refusal in zip(items, refusals, strict=True) if refusal is None]
+        scored = iter(zip(*(member.score(asked) for member in self._members), strict=True))
+        return [
+            self._result(item, next(scored)) if refusal is None else ItemResult(error=refusal)
+            for item, refusal in zip(items, refusals, strict=True)
+        ]
 
-    def _result(self, item: ScoreItem, results: list[ItemResult]) -> ItemResult:
-        if item.weights is not None:
-            return ItemResult(error=ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not known; an ensemble has none"))
-        if item.normalise != "raw" and self._rule.normaliser is None:
-            return ItemResult(error=ItemError("no_normaliser", f"{item.normalise} rewards need a normaliser; {ENSEMBLE_FILE} has none"))
+    def _result(self, item: ScoreItem, results: Sequence[ItemResult]) -> ItemResult:
         for member, result in zip(self._members, results, strict=True):
             if result.error is not None:
                 return ItemResult(error=ItemError(result.error.code, f"{member.model_id}: {result.error.message}"))
         per_completion = list(zip(*(result.rewards for result in results if result.rewards is not None), strict=True))
-        rewards = [self._rule.combine(members) for members in per_completion]
-        if item.normalise != "raw":
-            assert self._rule.normaliser is not None
-            rewards = [self._rule.normaliser.apply(reward, item.normalise) for reward in rewards]
         return ItemResult(
-            rewards=tuple(rewards),
+            rewards=self.facts.normalised((self._rule.combine(members) for members in per_completion), item),
             outputs=tuple((*members, statistics.pstdev(members)) for members in per_completion),
             tokens=sum(result.tokens for result in results),
             tokens_computed=sum(result.tokens_computed for result in results),

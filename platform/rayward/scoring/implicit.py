@@ -1,9 +1,7 @@
 """The implicit reward of a DPO policy: beta (log policy - log reference) of the completion (arXiv 2305.18290, eq. 6). No Ray.
 
-    implicit.json   {"policy": directory, "reference": directory, "beta": 0.1}
-
-A directory with this file is scored, evaluated and served like a reward model. Like a Bradley-Terry reward it compares completions of one
-prompt only. There are no golden scores: such a pair of policies was not exported with a contract.
+A directory with `implicit.json` (`rayward.scoring.combining`) is scored, evaluated and served like a reward model. Like a Bradley-Terry
+reward it compares completions of one prompt only. There are no golden scores: such a pair of policies was not exported with a contract.
 """
 
 from __future__ import annotations
@@ -17,54 +15,18 @@ from typing import Self, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rayward.contract import Contract, Encoder, Normaliser, load_tokenizer, tokenizer_fingerprint
+from rayward.contract import Contract, Encoder, load_tokenizer, tokenizer_fingerprint
 from rayward.data.comparison import Message
 from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.language_model import LanguageModel
-from rayward.scoring.combining import IMPLICIT_FILE
-from rayward.scoring.scorer import Device, ModelFacts, pick_device
+from rayward.scoring.combining import ImplicitRule
+from rayward.scoring.facts import Device, ModelFacts
+from rayward.scoring.scorer import pick_device
 from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
 
 OUTPUTS = ("policy_log_prob", "reference_log_prob")
-
-
-class ImplicitRule(BaseModel):
-    """Content of `implicit.json`.
-
-    Attributes:
-        policy, reference: directories of causal language models with one tokenizer, relative to the file or absolute.
-        beta: strength of the KL penalty that the policy was trained with.
-        max_tokens: longest conversation.
-        per_token: divide by the number of completion tokens (length-normalised).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    policy: str
-    reference: str
-    beta: float = Field(0.1, gt=0.0)
-    max_tokens: int = Field(2048, ge=8)
-    per_token: bool = False
-    normaliser: Normaliser | None = None
-
-    @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read `implicit.json`.
-
-        Raises:
-            ModelLoadError: it cannot be read or breaks a rule.
-        """
-        path = directory / IMPLICIT_FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as exc:
-            raise ModelLoadError(f"{path} is not valid: {exc}", remedy="correct the file") from exc
-
-    def save(self, directory: Path) -> None:
-        """Write `implicit.json`."""
-        (directory / IMPLICIT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class ImplicitScorer:
@@ -111,6 +73,10 @@ class ImplicitScorer:
         results: list[ItemResult | None] = [None] * len(items)
         encoded: list[tuple[int, EncodedComparison]] = []
         for index, item in enumerate(items):
+            refusal = self.facts.refusal(item)
+            if refusal is not None:
+                results[index] = ItemResult(error=refusal)
+                continue
             try:
                 encoded.append((index, self._encode(item)))
             except TooLongError as exc:
@@ -145,21 +111,12 @@ class ImplicitScorer:
         return found
 
     def _result(self, item: ScoreItem, comparison: EncodedComparison, policy: list[float], reference: list[float]) -> ItemResult:
-        if item.weights is not None:
-            return ItemResult(
-                error=ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not known; an implicit reward has none")
-            )
-        if item.normalise != "raw" and self._rule.normaliser is None:
-            return ItemResult(error=ItemError("no_normaliser", f"{item.normalise} rewards need a normaliser; {IMPLICIT_FILE} has none"))
         lengths = [len(branch) if self._rule.per_token else 1 for branch in comparison.branch_ids]
         rewards = [self._rule.beta * (p - r) / n for p, r, n in zip(policy, reference, lengths, strict=True)]
         if not all(math.isfinite(reward) for reward in rewards):
             return ItemResult(error=ItemError("non_finite", "a model gave NaN or Inf"))
-        if item.normalise != "raw":
-            assert self._rule.normaliser is not None
-            rewards = [self._rule.normaliser.apply(reward, item.normalise) for reward in rewards]
         return ItemResult(
-            rewards=tuple(rewards),
+            rewards=self.facts.normalised(rewards, item),
             outputs=tuple(zip(policy, reference, strict=True)),
             tokens=2 * comparison.num_tokens_unshared,
             tokens_computed=2 * comparison.num_tokens,

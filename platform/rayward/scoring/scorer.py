@@ -11,23 +11,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self, cast
+from typing import Self, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rayward.contract import CONTRACT_FILE, Contract, Encoder, GoldenScore, Normaliser, gate_position, load_tokenizer, verify_files
+from rayward.contract import CONTRACT_FILE, Contract, Encoder, GoldenScore, gate_position, load_tokenizer, verify_files
 from rayward.data.comparison import Message, shared_prefix_length
 from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
 from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, TooLongError
 from rayward.model.loading import HEAD_PREFIX, head_sha256, load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
+from rayward.scoring.facts import Device, ModelFacts
 from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
 
 __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
 
-Device = Literal["auto", "cpu", "cuda"]
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
 
@@ -43,35 +43,6 @@ class _Part:
     # Some completions of one item, as one comparison; an item over the budget becomes several.
     item: int
     comparison: EncodedComparison
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a caller may know of something that scores; `GET /v1/models` shows it.
-
-    Attributes:
-        outputs: names of the outputs of a completion.
-        max_tokens: longest conversation.
-        weight_sets: names that a request may give as `weights`.
-        normaliser: statistics for centred and standardised rewards, or None.
-    """
-
-    outputs: tuple[str, ...]
-    max_tokens: int
-    weight_sets: tuple[str, ...]
-    normaliser: Normaliser | None
-
-
-class ScoredModel(Protocol):
-    """What serving, evaluation and the command line need of something that scores."""
-
-    facts: ModelFacts
-    model_id: str
-    version: str
-
-    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
-        """Rewards or an error for each item, in order."""
-        ...
 
 
 class Scorer:
@@ -172,7 +143,7 @@ class Scorer:
         results: list[ItemResult | None] = [None] * len(items)
         parts: list[_Part] = []
         for index, item in enumerate(items):
-            problem = self._unanswerable(item)
+            problem = self.facts.refusal(item)
             if problem is not None:
                 results[index] = ItemResult(error=problem)
                 continue
@@ -232,14 +203,6 @@ class Scorer:
                 values = result.rewards if result.outputs is None else result.outputs[0]
                 rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
         return tuple(rescored)
-
-    def _unanswerable(self, item: ScoreItem) -> ItemError | None:
-        if item.weights is not None and item.weights not in self.contract.weight_sets:
-            known = ", ".join(self.contract.weight_sets) or "none"
-            return ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not in the contract; known: {known}")
-        if item.normalise != "raw" and self.contract.normaliser is None:
-            return ItemError("no_normaliser", f"{item.normalise} rewards need the statistics of a reference set; the contract has none")
-        return None
 
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
         """What a head reads: for each item float32 [K, 2, hidden] (end of the completion, gate position), or why there is none."""
@@ -312,10 +275,7 @@ class Scorer:
         contract = self.contract
         weights = contract.reward_weights if item.weights is None else contract.weight_sets[item.weights]
         combined = outputs[:, 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
-        if item.normalise == "raw":
-            return tuple(combined.tolist())
-        assert contract.normaliser is not None
-        return tuple(contract.normaliser.apply(reward, item.normalise) for reward in combined.tolist())
+        return self.facts.normalised(combined.tolist(), item)
 
 
 def _comparison(item: int, prefix: int, group: list[_Conversation]) -> EncodedComparison:

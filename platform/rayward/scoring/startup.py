@@ -10,7 +10,7 @@ from pathlib import Path
 from rayward import errors
 from rayward.contract import CONTRACT_FILE, Contract
 from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError
-from rayward.scoring.combining import ENSEMBLE_FILE, IMPLICIT_FILE, EnsembleRule
+from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
 
 
 def check_model(directory: Path) -> None:
@@ -22,10 +22,11 @@ def check_model(directory: Path) -> None:
     """
     if not directory.is_dir():
         raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
-    if (directory / ENSEMBLE_FILE).exists():
+    rule = rule_kind(directory)
+    if rule is EnsembleRule:
         for member in EnsembleRule.load(directory).members:
             check_model(directory / member)
-    elif (directory / IMPLICIT_FILE).exists():
+    elif rule is ImplicitRule:
         return
     elif (directory / CONTRACT_FILE).exists():
         Contract.load(directory)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.models import make_export
 
 from rayward.errors import ContractMismatchError, ModelLoadError
-from rayward.scoring.combining import ENSEMBLE_FILE, EnsembleRule
+from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.ensemble import Ensemble
 from rayward.scoring.loading import load_scored_model
 from rayward.scoring.scorer import ScoreItem, Scorer
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_ensemble(models: Path, name: str, **content: object) -> Path:
     directory = models / name
     directory.mkdir(exist_ok=True)
-    (directory / ENSEMBLE_FILE).write_text(json.dumps({"members": ["../m0", "../m1", "../m2"], **content}))
+    (directory / EnsembleRule.file).write_text(json.dumps({"members": ["../m0", "../m1", "../m2"], **content}))
     return directory
 
 

@@ -14,7 +14,7 @@ from rayward.data.packing import EncodedComparison, Labels, pack
 from rayward.errors import ModelLoadError
 from rayward.model.language_model import LanguageModel
 from rayward.pipeline import normalise_pipeline
-from rayward.scoring.combining import IMPLICIT_FILE
+from rayward.scoring.combining import ImplicitRule
 from rayward.scoring.implicit import ImplicitScorer
 from rayward.scoring.loading import load_scored_model
 from rayward.scoring.scorer import ScoreItem
@@ -51,7 +51,7 @@ def write_rule(policies: Path, name: str, **content: object) -> Path:
     directory = policies / name
     directory.mkdir(exist_ok=True)
     rule = {"policy": "../policy", "reference": "../reference", "beta": BETA, "max_tokens": 192, **content}
-    (directory / IMPLICIT_FILE).write_text(json.dumps(rule))
+    (directory / ImplicitRule.file).write_text(json.dumps(rule))
     return directory
 
 
