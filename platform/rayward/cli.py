@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
 import typer
 
@@ -210,15 +210,21 @@ def merge(
     from rayward.pipeline import merge_pipeline
 
     # ExPO (arXiv 2404.16792): start + alpha (trained - start).
-    shares = (1.0 - expo, expo) if expo is not None else _shares(weights, len(models))
+    if expo is not None:
+        shares: tuple[float, ...] = (1.0 - expo, expo)
+    else:
+        shares = (1.0 / len(models),) * len(models) if weights is None else _numbers(weights, float, "--weights")
     typer.echo(f"model: {merge_pipeline(output, models, shares)}")
 
 
-def _shares(weights: str | None, num_models: int) -> tuple[float, ...]:
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(text: str, kind: type[Number], option: str) -> tuple[Number, ...]:
     try:
-        return (1.0 / num_models,) * num_models if weights is None else tuple(float(part) for part in weights.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as exc:
-        raise ConfigError(f"--weights is {weights!r}; the rule is numbers with commas between", remedy="for example 0.3,0.7") from exc
+        raise ConfigError(f"{option} is {text!r}; the rule is numbers with commas between", remedy="for example 1,2") from exc
 
 
 @app.command()
@@ -245,7 +251,7 @@ def import_armo(
     """Write a published mixture-of-objectives checkpoint as an export with a contract."""
     from rayward.mixture import import_armo as run_import
 
-    ids = tuple(int(value) for value in _shares(gate_ids, 0))
+    ids = _numbers(gate_ids, int, "--gate-ids")
     run_import(source, output, attributes=tuple(attributes.split(",")), gate_ids=ids, max_tokens=max_tokens)
     typer.echo(f"model: {output}")
 

@@ -144,10 +144,13 @@ def _objective(value: Any) -> Any:
     # The block's own schema is the table's row of its type: a new method needs no change here.
     if not isinstance(value, Mapping):
         return value
-    name = value.get("type", "bradley_terry")
+    name = value.get("type", DEFAULT_OBJECTIVE.type)
     if name not in OBJECTIVES:
         raise ValueError(f"objective.type is {name!r}; the rule is one of {', '.join(OBJECTIVES)}; correct it")
     return OBJECTIVES[name].settings.model_validate(value)
+
+
+DEFAULT_OBJECTIVE = BradleyTerryObjective()
 
 
 ObjectiveConfig = Annotated[SerializeAsAny[ObjectiveSection], BeforeValidator(_objective)]
@@ -367,5 +370,5 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...], values: Ma
             continue
         node = field.annotation
         if node is ObjectiveSection:
-            node = OBJECTIVES[values[str(part)].get("type", "bradley_terry")].settings
+            node = OBJECTIVES[values[str(part)].get("type", DEFAULT_OBJECTIVE.type)].settings
     return sorted(getattr(node, "model_fields", {}))

@@ -20,13 +20,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rayward.data.comparison import Message
 from rayward.errors import ContractError, ContractMismatchError, TooLongError
-from rayward.section import WEIGHT_SETS
+from rayward.section import WEIGHT_SETS, Normalise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,6 @@ CONTRACT_VERSION = 1
 PAD_TOKEN = "<|rayward_pad|>"
 FROZEN_DATE = "26 Jul 2024"
 
-Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
-"""What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
 
 PLAIN_TEMPLATE = (
     "{% if bos_token %}{{ bos_token }}{% endif %}"

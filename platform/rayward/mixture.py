@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SCORE = "score"
 HEAD_FILE = "model-head.safetensors"
 REPORT_FILE = "mixture.json"
+OTHER_HEADS = ("regression_layer.", "gating.", "reward_transform_matrix")
+"""Prefixes of the published layout's tensors that are no backbone."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,6 @@ def write_mixture(
 
 def _copy_backbone(source: Path, target: Path, weights: torch.Tensor, attributes: tuple[str, ...]) -> str:
     """Copy a model shard by shard with another head; returns the head's hash."""
-    import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -242,7 +243,7 @@ def _copy_backbone(source: Path, target: Path, weights: torch.Tensor, attributes
             shutil.copyfile(path, target / path.name)
     files: dict[str, list[str]] = {}
     for name, file in weight_map(source).items():
-        if not name.startswith(HEAD_PREFIX):
+        if not name.startswith((HEAD_PREFIX, *OTHER_HEADS)):
             files.setdefault(file, []).append(name)
     placed: dict[str, str] = {}
     for index, (file, names) in enumerate(sorted(files.items()), 1):
@@ -265,7 +266,6 @@ def _copy_backbone(source: Path, target: Path, weights: torch.Tensor, attributes
         "label2id": {name: index for index, name in enumerate(attributes)},
     }
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    assert isinstance(weights, torch.Tensor)
     return head_sha256(head)
 
 
@@ -282,43 +282,23 @@ def import_armo(source: Path, output: Path, *, attributes: tuple[str, ...], gate
         ModelLoadError: a tensor of the layout is missing.
     """
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     from rayward.contract import load_tokenizer
-    from rayward.model.loading import INDEX_FILE, weight_map
+    from rayward.model.loading import weight_map
     from rayward.model.mixture import Gating
 
     files = weight_map(source)
     needed = {"regression_layer.weight", "gating.logit_scale"} - set(files)
     if needed:
         raise ModelLoadError(f"{source} lacks {', '.join(sorted(needed))}", remedy="give a checkpoint in ArmoRM's layout")
-    extra: dict[str, Any] = {}
-    backbone: dict[str, list[str]] = {}
+    extra: dict[str, torch.Tensor] = {}
     for name, file in files.items():
-        if name.startswith(("regression_layer.", "gating.", "reward_transform_matrix")):
+        if name.startswith(OTHER_HEADS):
             with safe_open(source / file, framework="pt") as stream:
                 extra[name] = stream.get_tensor(name)
-        else:
-            backbone.setdefault(file, []).append(name)
-    plain = output.with_name(output.name + ".backbone")
-    shutil.rmtree(plain, ignore_errors=True)
-    plain.mkdir(parents=True)
-    try:
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != INDEX_FILE:
-                shutil.copyfile(path, plain / path.name)
-        placed: dict[str, str] = {}
-        for file, names in backbone.items():
-            with safe_open(source / file, framework="pt") as stream:
-                save_file({name: stream.get_tensor(name) for name in names}, plain / f"part-{file}", metadata={"format": "pt"})
-            placed |= dict.fromkeys(names, f"part-{file}")
-        (plain / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": placed}) + "\n", encoding="utf-8")
-        tokenizer = load_tokenizer(str(source))
-        contract = Contract.from_tokenizer(tokenizer, max_tokens=max_tokens).model_copy(update={"golden": unscored()})
-        gate = Gating.from_tensors({name: value for name, value in extra.items() if not name.startswith("regression_layer.")})
-        return write_mixture(
-            plain, output, extra["regression_layer.weight"], gate, contract, attributes, gate_ids=gate_ids,
-            report={"imported": source.name, "attributes": list(attributes)}, settings=json.dumps({"imported": source.name}),
-        )  # fmt: skip
-    finally:
-        shutil.rmtree(plain, ignore_errors=True)
+    contract = Contract.from_tokenizer(load_tokenizer(str(source)), max_tokens=max_tokens).model_copy(update={"golden": unscored()})
+    gate = Gating.from_tensors({name: value for name, value in extra.items() if not name.startswith("regression_layer.")})
+    return write_mixture(
+        source, output, extra["regression_layer.weight"], gate, contract, attributes, gate_ids=gate_ids,
+        report={"imported": source.name, "attributes": list(attributes)}, settings=json.dumps({"imported": source.name}),
+    )  # fmt: skip

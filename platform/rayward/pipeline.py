@@ -17,9 +17,10 @@ from rayward.config import Config, DataConfig, ScoringConfig, dump_config
 from rayward.errors import ConfigError, DataError, RaywardError
 
 if TYPE_CHECKING:
-    from rayward.contract import Normalise, Normaliser
+    from rayward.contract import Normaliser
     from rayward.data.manifest import PreparedData
     from rayward.evaluation.results import Evaluation
+    from rayward.section import Normalise
     from rayward.training.trainer import TrainResult
 
 console = Console(soft_wrap=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
 from rayward.errors import ConfigError
+
+Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
+"""What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
 
 WEIGHT_SETS: dict[str, dict[str, float]] = {
     "helpsteer2_llama3_70b": {"helpfulness": 0.65, "correctness": 0.80, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.40},

@@ -46,9 +46,9 @@ DIRECTION: dict[str, set[str]] = {
         "errors", "config", "storage", "cluster", "contract", "data", "data.comparison", "data.packing", "data.shares", "objectives",
         "ranking", "metrics", "model", "golden",
     },
-    "scoring.wire": {"errors"},
-    "scoring.exchange": {"errors", "scoring.wire"},
-    "scoring.client": {"errors", "scoring.wire", "scoring.exchange"},
+    "scoring.wire": {"errors", "section"},
+    "scoring.exchange": {"errors", "section", "scoring.wire"},
+    "scoring.client": {"errors", "section", "scoring.wire", "scoring.exchange"},
     "scoring": {
         "errors", "config", "storage", "cluster", "contract", "data", "data.comparison", "data.packing", "metrics", "model",
         "scoring.wire",
@@ -59,7 +59,7 @@ DIRECTION: dict[str, set[str]] = {
     },
     "capacity": {"errors", "config"},
     "pipeline": {
-        "errors", "config", "storage", "cluster", "contract", "data", "model", "training", "scoring", "evaluation",
+        "errors", "section", "config", "storage", "cluster", "contract", "data", "model", "training", "scoring", "evaluation",
     },
     "golden": {"contract", "data.comparison"},
     "mixture_config": {"section", "config"},

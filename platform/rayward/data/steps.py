@@ -242,12 +242,17 @@ class _Rows:
 
 def _join_unranked(rows: _Rows, policy: Policy) -> None:
     groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    unranked: dict[int, Comparison] = {}
     for index, split in enumerate(rows.splits):
-        if split is not None and load_record(rows.records[index]).ranks is None:
+        if split is None:
+            continue
+        comparison = load_record(rows.records[index])
+        if comparison.ranks is None:
+            unranked[index] = comparison
             groups[split, rows.prompts[index] if policy.merge_prompts else f"row {index}"].append(index)  # type: ignore[index]
     for members in groups.values():
         kept, *others = sorted(members, key=lambda index: rows.records[index])
-        comparison = joined([load_record(rows.records[index]) for index in (kept, *others)])
+        comparison = joined([unranked[index] for index in (kept, *others)])
         try:
             if policy.rank_by is not None:
                 comparison = ranked_by(comparison, *policy.rank_by)

@@ -94,20 +94,20 @@ class LanguageModel(nn.Module):
 
 def _predictions(batch: PackedBatch) -> tuple[npt.NDArray[np.int64], ...]:
     # For every branch token: its row, the column that predicts it, its own column, and the completion it belongs to.
-    found: list[tuple[int, int, int, int]] = []
+    tables: list[npt.NDArray[np.int64]] = [np.zeros((4, 0), dtype=np.int64)]
     completion = 0
     for comparison in batch.comparisons:
+        prefix = len(comparison.prefix_ids)
         for branch in comparison.branch_ids:
-            end_row, end = int(batch.end_row[completion]), int(batch.end_column[completion])
-            first = end - len(branch) + 1
-            prefix = len(comparison.prefix_ids)
+            end = int(batch.end_column[completion])
+            column = np.arange(end - len(branch) + 1, end + 1, dtype=np.int64)
+            before = column - 1
+            # The token before a branch is the prefix's last; without a prefix nothing predicts the first token.
             start = 0 if batch.segments is None else int(batch.segments[completion, 0])
-            before_first = start + prefix - 1 if prefix else -1
-            found += [
-                (end_row, before_first if column == first else column - 1, column, completion)
-                for column in range(first, end + 1)
-                if column != first or before_first >= 0
-            ]
+            before[0] = start + prefix - 1
+            if prefix == 0:
+                column, before = column[1:], before[1:]
+            row = np.full_like(column, batch.end_row[completion])
+            tables.append(np.stack([row, before, column, np.full_like(column, completion)]))
             completion += 1
-    table = np.array(found, dtype=np.int64).reshape(-1, 4)
-    return tuple(table[:, i] for i in range(4))
+    return tuple(np.concatenate(tables, axis=1))

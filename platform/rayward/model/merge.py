@@ -48,12 +48,12 @@ def merge(models: Sequence[Path], weights: Sequence[float], output: Path) -> Con
         raise ConfigError(f"the weights {list(weights)} sum to {sum(weights):g}; the rule is 1", remedy="scale them")
     if output.exists():
         raise ConfigError(f"{output} exists already", remedy="choose another directory")
-    contract = _common_contract(models)
+    readers = [_Reader(model) for model in models]
+    contract = _common_contract(readers)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _copy_small_files(models[-1], partial)
-    readers = [_Reader(model) for model in models]
     files: dict[str, list[str]] = {}
     for name, file in readers[-1].file_of.items():
         files.setdefault(file, []).append(name)
@@ -105,7 +105,8 @@ def _weighted_sum(readers: Sequence[_Reader], name: str, weights: Sequence[float
     return total.to(dtype).contiguous()
 
 
-def _common_contract(models: Sequence[Path]) -> Contract:
+def _common_contract(readers: Sequence[_Reader]) -> Contract:
+    models = [reader.directory for reader in readers]
     contracts = [Contract.load(model) for model in models]
     first, last = contracts[0], contracts[-1]
     for model, contract in zip(models, contracts, strict=True):
@@ -118,11 +119,11 @@ def _common_contract(models: Sequence[Path]) -> Contract:
                 f"{model} and {models[0]} have different contracts (template, tokens, limit, dtype or number of outputs)",
                 remedy="merge models that were trained from one start under one contract",
             )
-    names = [set(weight_map(model)) for model in models]
-    for model, found in zip(models, names, strict=True):
-        if found != names[0]:
+    names = set(readers[0].file_of)
+    for model, found in zip(models, (set(reader.file_of) for reader in readers), strict=True):
+        if found != names:
             raise ModelLoadError(
-                f"{model} and {models[0]} do not have the same tensors, for example {sorted(found ^ names[0])[0]}",
+                f"{model} and {models[0]} do not have the same tensors, for example {sorted(found ^ names)[0]}",
                 remedy="merge models of one architecture",
             )
     return last

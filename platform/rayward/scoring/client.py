@@ -14,7 +14,8 @@ from typing import Self, TypeVar
 import httpx
 
 from rayward.scoring.exchange import Answer, Item, Outcome, Rules, Scores, Send, Steps, Text, Wait, checked_url, request_headers
-from rayward.scoring.wire import Health, ModelInfo, ModelList, Normalise
+from rayward.scoring.wire import Health, ModelInfo, ModelList
+from rayward.section import Normalise
 
 __all__ = ["AsyncRewardClient", "Item", "RewardClient", "Scores", "Text"]
 

@@ -28,7 +28,8 @@ from rayward.errors import (
     ServerError,
     TooLongError,
 )
-from rayward.scoring.wire import ErrorReply, ItemError, ItemResult, Normalise, ScoreItem, ScoreReply
+from rayward.scoring.wire import ErrorReply, ItemError, ItemResult, ScoreItem, ScoreReply
+from rayward.section import Normalise
 
 RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
 BACKOFF_BASE_S = 0.1

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from rayward.errors import RaywardError, RequestError
-
-Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
-"""As in `rayward.contract`, which is not imported here because it is not as light; a test compares them."""
+from rayward.section import Normalise
 
 STATUS_BY_CODE = {
     "invalid_json": 400,

@@ -249,7 +249,8 @@ class Session:
 
     def _after_step(self, step: int, metrics: dict[str, float]) -> None:
         config, is_last = self.job.config, step == self.job.total_steps
-        self._recent_losses.append(metrics["loss"])
+        if self._validation is not None:
+            self._recent_losses.append(metrics["loss"])
         if self._log is not None and (step % config.training.log_every_steps == 0 or is_last):
             self._log.write(step, "train", metrics)
         every = config.training.evaluate_every_steps
