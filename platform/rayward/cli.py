@@ -121,9 +121,16 @@ def evaluate(
     weights: Weights = None,
     attributes: Annotated[str | None, typer.Option(help="Ratings of raw files to keep, with commas between.")] = None,
     rank_by: Annotated[str | None, typer.Option(help="The one that ranks completions without a ranking.")] = None,
+    benchmark: Annotated[str | None, typer.Option(help="rewardbench, rewardbench2 or judgebench; see docs/benchmarks.md.")] = None,
+    counts: Annotated[str | None, typer.Option(help="Subset weights of rewardbench: fixed, legacy or raw [default: fixed].")] = None,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config import DataConfig, parse_config
+    from rayward.evaluation.benchmarks import choose
+
+    if counts is not None and benchmark is None:
+        raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")
+    chosen = None if benchmark is None else choose(benchmark, counts)
 
     kept = attributes.split(",") if attributes else []
     data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
@@ -140,6 +147,7 @@ def evaluate(
         tokens_per_batch=tokens_per_batch,
         verify=verify,
         weights=weights,
+        benchmark=chosen,
     )
 
 

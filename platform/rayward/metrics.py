@@ -25,6 +25,9 @@ Ints = npt.NDArray[np.int64]
 NUM_BINS = 10
 """Calibration bins of equal width over the confidences 0.5 … 1."""
 
+ELO_PER_REWARD = 400.0 / math.log(10.0)
+"""Elo points per unit of a Bradley-Terry reward: both say how often one completion wins against another (arXiv 2204.05862)."""
+
 _NORMAL_975 = 1.959963984540054
 _CELLS_PER_CHUNK = 4_000_000
 

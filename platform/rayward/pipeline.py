@@ -19,6 +19,7 @@ from rayward.errors import ConfigError, DataError, RaywardError
 if TYPE_CHECKING:
     from rayward.contract import Normaliser
     from rayward.data.manifest import PreparedData
+    from rayward.evaluation.benchmarks import Benchmark
     from rayward.evaluation.results import Evaluation
     from rayward.section import Normalise
     from rayward.training.trainer import TrainResult
@@ -75,6 +76,7 @@ def evaluate_pipeline(
     tokens_per_batch: int = 8192,
     verify: bool = True,
     weights: str | None = None,
+    benchmark: Benchmark | None = None,
 ) -> Evaluation:
     """Evaluate a model on raw files or on one prepared directory and print the table."""
     connect()
@@ -95,6 +97,7 @@ def evaluate_pipeline(
         tokens_per_batch=tokens_per_batch,
         verify=verify,
         weights=weights,
+        benchmark=benchmark,
     )
     print_table(result)
     console.print(f"evaluation: {output}/report.html\nplots: {output}/plots")

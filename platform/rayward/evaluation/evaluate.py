@@ -33,6 +33,7 @@ from rayward.data.files import (
 )
 from rayward.data.sources import FORMATS, SourceOptions, choose_format
 from rayward.errors import ConfigError, ContractError, ContractMismatchError, DataError, ModelLoadError, RaywardError, ScoringError
+from rayward.evaluation.benchmarks import Benchmark
 from rayward.evaluation.plots import write_plots
 from rayward.evaluation.report import write_report
 from rayward.evaluation.results import Evaluation, Record
@@ -91,6 +92,7 @@ def evaluate(
     gpus_per_actor: float = 0.0,
     verify: bool = True,
     weights: str | None = None,
+    benchmark: Benchmark | None = None,
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
@@ -108,12 +110,13 @@ def evaluate(
         gpus_per_actor: GPUs that each scorer reserves.
         verify: check an export against its contract first.
         weights: weight set for a model with several outputs; None: the model's own.
+        benchmark: add the figures of a published benchmark (`benchmarks.choose`), whose subset is each row's `source`.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
 
     Raises:
         ConfigError: not exactly one of `data` and `prepared` is given, or `output` is not local.
-        DataError: the data cannot be read, or holds no scored pair.
+        DataError: the data cannot be read, holds no scored pair, or is not that of the benchmark.
         ModelLoadError, ContractError: the model cannot be loaded or is not the one of its contract.
         ScoringError: rows were lost on the way.
     """
@@ -131,6 +134,8 @@ def evaluate(
         held_out = read_prepared(prepared)
     else:
         held_out = read_raw(data or (), data_config or parse_config({}, DataConfig), download_to=str(directory / "downloads"))
+    if benchmark is not None:
+        benchmark.check((row["id"], row["source"], row["ranks"]) for row in _judged(held_out))
     scored: dict[int, Record] = {}
     if held_out.tables:
         dataset = _score(
@@ -148,6 +153,8 @@ def evaluate(
     write_scores(records, directory / SCORES_FILE)
     locations = (prepared,) if prepared else tuple(data or ())
     evaluation = summarise(records, model=model, model_version=version, data=locations, bootstrap_samples=bootstrap_samples, seed=seed)
+    if benchmark is not None:
+        evaluation = evaluation.model_copy(update={"benchmark": benchmark.aggregate(records)})
     write_results(evaluation, directory)
     return evaluation
 
@@ -282,6 +289,11 @@ def _version(model: str) -> str:
         raise ModelLoadError(f"{model} is not a directory", remedy="point at an exported or downloaded model")
     contract = directory / CONTRACT_FILE
     return Contract.load(directory).model_version() if contract.is_file() else "unverified"
+
+
+def _judged(held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    for table in held_out.tables:
+        yield from table.select(["id", "source", "ranks"]).to_pylist()
 
 
 def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:

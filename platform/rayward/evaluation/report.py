@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rayward.evaluation.results import Calibration, Evaluation, Group
+from rayward.evaluation.results import BenchmarkScores, Calibration, Evaluation, Group
+from rayward.metrics import ELO_PER_REWARD
 
 _CAPTIONS = {
     "rewards": "Left: rewards of the best-ranked completions against all others. Right: the margins that decide accuracy.",
@@ -69,6 +70,7 @@ def write_report(evaluation: Evaluation, path: Path, plots: Sequence[Path]) -> N
         "<h2>Accuracy and baselines</h2>",
         _main_table(evaluation),
         f'<p class="note">{_text(how_computed(evaluation))}</p>',
+        *([] if evaluation.benchmark is None else [_benchmark_section(evaluation.benchmark)]),
         *(_figure(plot) for plot in plots),
         "<h2>By source</h2>",
         _group_table("source", evaluation.by_source, with_longer=True),
@@ -98,6 +100,7 @@ def more_numbers(evaluation: Evaluation) -> tuple[tuple[str, str], ...]:
         ("Brier score (constant model: 0.250)", number(calibration.brier)),
         ("log loss, nats (constant model: 0.693)", number(calibration.log_loss)),
         ("margin, mean ± deviation", f"{number(evaluation.margin.mean)} ± {number(evaluation.margin.std)}"),
+        ("mean margin in Elo points, if the rewards are Bradley-Terry's", _elo(evaluation.margin.mean)),
         ("reward of best-ranked completions", f"{number(evaluation.chosen.mean)} ± {number(evaluation.chosen.std)}"),
         ("reward of all others", f"{number(evaluation.rejected.mean)} ± {number(evaluation.rejected.std)}"),
         (f"Kendall's tau, rankings of more than two (n = {evaluation.num_rankings:,})", str(evaluation.kendall_tau)),
@@ -121,6 +124,10 @@ def number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
+def _elo(margin: float | None) -> str:
+    return "n/a" if margin is None else f"{ELO_PER_REWARD * margin:+.0f}"
+
+
 def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     """Print model, baselines and sources as one terminal table, with the verdict and the counts below."""
     console = console or Console()
@@ -137,9 +144,46 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
             cells = (name, f"{group.num_pairs:,}", f"{group.num_ties:,}", escape(str(group.accuracy)), number(group.accuracy_ties_half))
             table.add_row(*cells)
     console.print(table)
+    if evaluation.benchmark is not None:
+        console.print(_benchmark_table(evaluation.benchmark))
+        for note in evaluation.benchmark.deviations:
+            console.print(f"not the whole benchmark: {escape(note)}", style="yellow", highlight=False)
     good, sentence = verdict(evaluation)
     console.print(escape(sentence), style="green" if good else "yellow", highlight=False)
     console.print(escape(_row_counts(evaluation)), highlight=False)
+
+
+def _benchmark_title(scores: BenchmarkScores) -> str:
+    return f"{scores.name}, counts {scores.counts}" if scores.counts else scores.name
+
+
+def _benchmark_totals(scores: BenchmarkScores) -> list[tuple[str, float]]:
+    with_prior = [] if scores.overall_with_prior is None else [("overall with prior sets", scores.overall_with_prior)]
+    return [("overall", scores.overall), *with_prior]
+
+
+def _benchmark_table(scores: BenchmarkScores) -> Table:
+    table = Table(title=escape(_benchmark_title(scores)), title_justify="left")
+    table.add_column("", overflow="fold")
+    for column in ("rows", "ties", "score"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, value in _benchmark_totals(scores):
+        table.add_row(name, "", "", number(value), style="bold")
+    for section in scores.sections:
+        table.add_row(escape(section.name), f"{section.num_rows:,}", f"{section.num_ties:,}", number(section.value))
+    return table
+
+
+def _benchmark_section(scores: BenchmarkScores) -> str:
+    rows = [(name, "", "", number(value)) for name, value in _benchmark_totals(scores)]
+    for section in scores.sections:
+        rows.append((section.name, f"{section.num_rows:,}", f"{section.num_ties:,}", number(section.value)))
+        if len(section.parts) > 1:
+            for part in section.parts:
+                counts = (f"{part.num_rows:,}", f"{part.num_ties:,}") if part.num_rows else ("", "")
+                rows.append((f"… {part.name}", *counts, number(part.value)))
+    notes = "".join(f'<p class="verdict warn">Not the whole benchmark: {_text(note)}</p>' for note in scores.deviations)
+    return f"<h2>Benchmark: {_text(_benchmark_title(scores))}</h2>{notes}{_table(('', 'rows', 'ties', 'score'), rows, lead=True)}"
 
 
 def _row_counts(evaluation: Evaluation) -> str:

@@ -112,6 +112,43 @@ class ErrorExample(_Part):
     message: str
 
 
+class BenchmarkPart(_Part):
+    """A subset of a benchmark, or one of the means that a section is made of (then num_rows is 0)."""
+
+    name: str
+    value: float
+    num_rows: int
+    num_ties: int
+
+
+class BenchmarkSection(BenchmarkPart):
+    """One of the figures that a benchmark is known by."""
+
+    parts: tuple[BenchmarkPart, ...]
+
+
+class BenchmarkScores(_Part):
+    """The figures of a published benchmark, by its own rules.
+
+    Attributes:
+        counts: which subset weights RewardBench was computed with; None elsewhere.
+        overall: RewardBench: mean of the sections without the prior sets; RewardBench 2: mean of the domains; JudgeBench: over all pairs.
+        overall_with_prior: RewardBench's total of the 2024 paper, where there are prior sets.
+        num_ties: rows of equal rewards (best of four: the highest is shared).
+        deviations: what keeps the figures from being those of the whole benchmark; empty when nothing does.
+    """
+
+    name: str
+    counts: str | None
+    overall: float
+    overall_with_prior: float | None
+    sections: tuple[BenchmarkSection, ...]
+    num_rows: int
+    num_scored: int
+    num_ties: int
+    deviations: tuple[str, ...]
+
+
 class Evaluation(_Part):
     """Everything that is known about a reward model on held-out comparisons; `metrics.json`.
 
@@ -124,6 +161,7 @@ class Evaluation(_Part):
         kendall_tau: mean tau-b over the num_rankings comparisons with more than two completions.
         spearman_length: correlation of reward and length over all completions; the second after each
             comparison's mean was taken from both, which removes what a reward owes to the prompt.
+        benchmark: the same scores under the rules of a published benchmark, when one was asked for.
     """
 
     model: str
@@ -154,3 +192,4 @@ class Evaluation(_Part):
     spearman_length_within: float | None
     bootstrap_samples: int
     seed: int
+    benchmark: BenchmarkScores | None = None
