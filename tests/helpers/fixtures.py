@@ -6,4 +6,4 @@ import json
 from pathlib import Path
 from typing import Any
 
-FIXTURES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "unit" / "fixtures.json").read_text(encoding="utf-8"))
+FIXTURES: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))

@@ -66,6 +66,7 @@ def test_every_command_has_help() -> None:
     [
         (["-m", "rayward.cli", "--help"], 0),
         (["-m", "rayward.cli", "train", "training.lr=1"], 2),
+        (["-m", "rayward.cli", "evaluate", "model", "rows.jsonl", "--benchmark", "nothing"], 2),
         (["jobs/train_rm.py", "--help"], 0),
         (["jobs/train_rm.py", "training.lr=1"], 2),
     ],

@@ -32,7 +32,7 @@ from rayward.evaluation.benchmark_rules import (
 )
 from rayward.evaluation.results import BenchmarkPart, BenchmarkScores, BenchmarkSection, Record
 
-_TIES_ID = re.compile(r"(ref|tied):(\d+)")
+_TIES_ID = re.compile(r"(ref|tied):(0|[1-9]\d*)")
 
 Judged = tuple[str, str, Sequence[float] | None]
 """Id, source and ranks of a row: what can be checked before anything is scored."""

@@ -146,8 +146,8 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     console.print(table)
     if evaluation.benchmark is not None:
         console.print(_benchmark_table(evaluation.benchmark))
-        for note in evaluation.benchmark.deviations:
-            console.print(f"not the whole benchmark: {escape(note)}", style="yellow", highlight=False)
+        if evaluation.benchmark.deviations:
+            console.print(escape(_not_whole(evaluation.benchmark)), style="yellow", highlight=False, soft_wrap=True)
     good, sentence = verdict(evaluation)
     console.print(escape(sentence), style="green" if good else "yellow", highlight=False)
     console.print(escape(_row_counts(evaluation)), highlight=False)
@@ -155,6 +155,10 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
 
 def _benchmark_title(scores: BenchmarkScores) -> str:
     return f"{scores.name}, counts {scores.counts}" if scores.counts else scores.name
+
+
+def _not_whole(scores: BenchmarkScores) -> str:
+    return f"Not the figures of the whole benchmark: {'; '.join(scores.deviations)}."
 
 
 def _benchmark_totals(scores: BenchmarkScores) -> list[tuple[str, float]]:
@@ -182,8 +186,8 @@ def _benchmark_section(scores: BenchmarkScores) -> str:
             for part in section.parts:
                 counts = (f"{part.num_rows:,}", f"{part.num_ties:,}") if part.num_rows else ("", "")
                 rows.append((f"… {part.name}", *counts, number(part.value)))
-    notes = "".join(f'<p class="verdict warn">Not the whole benchmark: {_text(note)}</p>' for note in scores.deviations)
-    return f"<h2>Benchmark: {_text(_benchmark_title(scores))}</h2>{notes}{_table(('', 'rows', 'ties', 'score'), rows, lead=True)}"
+    note = f'<p class="verdict warn">{_text(_not_whole(scores))}</p>' if scores.deviations else ""
+    return f"<h2>Benchmark: {_text(_benchmark_title(scores))}</h2>{note}{_table(('', 'rows', 'ties', 'score'), rows, lead=True)}"
 
 
 def _row_counts(evaluation: Evaluation) -> str:

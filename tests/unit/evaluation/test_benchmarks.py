@@ -272,7 +272,7 @@ def test_missing_and_failed_rows_are_named_and_in_no_figure() -> None:
 @pytest.mark.parametrize(
     ("name", "record", "message"),
     [
-        ("rewardbench", row("a", "alpaca", (1, 0)), "source 'alpaca', which is no subset of rewardbench; it has alpacaeval-easy,.*summarize"),
+        ("rewardbench", row("a", "alpaca", (1, 0)), "source 'alpaca', which is no subset of rewardbench; it has alpacaeval-easy, .*shp"),
         ("rewardbench", row("a", "hep-go", (1, 0, 0), (0, 1, 2)), "two completions, one of them better"),
         ("rewardbench", row("a", "hep-go", (1, 0), (0, 0)), "two completions, one of them better"),
         ("rewardbench", row("a", "hep-go", (1, 0), None), "ranks None"),
