@@ -292,7 +292,7 @@ def demo_data(
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write preference data of a small generated world with a known true reward, and a tokenizer for it."""
-    from rayward.data.world import write_demo
+    from rayward.data.world_files import write_demo
 
     write_demo(directory, train_prompts, validation_prompts, seed)
     typer.echo(f"wrote {directory}")

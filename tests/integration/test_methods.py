@@ -14,7 +14,8 @@ import pytest
 from rayward import RewardClient
 from rayward.config import Config, ScoringConfig, load_config
 from rayward.contract import Contract
-from rayward.data.world import generate, true_reward, write_demo
+from rayward.data.world import generate, true_reward
+from rayward.data.world_files import write_demo
 from rayward.mixture_config import MixtureConfig
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]

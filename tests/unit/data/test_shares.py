@@ -25,6 +25,9 @@ def prepared_table(comparisons: list[EncodedComparison], first_row: int = 0) -> 
             "strength": None if np.isnan(c.labels.strength) else c.labels.strength,
             "weight": c.labels.weight,
             "attributes": None if c.labels.attributes is None else c.labels.attributes.tolist(),
+            "text_starts": c.text_starts,
+            "step_ends": None if c.labels.step_labels is None else c.step_ends,
+            "step_labels": None if c.labels.step_labels is None else [labels.tolist() for labels in c.labels.step_labels],
         }
         for index, c in enumerate(comparisons)
     ]

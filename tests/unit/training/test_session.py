@@ -68,7 +68,9 @@ def _labelled() -> list[EncodedComparison]:
 
     def labels(comparison: EncodedComparison) -> Labels:
         ratings = generator.integers(0, 2, (comparison.num_completions, 2)).astype(np.float32)
-        return replace(comparison.labels, strength=float(generator.integers(1, 4)), attributes=ratings)
+        assert comparison.step_ends is not None
+        steps = tuple(generator.integers(0, 2, len(ends)).astype(np.float32) for ends in comparison.step_ends)
+        return replace(comparison.labels, strength=float(generator.integers(1, 4)), attributes=ratings, step_labels=steps)
 
     return [replace(comparison, labels=labels(comparison)) for comparison in train_comparisons()]
 
@@ -76,7 +78,11 @@ def _labelled() -> list[EncodedComparison]:
 @pytest.mark.parametrize(
     "objective",
     [{"type": name} for name in OBJECTIVES]
-    + [{"type": "bradley_terry", "margin": "large", "scale": "strength", "safety_coefficient": 0.5}],
+    + [
+        {"type": "bradley_terry", "margin": "large", "scale": "strength", "safety_coefficient": 0.5},
+        {"type": "bradley_terry", "language_coefficient": 0.5},
+        {"type": "outcome", "read": "tokens"},
+    ],
     ids=lambda objective: "-".join(str(value) for value in objective.values()),
 )
 def test_every_objective_continues_to_the_same_weights(tmp_path: Path, prepared: PreparedData, objective: dict[str, object]) -> None:
@@ -86,7 +92,11 @@ def test_every_objective_continues_to_the_same_weights(tmp_path: Path, prepared:
         values |= {"objective": {**objective}, "data": {"attributes": ["label", "is_safe"]}}
         config = parse_config(values, Config)
         return replace(
-            made, config=config, contract=made.contract.for_head(config.outputs, config.objective.reward_weights(config.outputs))
+            made,
+            config=config,
+            contract=made.contract.for_head(
+                config.outputs, config.objective.reward_weights(config.outputs), config.objective.reading(None)
+            ),
         )
 
     rows = _labelled()
