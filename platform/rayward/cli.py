@@ -257,6 +257,38 @@ def import_armo(
 
 
 @app.command()
+def critique(
+    model: Annotated[str, typer.Argument(help="Exported model that writes critiques.")],
+    output: Annotated[str, typer.Argument(help="Directory for train.jsonl, validation.jsonl and the cache.")],
+    settings: Settings = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest text.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampled texts.")] = 0,
+    device: Device = "auto",
+    writers: Annotated[int, typer.Option(help="Actors side by side.")] = 1,
+    gpus_per_writer: Annotated[float, typer.Option(help="GPUs that each actor reserves.")] = 0.0,
+    tokens_per_batch: TokensPerBatch = 8192,
+) -> None:
+    """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
+    resolved = load(settings)
+    if not 0.0 <= temperature <= 2.0:
+        raise ConfigError(f"--temperature is {temperature:g}; the rule is 0 to 2", remedy="use for example 0.5")
+    from rayward.critiques import Sampling, write_critiques
+
+    counts = write_critiques(
+        model,
+        output,
+        resolved,
+        sampling=Sampling(temperature, seed),
+        device=device,  # type: ignore[arg-type]  # checked where the model is loaded
+        writers=writers,
+        gpus_per_writer=gpus_per_writer,
+        tokens_per_batch=tokens_per_batch,
+    )
+    for split, (written, left_out) in counts.items():
+        typer.echo(f"{split}: {written} rows with critiques, {left_out} left out for want of room or text: {output}/{split}.jsonl")
+
+
+@app.command()
 def serve(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [FILE.yaml]... [key=value]...")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

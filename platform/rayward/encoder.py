@@ -174,9 +174,9 @@ def split_steps(text: str, separator: str) -> list[tuple[str, int]]:
     steps: list[tuple[str, int]] = []
     begin = 0
     for stop in [*(found.end() for found in re.finditer(re.escape(separator), text)), len(text)]:
-        step = text[begin:stop].removesuffix(separator)
-        if step.strip():
-            steps.append((step, stop))
+        step = text[begin:stop]
+        if step.replace(separator, "").strip():
+            steps.append((step.removesuffix(separator), stop))
             begin = stop
     return steps
 

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "platform" / "rayward"
 
 MAY_IMPORT_RAY = {
     "cluster",
+    "critiques",
     "data.prepare",
     "data.stream",
     "evaluation.evaluate",
@@ -43,7 +44,8 @@ DIRECTION: dict[str, set[str]] = {
     "contract": {"errors", "reading", "section", "config", "data.comparison"},
     "encoder": {"errors", "contract", "data.comparison", "data.packing"},
     "data": {
-        "errors", "section", "config", "storage", "cluster", "contract", "encoder", "data.comparison", "data.packing", "data.shares",
+        "errors", "reading", "section", "config", "storage", "cluster", "contract", "encoder", "data.comparison", "data.packing",
+        "data.shares",
     },
     "metrics": {"errors", "config"},
     "model": {"errors", "config", "contract", "data.comparison", "data.packing", "metrics"},
@@ -71,10 +73,11 @@ DIRECTION: dict[str, set[str]] = {
     "mixture": {
         "errors", "config", "mixture_config", "storage", "cluster", "contract", "golden", "data", "model", "scoring", "evaluation",
     },
+    "critiques": {"errors", "config", "storage", "cluster", "contract", "data", "data.comparison", "scoring", "scoring.wire"},
     "demo": {"errors", "cluster", "data"},
     "cli": {
         "errors", "config", "cluster", "data", "scoring", "scoring.client", "evaluation", "capacity", "pipeline", "demo", "mixture_config",
-        "mixture",
+        "mixture", "critiques",
     },
     "": {"errors", "scoring.client"},
 }  # fmt: skip

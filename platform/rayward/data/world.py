@@ -46,7 +46,7 @@ _DEMAND_PHRASES: dict[Demand, tuple[str, ...]] = {
     "formal": ("Be formal.", "Sound serious."),
 }
 _OPENERS = ("Great question!", "Happy to help!", "Lovely!")
-_FILLERS = (
+FILLERS = (
     "Let me think about this.",
     "I hope that helps.",
     "I am quite sure of it.",
@@ -54,7 +54,7 @@ _FILLERS = (
     "That is all there is.",
     "I checked it twice.",
 )
-_PHRASE = re.compile(r"(?:^|(?<=\s))(" + "|".join(re.escape(phrase) for phrase in (*_OPENERS, *_FILLERS)) + r")(?:\s|$)", re.IGNORECASE)
+_PHRASE = re.compile(r"(?:^|(?<=\s))(" + "|".join(re.escape(phrase) for phrase in (*_OPENERS, *FILLERS)) + r")(?:\s|$)", re.IGNORECASE)
 _LOWER_OPENERS = {phrase.lower() for phrase in _OPENERS}
 _SYSTEM = "You are a helpful assistant."
 _GREETINGS = (
@@ -319,7 +319,7 @@ def _draw_style(rng: random.Random, task: Task) -> _Style:
 def _write(rng: random.Random, kind: Kind, answer: str, form: Form, *, warm: bool) -> str:
     body = answer if form == "bare" else rng.choice(kind.sentences(answer)).format(a=answer)
     parts = [rng.choice(_OPENERS)] if warm else []
-    fillers = rng.sample(_FILLERS, rng.choice((1, 1, 2))) if form == "padded" else []
+    fillers = rng.sample(FILLERS, rng.choice((1, 1, 2))) if form == "padded" else []
     position = rng.randint(0, len(fillers))
     return " ".join([*parts, *fillers[:position], body, *fillers[position:]])
 

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rayward.data.world import ATTRIBUTES, Task, generate, pairs
+from rayward.data.world import ATTRIBUTES, FILLERS, Task, generate, pairs
 from rayward.data.world_tokenizer import train_tokenizer
 from rayward.encoder import split_steps
 
@@ -59,6 +59,8 @@ def _with_names(row: dict[str, Any]) -> dict[str, Any]:
 
 def critique(task: Task, completion: str) -> str:
     """What is right and wrong with a completion, in words."""
+    if not task.answers(completion):
+        return "The answer is wrong."
     rated = task.grade(completion)
     answer = "right" if rated["correctness"] == 4.0 else "near" if rated["correctness"] > 0 else "wrong"
     faults = {"completeness": "It says little.", "concision": "It says a lot.", "tone": "It does not sound so."}
@@ -66,13 +68,11 @@ def critique(task: Task, completion: str) -> str:
 
 
 def step_labels(task: Task, completion: str) -> list[float]:
-    """For each sentence 1 or 0: 0 where it gives a wrong answer, or is there against the prompt's demand about length or tone."""
+    """For each sentence 1 or 0: 0 where it gives no right answer or not in the tone asked for, or is one too many."""
     labels = []
     for sentence, _ in split_steps(completion, STEP_SEPARATOR):
-        alone = task.grade(f"{sentence}." if sentence[-1] not in ".!" else sentence)
-        answers = task.answers(sentence)
-        if answers:
-            labels.append(float(alone["correctness"] == 4.0 and alone["tone"] == 4.0))
-        else:
-            labels.append(float(task.demand != "short"))
+        whole = sentence if sentence[-1] in ".!" else f"{sentence}."
+        rated = task.grade(whole)
+        right = task.demand != "short" if whole in FILLERS else rated["correctness"] == rated["tone"] == 4.0
+        labels.append(float(right))
     return labels

@@ -73,5 +73,5 @@ class CritiqueWriter:
                 f"the conversation takes {len(ids)} tokens of {self._encoder.contract.max_tokens} and leaves no room for a critique",
                 remedy="shorten it",
             )
-        seeds = [int(digest([self._version, item.prompt, text, number])[:15], 16) for number in range(item.n_critiques)]
+        seeds = [int(digest([self._version, item.seed, item.prompt, text, number])[:15], 16) for number in range(item.n_critiques)]
         return [Opening(ids, room, seed) for seed in seeds]

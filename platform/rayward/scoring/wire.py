@@ -52,7 +52,7 @@ class ScoreItem:
         normalise: raw, centred or standardised.
         n_critiques: of a model that writes critiques: the reward is the mean over so many.
         temperature: of their sampling; 0: the likeliest text.
-        critiques: given critiques of each completion, which are then not written; never on the wire.
+        seed: of their sampling; critiques: given critiques of each completion, which are then not written. Neither is on the wire.
     """
 
     prompt: tuple[dict[str, str], ...]
@@ -62,6 +62,7 @@ class ScoreItem:
     n_critiques: int = 1
     temperature: float = 0.0
     critiques: tuple[tuple[str, ...], ...] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
