@@ -31,6 +31,8 @@ Settings = Annotated[
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
+NumCritiques = Annotated[int, typer.Option(help="Of a model that writes critiques: the reward is the mean over so many.")]
+Temperature = Annotated[float, typer.Option(help="Of sampled critiques; 0 takes the likeliest text.")]
 Verify = Annotated[bool, typer.Option(help="Check an exported model against its contract first.")]
 
 
@@ -121,12 +123,15 @@ def evaluate(
     weights: Weights = None,
     attributes: Annotated[str | None, typer.Option(help="Ratings of raw files to keep, with commas between.")] = None,
     rank_by: Annotated[str | None, typer.Option(help="The one that ranks completions without a ranking.")] = None,
+    n_critiques: NumCritiques = 1,
+    temperature: Temperature = 0.0,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config import DataConfig, parse_config
 
     kept = attributes.split(",") if attributes else []
     data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
+    _check_critiques(n_critiques, temperature)
     from rayward.pipeline import evaluate_pipeline
 
     evaluate_pipeline(
@@ -140,6 +145,8 @@ def evaluate(
         tokens_per_batch=tokens_per_batch,
         verify=verify,
         weights=weights,
+        n_critiques=n_critiques,
+        temperature=temperature,
     )
 
 
@@ -154,10 +161,13 @@ def score(
     verify: Verify = True,
     weights: Weights = None,
     normalise: Annotated[str, typer.Option(help="raw, centred or standardised by the model's reference set.")] = "raw",
+    n_critiques: NumCritiques = 1,
+    temperature: Temperature = 0.0,
 ) -> None:
     """Score items from a file; one JSON line per item, with rewards or an error."""
     if normalise not in ("raw", "centred", "standardised"):
         raise ConfigError(f"--normalise is {normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
+    _check_critiques(n_critiques, temperature)
     from rayward.pipeline import score_lines
 
     stream = sys.stdin if items == "-" else _open(items)
@@ -170,6 +180,8 @@ def score(
         verify=verify,
         weights=weights,
         normalise=normalise,  # type: ignore[arg-type]  # checked above
+        n_critiques=n_critiques,
+        temperature=temperature,
     )
     for result in results:
         failed += "error" in result
@@ -217,6 +229,14 @@ def merge(
     typer.echo(f"model: {merge_pipeline(output, models, shares)}")
 
 
+def _check_critiques(number: int, temperature: float) -> None:
+    if number < 1 or not 0.0 <= temperature <= 2.0 or (number > 1 and temperature == 0.0):
+        raise ConfigError(
+            f"--n-critiques is {number} and --temperature {temperature:g}; the rule is 1 or more, and 0 to 2 (above 0 for several)",
+            remedy="for example --n-critiques 4 --temperature 0.5",
+        )
+
+
 Number = TypeVar("Number", int, float)
 
 
@@ -261,7 +281,7 @@ def critique(
     model: Annotated[str, typer.Argument(help="Exported model that writes critiques.")],
     output: Annotated[str, typer.Argument(help="Directory for train.jsonl, validation.jsonl and the cache.")],
     settings: Settings = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest text.")] = 0.0,
+    temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampled texts.")] = 0,
     device: Device = "auto",
     writers: Annotated[int, typer.Option(help="Actors side by side.")] = 1,
@@ -269,9 +289,8 @@ def critique(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
+    _check_critiques(1, temperature)
     resolved = load(settings)
-    if not 0.0 <= temperature <= 2.0:
-        raise ConfigError(f"--temperature is {temperature:g}; the rule is 0 to 2", remedy="use for example 0.5")
     from rayward.critiques import Sampling, write_critiques
 
     counts = write_critiques(

@@ -21,8 +21,8 @@ def write_demo(directory: Path, num_train_prompts: int, num_validation_prompts: 
     """Write the demo's data; the same arguments give the same bytes.
 
     Files: `train.jsonl` and `validation.jsonl` (pairs), `rankings.jsonl` and `rankings_validation.jsonl` (all completions of the same
-    prompts, with attributes by name, and `label`: 1 when
-    the answer is right, else 0), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
+    prompts, with attributes by name, among them `label`: 1 when the answer is right, else 0; `step_labels` of their sentences;
+    `critiques`), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
 
     Raises:
         DataError: the world has not that many prompts.
@@ -68,11 +68,12 @@ def critique(task: Task, completion: str) -> str:
 
 
 def step_labels(task: Task, completion: str) -> list[float]:
-    """For each sentence 1 or 0: 0 where it gives no right answer or not in the tone asked for, or is one too many."""
+    """For each sentence 1, or 0 where it answers wrongly or is one too many; the last also if the whole is too short or sounds wrong."""
+    whole = task.grade(completion)
     labels = []
     for sentence, _ in split_steps(completion, STEP_SEPARATOR):
-        whole = sentence if sentence[-1] in ".!" else f"{sentence}."
-        rated = task.grade(whole)
-        right = task.demand != "short" if whole in FILLERS else rated["correctness"] == rated["tone"] == 4.0
+        text = f"{sentence}." if sentence[-1] not in ".!" else sentence
+        right = task.demand != "short" if text.endswith(FILLERS) else task.grade(text)["correctness"] == 4.0
         labels.append(float(right))
+    labels[-1] *= float(whole["completeness"] == whole["tone"] == 4.0)
     return labels

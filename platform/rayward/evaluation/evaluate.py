@@ -91,6 +91,8 @@ def evaluate(
     gpus_per_actor: float = 0.0,
     verify: bool = True,
     weights: str | None = None,
+    n_critiques: int = 1,
+    temperature: float = 0.0,
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
@@ -108,6 +110,7 @@ def evaluate(
         gpus_per_actor: GPUs that each scorer reserves.
         verify: check an export against its contract first.
         weights: weight set for a model with several outputs; None: the model's own.
+        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
 
@@ -142,6 +145,8 @@ def evaluate(
             gpus_per_actor=gpus_per_actor,
             verify=verify,
             weights=weights,
+            n_critiques=n_critiques,
+            temperature=temperature,
         )
         scored = dict(_records(dataset))
     records = merge(held_out, scored)
