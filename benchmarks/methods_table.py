@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train all methods one after the other; write table and plot."""
     args = parse()
-    from rayward.data.world import write_demo
+    from rayward.data.world_files import write_demo
 
     machine = common.describe_machine()
     runs: dict[str, dict[str, Any]] = {}

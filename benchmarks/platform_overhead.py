@@ -36,7 +36,7 @@ NUM_PROMPTS = 4000
 
 def world_data() -> tuple[Path, Path]:
     """(pairs, tokenizer directory) of the generated world, written once."""
-    from rayward.data.world import write_demo
+    from rayward.data.world_files import write_demo
 
     directory = common.cache_directory() / f"world-{NUM_PROMPTS}"
     if not (directory / "done").exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "platform" / "rayward" / "config.py"
 METHODS = ROOT / "platform" / "rayward" / "objectives.py"
+SECTION = ROOT / "platform" / "rayward" / "section.py"
 TARGET = ROOT / "docs" / "configuration.md"
 LIMITS = {"ge": "≥", "gt": "&gt;", "le": "≤", "lt": "&lt;", "pattern": "matches"}
 
@@ -125,10 +126,15 @@ def render() -> str:
 def _methods() -> list[str]:
     # One table per row of the literal OBJECTIVES.
     tree = ast.parse(METHODS.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    settings_files = (METHODS, METHODS.with_name("correctness.py"))
+    bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in settings_files]
+    classes = {node.name: node for body in bodies for node in body if isinstance(node, ast.ClassDef)}
     (rows,) = [n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "OBJECTIVES"]
     assert isinstance(rows, ast.Dict)
-    parts = ["## `objective`\n", "`objective.type` chooses the method (default `bradley_terry`); see [methods.md](methods.md).\n"]
+    (common,) = [n for n in ast.parse(SECTION.read_text(encoding="utf-8")).body if getattr(n, "name", "") == "ObjectiveSection"]
+    assert isinstance(common, ast.ClassDef)
+    parts = ["## `objective`\n", "`objective.type` chooses the method (default `bradley_terry`); see [methods.md](methods.md). All have:\n"]
+    parts.append(table([field for field in fields_of(common) if field.name != "type"]))
     for name, method in zip(rows.keys, rows.values, strict=True):
         assert name is not None
         assert isinstance(method, ast.Call)

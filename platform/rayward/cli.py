@@ -31,6 +31,8 @@ Settings = Annotated[
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
+NumCritiques = Annotated[int, typer.Option(help="Of a model that writes critiques: the reward is the mean over so many.")]
+Temperature = Annotated[float, typer.Option(help="Of sampled critiques; 0 takes the likeliest text.")]
 Verify = Annotated[bool, typer.Option(help="Check an exported model against its contract first.")]
 
 
@@ -123,6 +125,8 @@ def evaluate(
     rank_by: Annotated[str | None, typer.Option(help="The one that ranks completions without a ranking.")] = None,
     benchmark: Annotated[str | None, typer.Option(help="rewardbench, rewardbench2 or judgebench; see docs/benchmarks.md.")] = None,
     counts: Annotated[str | None, typer.Option(help="Subset weights of rewardbench: fixed, legacy or raw [default: fixed].")] = None,
+    n_critiques: NumCritiques = 1,
+    temperature: Temperature = 0.0,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config import DataConfig, parse_config
@@ -134,6 +138,7 @@ def evaluate(
 
     kept = attributes.split(",") if attributes else []
     data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
+    _check_critiques(n_critiques, temperature)
     from rayward.pipeline import evaluate_pipeline
 
     evaluate_pipeline(
@@ -148,6 +153,8 @@ def evaluate(
         verify=verify,
         weights=weights,
         benchmark=chosen,
+        n_critiques=n_critiques,
+        temperature=temperature,
     )
 
 
@@ -162,10 +169,13 @@ def score(
     verify: Verify = True,
     weights: Weights = None,
     normalise: Annotated[str, typer.Option(help="raw, centred or standardised by the model's reference set.")] = "raw",
+    n_critiques: NumCritiques = 1,
+    temperature: Temperature = 0.0,
 ) -> None:
     """Score items from a file; one JSON line per item, with rewards or an error."""
     if normalise not in ("raw", "centred", "standardised"):
         raise ConfigError(f"--normalise is {normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
+    _check_critiques(n_critiques, temperature)
     from rayward.pipeline import score_lines
 
     stream = sys.stdin if items == "-" else _open(items)
@@ -178,6 +188,8 @@ def score(
         verify=verify,
         weights=weights,
         normalise=normalise,  # type: ignore[arg-type]  # checked above
+        n_critiques=n_critiques,
+        temperature=temperature,
     )
     for result in results:
         failed += "error" in result
@@ -225,6 +237,14 @@ def merge(
     typer.echo(f"model: {merge_pipeline(output, models, shares)}")
 
 
+def _check_critiques(number: int, temperature: float) -> None:
+    if number < 1 or not 0.0 <= temperature <= 2.0 or (number > 1 and temperature == 0.0):
+        raise ConfigError(
+            f"--n-critiques is {number} and --temperature {temperature:g}; the rule is 1 or more, and 0 to 2 (above 0 for several)",
+            remedy="for example --n-critiques 4 --temperature 0.5",
+        )
+
+
 Number = TypeVar("Number", int, float)
 
 
@@ -265,6 +285,37 @@ def import_armo(
 
 
 @app.command()
+def critique(
+    model: Annotated[str, typer.Argument(help="Exported model that writes critiques.")],
+    output: Annotated[str, typer.Argument(help="Directory for train.jsonl, validation.jsonl and the cache.")],
+    settings: Settings = None,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampled texts.")] = 0,
+    device: Device = "auto",
+    writers: Annotated[int, typer.Option(help="Actors side by side.")] = 1,
+    gpus_per_writer: Annotated[float, typer.Option(help="GPUs that each actor reserves.")] = 0.0,
+    tokens_per_batch: TokensPerBatch = 8192,
+) -> None:
+    """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
+    _check_critiques(1, temperature)
+    resolved = load(settings)
+    from rayward.critiques import Sampling, write_critiques
+
+    counts = write_critiques(
+        model,
+        output,
+        resolved,
+        sampling=Sampling(temperature, seed),
+        device=device,  # type: ignore[arg-type]  # checked where the model is loaded
+        writers=writers,
+        gpus_per_writer=gpus_per_writer,
+        tokens_per_batch=tokens_per_batch,
+    )
+    for split, (written, left_out) in counts.items():
+        typer.echo(f"{split}: {written} rows with critiques, {left_out} left out for want of room or text: {output}/{split}.jsonl")
+
+
+@app.command()
 def serve(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [FILE.yaml]... [key=value]...")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -300,7 +351,7 @@ def demo_data(
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write preference data of a small generated world with a known true reward, and a tokenizer for it."""
-    from rayward.data.world import write_demo
+    from rayward.data.world_files import write_demo
 
     write_demo(directory, train_prompts, validation_prompts, seed)
     typer.echo(f"wrote {directory}")

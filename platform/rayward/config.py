@@ -33,6 +33,8 @@ SourceFormat = Literal[
     "safe_rlhf",
     "scored",
     "pointwise",
+    "stepwise",
+    "critique",
 ]
 
 
@@ -75,6 +77,12 @@ class DataConfig(Section):
     """Which judgement of format `safe_rlhf` orders the completions."""
     merge_prompts: bool = False
     """Unranked rows of one prompt (single rated completions) become one comparison with all their completions."""
+    step_separator: str | None = Field(None, min_length=1)
+    """Text between two steps of a completion, for process rewards; goes into their scoring contract. None: an empty line in format
+    `stepwise`; elsewhere labels of steps are ignored."""
+    critique_lead_in: str | None = Field(None, min_length=1)
+    """Every completion is followed by a user turn of this text and its critique, and judged at the end of it; goes into the scoring
+    contract. None: critiques in the data are ignored."""
     max_bad_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """More quarantined rows than this share stop the run before training (duplicates, ties and
     training rows whose prompt stands in the validation data are not counted)."""
@@ -297,6 +305,8 @@ class ScoringConfig(Section):
     """More completions of one item are refused with 413."""
     max_chars_per_text: int = Field(200_000, ge=1)
     """A longer prompt turn or completion is refused with 413, before it is tokenized."""
+    max_critiques: int = Field(16, ge=1)
+    """More `n_critiques` than these are refused with 422."""
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
     """A larger request body is refused with 413, before it is parsed."""
     verify_golden: bool = True

@@ -1,6 +1,6 @@
 """The scoring contract: what turns a conversation into a number, written down once.
 
-Training, evaluation, export and serving all encode through `Encoder`, so the text, the token ids and the pooled position
+Training, evaluation, export and serving all encode through `encoder.Encoder`, so the text, the token ids and the pooled position
 cannot drift apart. The rules:
 
 - *Template.* The chat template's text is frozen into the contract. A tokenizer without one gets `PLAIN_TEMPLATE`.
@@ -18,14 +18,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rayward.data.comparison import Message
-from rayward.errors import ContractError, ContractMismatchError, TooLongError
+from rayward.errors import ContractError, ContractMismatchError
+from rayward.reading import Reading
 from rayward.section import WEIGHT_SETS, Normalise
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class GoldenScore(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     prompt: tuple[Message, ...]
     completion: str
+    critique: str | None = None
     token_ids: tuple[int, ...]
     reward: tuple[float, ...]
 
@@ -89,6 +91,9 @@ class Contract(BaseModel):
         weight_sets: other published weights for the same outputs, by name; a request may choose one.
         gate: of a mixture of objectives, the token ids whose last occurrence in the prompt begins where the gate reads; empty: the prompt's
             last token. None: the head has no gate.
+        reading: of outcome and process rewards, where the output is read instead of the end, and how the readings become one.
+        critique_lead_in: of a model that writes a critique first: text of the user turn that follows the completion, before the critique;
+            the reward is read at the end of that turn.
         normaliser: statistics of a reference set, applied on request only; not part of the version.
         dtype: parameter type of the backbone that the golden scores were computed with; the head is always fp32.
         golden_tolerance: largest accepted |difference| to a golden reward, relative to max(1, |reward|).
@@ -110,6 +115,8 @@ class Contract(BaseModel):
     reward_weights: tuple[float, ...] = (1.0,)
     weight_sets: dict[str, tuple[float, ...]] = {}
     gate: tuple[int, ...] | None = None
+    reading: Reading | None = None
+    critique_lead_in: str | None = None
     normaliser: Normaliser | None = None
     dtype: str = "float32"
     golden: tuple[GoldenScore, ...] = ()
@@ -119,7 +126,12 @@ class Contract(BaseModel):
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, template_kwargs: Mapping[str, str] | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        template_kwargs: Mapping[str, str] | None = None,
+        critique_lead_in: str | None = None,
     ) -> Self:
         """Decide template, end token and pad token for a tokenizer; may add a pad token to it.
 
@@ -151,6 +163,7 @@ class Contract(BaseModel):
             pad_token=pad_token,
             pad_token_id=pad_token_id,
             max_tokens=max_tokens,
+            critique_lead_in=critique_lead_in,
         )
 
     @model_validator(mode="after")
@@ -160,14 +173,14 @@ class Contract(BaseModel):
                 raise ValueError(f"{name} has {len(weights)} weights for {len(self.outputs)} outputs")
         return self
 
-    def for_head(self, outputs: tuple[str, ...], reward_weights: tuple[float, ...]) -> Self:
+    def for_head(self, outputs: tuple[str, ...], reward_weights: tuple[float, ...], reading: Reading | None = None) -> Self:
         """The same rules for a head with these outputs, with the published weight sets that fit them."""
         sets = {
             name: tuple(weights.get(output, 0.0) for output in outputs)
             for name, weights in WEIGHT_SETS.items()
             if set(weights) <= set(outputs)
         }
-        return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets})
+        return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets, "reading": reading})
 
     def model_version(self) -> str:
         """Twelve hex digits that identify the exported model: everything here but the normaliser."""
@@ -204,117 +217,10 @@ class Contract(BaseModel):
 
     def fingerprint(self) -> str:
         """Hash of the rules that turn text into ids and a position (not of weights, files or golden scores)."""
-        rules = self.model_dump(include={"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens"})
-        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
-
-
-class Encoder:
-    """Text to token ids by a contract; the only place where conversations are rendered and tokenized.
-
-    Args:
-        contract: the rules.
-        tokenizer: the fast tokenizer that belongs to it.
-    """
-
-    def __init__(self, contract: Contract, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.contract = contract
-        self._tokenizer = tokenizer
-        if tokenizer.convert_tokens_to_ids(contract.end_token) != contract.end_token_id:
-            raise ContractMismatchError(
-                f"tokenizer: {contract.end_token!r} has id {tokenizer.convert_tokens_to_ids(contract.end_token)}, "
-                f"the contract says {contract.end_token_id}",
-                remedy="use the tokenizer that was exported with the contract",
-            )
-
-    def encode(self, prompt: Sequence[Message], completion: str) -> list[int]:
-        """Token ids of one conversation; the last id is the end token, whose position is scored.
-
-        Raises:
-            TooLongError: the system turn, the last user turn and the completion do not fit `max_tokens`.
-            ContractError: the template rejects the conversation.
-        """
-        return self._fitting(prompt, completion)[1]
-
-    def encode_split(self, prompt: Sequence[Message], completion: str) -> tuple[list[int], int]:
-        """As `encode`, and how many of the ids are those of the prompt: the beginning that an empty completion has too.
-
-        Raises:
-            TooLongError, ContractError: as `encode`.
-        """
-        turns, ids = self._fitting(prompt, completion)
-        return ids, _common_length(ids, self._ids(self.render(turns, "")))
-
-    def _fitting(self, prompt: Sequence[Message], completion: str) -> tuple[Sequence[Message], list[int]]:
-        length = 0
-        for turns in _left_truncations(prompt):
-            ids = self._ids(self.render(turns, completion))
-            length = len(ids)
-            if length <= self.contract.max_tokens:
-                return turns, ids
-        raise TooLongError(
-            f"the last user turn and the completion take {length} tokens; the contract allows {self.contract.max_tokens}",
-            remedy="shorten them, or train with a larger model.max_tokens",
+        rules = self.model_dump(
+            include={"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens", "critique_lead_in"}
         )
-
-    def render(self, prompt: Sequence[Message], completion: str) -> str:
-        """The conversation as text, ending with the end token."""
-        from jinja2 import TemplateError
-
-        contract = self.contract
-        kwargs: dict[str, Any] = dict(contract.template_kwargs)
-        if contract.template_source == "plain":
-            kwargs |= {"end_token": contract.end_token, "bos_token": contract.bos_token}
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [*turns, {"role": "assistant", "content": completion}],
-                chat_template=contract.template,
-                tokenize=False,
-                add_generation_prompt=False,
-                **kwargs,
-            )
-        except TemplateError as exc:
-            raise ContractError(
-                f"the chat template rejects the conversation: {exc}", remedy="use turns and roles that the model's template knows"
-            ) from exc
-        assert isinstance(text, str)
-        stripped = text.rstrip()
-        return stripped if stripped.endswith(contract.end_token) else text + contract.end_token
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-
-def gate_position(contract: Contract, ids: Sequence[int], prompt_length: int) -> int:
-    """Position in a conversation that a gated head reads: the prompt's last token, or where `contract.gate` occurs last in the prompt.
-
-    Raises:
-        ContractError: the prompt does not hold the token ids of `contract.gate`.
-    """
-    pattern = list(contract.gate or ())
-    if not pattern:
-        return max(prompt_length - 1, 0)
-    for start in range(prompt_length - len(pattern), -1, -1):
-        if list(ids[start : start + len(pattern)]) == pattern:
-            return start
-    raise ContractError(
-        f"the prompt does not hold the token ids {pattern} where the gate reads",
-        remedy="use the chat template that the model was made with",
-    )
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-
-
-def _left_truncations(prompt: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    # The whole prompt first, then without its oldest turns, always starting at a user turn.
-    yield prompt
-    num_system = 1 if prompt and prompt[0]["role"] == "system" else 0
-    for start in range(num_system + 1, len(prompt)):
-        if prompt[start]["role"] == "user":
-            yield [*prompt[:num_system], *prompt[start:]]
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def _pick_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

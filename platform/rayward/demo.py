@@ -18,7 +18,7 @@ def demo_settings() -> list[str]:
     Raises:
         ConfigError: the package was installed without the repository's recipes.
     """
-    from rayward.data.world import write_demo
+    from rayward.data.world_files import write_demo
 
     if not RECIPE.is_file():
         raise ConfigError(

@@ -28,6 +28,10 @@ GOLDEN_CONVERSATIONS: tuple[tuple[tuple[Message, ...], str], ...] = (
 """Fixed texts whose rewards travel with every checkpoint and export: short, long, multi-turn, several scripts, code."""
 
 
+GOLDEN_CRITIQUE = "The answer addresses the question. It is clear, but a reader cannot check every part of it."
+"""What follows the completion where the contract reads the reward after a critique."""
+
+
 def unscored() -> tuple[GoldenScore, ...]:
     """The conversations, for a model that was not trained here: ids and rewards are still to be computed."""
     return tuple(GoldenScore(prompt=prompt, completion=text, token_ids=(), reward=()) for prompt, text in GOLDEN_CONVERSATIONS)

@@ -15,6 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from rayward.correctness import (
+    LanguageObjective,
+    OutcomeObjective,
+    ProcessObjective,
+    language,
+    language_count,
+    outcome,
+    outcome_count,
+    process,
+    process_count,
+)
 from rayward.errors import ConfigError
 from rayward.ranking import ObjectiveOutput, PairTable, pair_table, ranked_order, ranking_sums, ranks_of, ratings_of, stage_table
 from rayward.section import LabelFacts, ObjectiveSection, weight_set
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from rayward.data.packing import Labels
+    from rayward.data.packing import Labels, PackedBatch, TaughtTokens
 
 MARGIN_LEVELS = 3.0
 """Largest strength of a preference in Llama 2's and HelpSteer2's scales: significantly (3), better (2), slightly (1), negligibly (0)."""
@@ -286,61 +297,6 @@ def regression_count(labels: Sequence[Labels], config: RegressionObjective, attr
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 
-class OutcomeObjective(ObjectiveSection):
-    """Right or wrong, completion by completion: one label each (format `pointwise`), no comparison needed."""
-
-    type: Literal["outcome"] = "outcome"
-    """The method."""
-    attribute: str = "label"
-    """Attribute of the data that holds the label: 1 right, 0 wrong, between them a probability; missing labels are left out."""
-
-    def check(self, data: LabelFacts) -> None:
-        if self.attribute not in data.attributes:
-            raise ConfigError(
-                f"objective outcome learns the attribute {self.attribute!r}; data.attributes is {', '.join(data.attributes) or 'empty'}",
-                remedy=f"name it there: data.attributes=[{self.attribute}] data.attribute_range=[0,1]",
-            )
-        if data.num_unrated:
-            raise ConfigError(
-                f"objective outcome needs labels; {data.num_unrated} rows have none", remedy="use labelled rows, or another objective"
-            )
-
-
-def outcome(outputs: Tensor, labels: Sequence[Labels], config: OutcomeObjective, attributes: tuple[str, ...]) -> ObjectiveOutput:
-    """Cross-entropy of sigmoid(r) against the label, r read at the end of the completion (outcome reward, arXiv 2110.14168 and 2305.20050;
-    their loss on every token of the completion is another variant).
-
-    Args:
-        outputs: float32 [N, 1].
-    """
-    import numpy as np
-    import torch
-    from torch.nn.functional import binary_cross_entropy_with_logits
-
-    scores = outputs[:, 0]
-    metrics = ranking_sums(scores, labels)
-    if not labels:
-        return ObjectiveOutput(loss_sum=outputs.sum() * 0.0, metrics=metrics)
-    ratings, weight = ratings_of(labels)
-    target = ratings[:, attributes.index(config.attribute)]
-    known = np.flatnonzero(~np.isnan(target))
-    judged = binary_cross_entropy_with_logits(
-        scores[torch.from_numpy(known)], torch.from_numpy(target[known]).to(outputs.device), reduction="none"
-    )
-    return ObjectiveOutput(loss_sum=(torch.from_numpy(weight[known]).to(outputs.device) * judged).sum(), metrics=metrics)
-
-
-def outcome_count(labels: Sequence[Labels], config: OutcomeObjective, attributes: tuple[str, ...]) -> float:
-    """Number of labels, weighted by their comparisons."""
-    if not labels:
-        return 0.0
-    import numpy as np
-
-    ratings, weight = ratings_of(labels)
-    known = ~np.isnan(ratings[:, attributes.index(config.attribute)])
-    return float(weight[known].sum(dtype=np.float64))
-
-
 LossFunction = Callable[["Tensor", Sequence["Labels"], Any, tuple[str, ...]], ObjectiveOutput]
 CountFunction = Callable[[Sequence["Labels"], Any, tuple[str, ...]], float]
 
@@ -365,6 +321,8 @@ OBJECTIVES: dict[str, Method] = {
     "plackett_luce": Method(PlackettLuceObjective, plackett_luce, plackett_luce_count),
     "regression": Method(RegressionObjective, regression, regression_count),
     "outcome": Method(OutcomeObjective, outcome, outcome_count),
+    "process": Method(ProcessObjective, process, process_count),
+    "language": Method(LanguageObjective, language, language_count),
 }
 
 
@@ -384,3 +342,9 @@ class Objective:
 
     def count(self, labels: Sequence[Labels]) -> float:
         return OBJECTIVES[self.config.type].count(labels, self.config, self.attributes)
+
+    def taught(self, batch: PackedBatch) -> TaughtTokens | None:
+        """The tokens of the language-model loss; None where the settings have none."""
+        from rayward.data.packing import taught_tokens
+
+        return taught_tokens(batch, self.config.language_target) if self.config.language_coefficient else None

@@ -77,6 +77,8 @@ def evaluate_pipeline(
     verify: bool = True,
     weights: str | None = None,
     benchmark: Benchmark | None = None,
+    n_critiques: int = 1,
+    temperature: float = 0.0,
 ) -> Evaluation:
     """Evaluate a model on raw files or on one prepared directory and print the table."""
     connect()
@@ -98,6 +100,8 @@ def evaluate_pipeline(
         verify=verify,
         weights=weights,
         benchmark=benchmark,
+        n_critiques=n_critiques,
+        temperature=temperature,
     )
     print_table(result)
     console.print(f"evaluation: {output}/report.html\nplots: {output}/plots")
@@ -113,6 +117,8 @@ def score_lines(
     verify: bool,
     weights: str | None = None,
     normalise: Normalise = "raw",
+    n_critiques: int = 1,
+    temperature: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Score JSON lines with the scorer that serving uses; a line that is no valid item gets an error of its own."""
     from rayward.scoring.loading import load_scored_model
@@ -128,13 +134,14 @@ def score_lines(
         except RaywardError as exc:
             yield {"error": {"code": "invalid_item", "message": exc.problem}}
             continue
-        (result,) = scorer.score([replace(item, weights=weights, normalise=normalise)])
+        asked = replace(item, weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
+        (result,) = scorer.score([asked])
         if result.error is not None:
             yield {"error": {"code": result.error.code, "message": result.error.message}}
-        elif result.outputs is not None:
-            yield {"rewards": result.rewards, "outputs": [dict(zip(scorer.facts.outputs, row, strict=True)) for row in result.outputs]}
-        else:
-            yield {"rewards": result.rewards}
+            continue
+        outputs = result.outputs and [dict(zip(scorer.facts.outputs, row, strict=True)) for row in result.outputs]
+        found = {"outputs": outputs, "steps": result.steps, "critiques": result.critiques, "reward_std": result.reward_std}
+        yield {"rewards": result.rewards, **{name: value for name, value in found.items() if value is not None}}
 
 
 def normalise_pipeline(model: str, items: Iterable[str], *, reference: str, device: str, tokens_per_batch: int) -> Normaliser:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rayward.data.packing import Labels
+    from rayward.reading import Reading
 
 METRIC_SUMS = ("pairs", "correct", "tied", "margin", "rewards", "reward", "reward_squared")
 """Sums that every objective reports: pairs with different ranks, how many of them are ordered right, how many have
@@ -66,6 +67,16 @@ def ratings_of(labels: Sequence[Labels]) -> tuple[npt.NDArray[np.float32], npt.N
         rows.append(label.attributes)
     weights = [np.full(len(row), label.weight, np.float32) for row, label in zip(rows, labels, strict=True)]
     return np.concatenate(rows), np.concatenate(weights)
+
+
+def rewards_of(outputs: Tensor, labels: Sequence[Labels], reading: Reading) -> Tensor:
+    """Rewards [N] of an objective that reads several outputs a completion, [R, 1]."""
+    return reading.combine(outputs, reads_of(labels))[:, 0]
+
+
+def reads_of(labels: Sequence[Labels]) -> list[int]:
+    """How many outputs each completion has."""
+    return [count for label in labels for count in label.num_reads or (1,) * label.num_completions]
 
 
 def ranking_sums(scores: Tensor, labels: Sequence[Labels]) -> Tensor:

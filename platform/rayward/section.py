@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from rayward.errors import ConfigError
+from rayward.reading import Place, Reading
 
 Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
 """What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
@@ -37,6 +38,7 @@ class LabelFacts:
         num_unranked: comparisons without ranks.
         num_unrated: comparisons without a single rating.
         num_without_strength: comparisons without a strength.
+        num_without_steps: comparisons without labels of steps.
         weakest, strongest: range of the strengths, None without any.
     """
 
@@ -44,6 +46,7 @@ class LabelFacts:
     num_unranked: int = 0
     num_unrated: int = 0
     num_without_strength: int = 0
+    num_without_steps: int = 0
     weakest: float | None = None
     strongest: float | None = None
 
@@ -53,6 +56,10 @@ class ObjectiveSection(Section):
 
     type: str
     """Name in the table of objectives."""
+    language_coefficient: float = Field(0.0, ge=0.0)
+    """Adds this times the language-model loss, the mean cross-entropy of the taught tokens (arXiv 2112.00861; critiques: 2408.11791)."""
+    language_target: Literal["best", "all"] = "best"
+    """Whose tokens are taught: the best completions' (all of an unranked comparison), or all completions'."""
 
     def outputs(self, attributes: tuple[str, ...]) -> tuple[str, ...]:
         """Names of the head's outputs, given the attributes that the data carries (`data.attributes`)."""
@@ -61,6 +68,15 @@ class ObjectiveSection(Section):
     def reward_weights(self, outputs: tuple[str, ...]) -> tuple[float, ...]:
         """How the outputs become one reward: its weights, in the order of the outputs."""
         return (1.0,) * len(outputs)
+
+    @property
+    def place(self) -> Place:
+        """Where the head is read."""
+        return "end"
+
+    def reading(self, separator: str | None) -> Reading | None:
+        """How readings at several places become one reward; None where the head is read at the end alone."""
+        return None
 
     def check(self, data: LabelFacts) -> None:
         """Compare the settings with what the prepared data knows.

@@ -29,6 +29,11 @@ def make_comparison(name: str, prefix: int, branches: Sequence[int], *, seed: in
         prefix_ids=ids(prefix),
         branch_ids=tuple(tails),
         labels=labels or Labels(ranks=np.arange(len(branches), dtype=np.float32)),
+        text_starts=tuple(int(generator.integers(0, prefix + length)) for length in branches),
+        step_ends=tuple(
+            (*sorted(generator.integers(0, prefix + length, int(generator.integers(0, 3))).tolist()), prefix + length - 1)
+            for length in branches
+        ),
     )
 
 

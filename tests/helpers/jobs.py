@@ -10,10 +10,11 @@ from tests.helpers.tokenizer import make_tokenizer
 from tests.helpers.training import make_shares
 
 from rayward.config import Config, parse_config
-from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
 from rayward.data.manifest import MANIFEST_FILE, Manifest, PreparedData
 from rayward.data.packing import EncodedComparison
 from rayward.data.shares import StepShare
+from rayward.encoder import Encoder
 from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
 from rayward.model.reward_model import RewardModel
 from rayward.training.engine import TorchEngine, initialize, pretrained
@@ -89,7 +90,8 @@ def make_engine(job: Job) -> TorchEngine:
     hf_config = resolve_hf_config(job.config.model, job.contract, vocab_size=259)
 
     def build(dtype: torch.dtype) -> RewardModel:
-        return build_reward_model(hf_config, max_tokens=job.contract.max_tokens, dtype=dtype)
+        with_language = job.config.objective.language_coefficient > 0
+        return build_reward_model(hf_config, max_tokens=job.contract.max_tokens, dtype=dtype, with_language=with_language)
 
     engine = TorchEngine(build, job.config.training)
     initialize(engine, weight_source(pretrained(engine), job.config.model, seed=job.config.run.seed))
@@ -132,6 +134,7 @@ def run_session(
         (comparisons or train_comparisons())[: (stop_after or STEPS) * COMPARISONS_PER_STEP],
         per_step=COMPARISONS_PER_STEP,
         first_step=first,
+        read=job.config.objective.place,
     )
     session.run(lambda _epoch: shares, checkpoint)
     assert reported

@@ -12,8 +12,9 @@ import torch
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from rayward.contract import Contract, Encoder, GoldenScore, file_sha256
+from rayward.contract import Contract, GoldenScore, file_sha256
 from rayward.data.comparison import Message
+from rayward.encoder import Encoder
 from rayward.model.loading import head_sha256
 
 MAX_TOKENS = 192

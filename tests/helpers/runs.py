@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rayward.config import Config, parse_config
-from rayward.data.world import write_demo
+from rayward.data.world_files import write_demo
 
 NUM_TRAIN = 192
 COMPARISONS_PER_STEP = 8

@@ -16,6 +16,7 @@ from rayward.data.shares import StepShare
 from rayward.model.loading import RandomInit, build_reward_model
 from rayward.model.reward_model import RewardModel
 from rayward.objectives import Objective
+from rayward.reading import Place
 from rayward.training.checkpoint import CommitDraft
 from rayward.training.engine import TorchEngine, initialize
 from rayward.training.loop import Schedule, run_steps
@@ -36,27 +37,29 @@ LLAMA: dict[str, Any] = {
 SCHEDULE = Schedule(learning_rate=3e-3, total_steps=20, warmup_fraction=0.1, min_lr_fraction=0.1)
 
 
-def tiny_model(dtype: torch.dtype = torch.float32) -> RewardModel:
+def tiny_model(dtype: torch.dtype = torch.float32, *, with_language: bool = False, **architecture: Any) -> RewardModel:
     """Modules without values, as engines take them."""
-    values = dict(LLAMA)
-    return build_reward_model(AutoConfig.for_model(values.pop("model_type"), **values), max_tokens=256, dtype=dtype)
+    values = {**LLAMA, **architecture}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return build_reward_model(config, max_tokens=256, dtype=dtype, with_language=with_language)
 
 
-def tiny_engine(*, seed: int = 0, **training: Any) -> TorchEngine:
+def tiny_engine(*, seed: int = 0, with_language: bool = False, **training: Any) -> TorchEngine:
     """A two-layer llama with seeded weights under the plain engine."""
-    engine = TorchEngine(tiny_model, TrainingConfig.model_validate({"engine": "torch", "gradient_checkpointing": False, **training}))
+    settings = TrainingConfig.model_validate({"engine": "torch", "gradient_checkpointing": False, **training})
+    engine = TorchEngine(lambda dtype: tiny_model(dtype, with_language=with_language), settings)
     initialize(engine, RandomInit(engine.reward_model.model, seed=seed))
     return engine
 
 
 def make_shares(
-    comparisons: Sequence[EncodedComparison], *, per_step: int = 8, budget: int = 400, first_step: int = 0
+    comparisons: Sequence[EncodedComparison], *, per_step: int = 8, budget: int = 400, first_step: int = 0, read: Place = "end"
 ) -> Iterator[StepShare]:
     """The steps of one rank that is alone."""
     for start in range(first_step * per_step, len(comparisons), per_step):
         members = comparisons[start : start + per_step]
         (plan,) = plan_step(members, world_size=1, tokens_per_microbatch=budget)
-        yield StepShare(start // per_step, 0, 1, tuple(pack([members[i] for i in group]) for group in plan))
+        yield StepShare(start // per_step, 0, 1, tuple(pack([members[i] for i in group], read=read) for group in plan))
 
 
 def train(

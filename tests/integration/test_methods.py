@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayward import RewardClient
 from rayward.config import Config, ScoringConfig, load_config
 from rayward.contract import Contract
-from rayward.data.world import generate, true_reward, write_demo
+from rayward.data.world import generate, true_reward
+from rayward.data.world_files import write_demo
 from rayward.mixture_config import MixtureConfig
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
@@ -30,7 +32,10 @@ SMALLER = [
     "checkpoint.every_steps=1000",
     "tracking.tensorboard=false",
 ]
-METHODS = ["bradley_terry_pairs", "margin", "scaled", "plackett_luce", "regression", "outcome"]
+METHODS = [
+    "bradley_terry_pairs", "margin", "scaled", "plackett_luce", "regression", "outcome", "outcome_tokens", "process", "language_auxiliary",
+]  # fmt: skip
+TWO_EPOCHS = ["training.num_epochs=2", "training.max_steps=126"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,11 +75,15 @@ def train(config: Config) -> Path:
     return Path(config.run.storage_path, config.run.name, "export").resolve()
 
 
-def over_http(export: Path) -> RewardClient:
+def over_http(export: Path, **options: Any) -> RewardClient:
     from rayward.scoring.app import serve_model
 
     # The same application each time: the model is replaced.
-    return RewardClient(serve_model(ScoringConfig(model=str(export), cpus_per_replica=0.5), port=0, name="methods"))
+    return RewardClient(serve_model(ScoringConfig(model=str(export), cpus_per_replica=0.5), port=0, name="methods"), **options)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def accuracy_over_http(client: RewardClient) -> float:
@@ -94,7 +103,7 @@ def accuracy_over_http(client: RewardClient) -> float:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_from_recipe_to_endpoint(name: str) -> None:
-    config = recipe(name)
+    config = recipe(name, *(TWO_EPOCHS if name == "process" else ()))  # one epoch of this little data does not suffice
     export = train(config)
     contract = Contract.load(export)
     assert contract.outputs == config.outputs
@@ -106,6 +115,39 @@ def test_a_method_from_recipe_to_endpoint(name: str) -> None:
         assert (info.version, tuple(info.outputs)) == (contract.model_version(), contract.outputs)
         assert info.normaliser is not None
         assert accuracy_over_http(client) > 0.6
+        (result,) = client.score_items(
+            [{"prompt": "What is the color of corn?", "completions": ["It is yellow. I checked it twice."]}]
+        ).results
+        assert [len(steps) for steps in result.steps or ()] == ([2] if name == "process" else [])
+
+
+def test_critiques_are_learned_written_and_scored_after() -> None:
+    from rayward.critiques import write_critiques
+
+    written = train(recipe("critique_sft"))
+    demo = load_config([RECIPES / "demo.yaml"])
+    cache = Path("runs/critiques/cache")
+    counts = write_critiques(str(written), "runs/critiques", demo)
+    rows = lines_of(Path("runs/critiques/train.jsonl"))
+    assert counts["train"] == (len(rows), 0)
+    given = {row["id"]: row for row in lines_of(Path("runs/demo/data/rankings.jsonl"))}
+    right = [ours == theirs for row in rows for ours, theirs in zip(row["critiques"], given[row["id"]]["critiques"], strict=True)]
+    assert sum(right) / len(right) > 0.1  # of more than ten different ones
+    # What is in the cache is not written again, what is lost is written as before.
+    lost = sorted(cache.glob("*.jsonl"))[0]
+    before, others = lines_of(lost), {path: path.stat().st_mtime_ns for path in sorted(cache.glob("*.jsonl"))[1:]}
+    lost.unlink()
+    assert write_critiques(str(written), "runs/critiques", demo) == counts
+    entries = {entry["key"]: entry for path in cache.glob("*.jsonl") for entry in lines_of(path)}
+    assert all(entries[entry["key"]] == entry for entry in before)
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    export = train(recipe("critique"))
+    with over_http(export, n_critiques=3, temperature=0.5) as client:
+        assert client.models()[0].writes_critiques
+        assert accuracy_over_http(client) > 0.6
+        (result,) = client.score_items([{"prompt": "What is the color of corn?", "completions": ["yellow", "red"]}]).results
+    assert [len(texts) for texts in result.critiques or ()] == [3, 3]
+    assert len(result.reward_std or ()) == 2
 
 
 def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:

@@ -19,8 +19,9 @@ from tests.helpers.runs import tiny_config, write_world
 
 from rayward import RewardClient
 from rayward.config import ScoringConfig
-from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
 from rayward.data.packing import EncodedComparison, Labels, pack
+from rayward.encoder import Encoder
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
 

@@ -15,10 +15,11 @@ import pytest
 from tests.helpers.tokenizer import CHATML, make_tokenizer
 
 from rayward.config import Config, load_config
-from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
 from rayward.data.comparison import PREPARED_SCHEMA, BadRow
 from rayward.data.manifest import MANIFEST_FILE, PreparedData
 from rayward.data.prepare import prepare
+from rayward.encoder import Encoder
 from rayward.errors import DataError, TooManyBadRowsError
 
 # Ray Data 2.60 warns about its own deprecated settings whenever it copies its context.

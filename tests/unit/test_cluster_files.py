@@ -26,6 +26,7 @@ LAUNCHER_FILES = ("aws.yaml", "local.yaml")
 IMAGE_ROOT = "/home/ray/rayward/"
 PAGES = sorted([*DOCS.glob("*.md"), CLUSTER / "README.md"])
 KEYS: dict[str, dict[str, Any]] = {
+    "critique": {"critique_lead_in": "Judge it."},
     "openrlhf": {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"},
     "ultrafeedback": {"attributes": ["overall_score"], "rank_by": "overall_score"},
     "helpsteer2": {"attributes": ["helpfulness"]},
@@ -213,8 +214,12 @@ def test_every_format_has_an_example_that_it_reads() -> None:
         assert chosen == name
         comparison: Comparison = FORMATS[name].adapt(row, options)
         validate(comparison, ties="quarantine")
-        if name in ("helpsteer2", "pointwise"):
+        if name in ("helpsteer2", "pointwise", "critique"):
             assert (comparison.completions, comparison.ranks) == (("Seven.",), None)
+            assert (comparison.critiques is not None) == (name == "critique")
+            continue
+        if name == "stepwise":
+            assert (comparison.completions, comparison.step_labels) == (("Nine is 3 times 3.\n\nSo it is 11.",), ((1.0, 1.0),))
             continue
         assert comparison.ranks is not None
         assert comparison.completions[comparison.ranks.index(min(comparison.ranks))] == "Seven."

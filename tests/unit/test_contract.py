@@ -10,16 +10,9 @@ from tests.helpers.tokenizer import CHATML, END, PAD, START, make_tokenizer
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from rayward.contract import (
-    FROZEN_DATE,
-    PAD_TOKEN,
-    Contract,
-    Encoder,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    verify_files,
-)
+from rayward.contract import FROZEN_DATE, PAD_TOKEN, Contract, load_tokenizer, tokenizer_fingerprint, verify_files
 from rayward.data.comparison import Message
+from rayward.encoder import Encoder
 from rayward.errors import ContractError, ContractMismatchError, TooLongError
 
 END_ID = 2

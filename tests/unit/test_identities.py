@@ -46,7 +46,7 @@ TESTED_BY = {
     "nemotron": "test_recipes.py::test_the_340b_recipe_has_the_published_number_of_parameters",
     "rpo": "test_identities.py::test_the_distance_of_two_gaps_is_smoothed_bradley_terry_up_to_a_constant",
     "hs2": "test_identities.py::test_published_attribute_weights",
-    "orm": "test_objectives_ranking.py::test_the_cross_entropy_of_a_label_by_hand",
+    "orm": "test_correctness.py::test_the_published_variants_of_the_outcome_loss",
 }
 """Key of the fixtures to the test that reproduces it."""
 

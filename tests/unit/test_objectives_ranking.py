@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +22,11 @@ from rayward.objectives import (
     Objective,
     OutcomeObjective,
     PlackettLuceObjective,
+    ProcessObjective,
     RegressionObjective,
 )
-from rayward.ranking import METRIC_SUMS
+from rayward.ranking import METRIC_SUMS, reads_of
+from rayward.reading import Place
 from rayward.section import WEIGHT_SETS, LabelFacts, ObjectiveSection
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -207,7 +210,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "plackett_luce": [{}, {"reduction": "sum", "ties": "drop"}, {"top_m": 2}],
     "regression": [{}, {"weights": {"a": 1.0, "c": -0.5}}],
-    "outcome": [{"attribute": "b"}],
+    "outcome": [{"attribute": "b"}, {"attribute": "b", "read": "tokens", "aggregate": "mean"}, {"attribute": "b", "read": "mean_logit"}],
+    "process": [{}, {"aggregate": "product"}],
+    "language": [{}],
 }  # fmt: skip
 CASES = [(name, settings) for name, several in SETTINGS.items() for settings in several]
 
@@ -216,7 +221,7 @@ def test_every_method_of_the_table_is_tested_here() -> None:
     assert set(SETTINGS) == set(OBJECTIVES)
 
 
-def _sample(seed: int) -> tuple[npt.NDArray[np.float32], list[Labels]]:
+def _sample(seed: int, place: Place = "end") -> tuple[npt.NDArray[np.float32], list[Labels]]:
     generator = np.random.default_rng(seed)
     labels = []
     for _ in range(24):
@@ -224,15 +229,16 @@ def _sample(seed: int) -> tuple[npt.NDArray[np.float32], list[Labels]]:
         ratings = generator.integers(0, 2, (size, 3)).astype(np.float32)
         ratings[generator.random((size, 3)) < 0.3] = np.nan
         ratings[0, 0] = 1.0
-        labels.append(
-            ranked(
-                *generator.integers(0, 4, size).tolist(),
-                strength=float(generator.integers(1, 4)),
-                weight=float(generator.uniform(0.1, 3)),
-                attributes=ratings,
-            )
+        label = ranked(
+            *generator.integers(0, 4, size).tolist(),
+            strength=float(generator.integers(1, 4)),
+            weight=float(generator.uniform(0.1, 3)),
+            attributes=ratings,
         )
-    return generator.normal(0, 2, (sum(label.num_completions for label in labels), 3)).astype(np.float32), labels
+        num_reads = tuple(generator.integers(1, 5, size).tolist())
+        steps = tuple(np.where(generator.random(n) < 0.2, np.nan, generator.integers(0, 2, n)).astype(np.float32) for n in num_reads)
+        labels.append(replace(label, step_labels=steps, num_reads=None if place == "end" else num_reads))
+    return generator.normal(0, 2, (sum(reads_of(labels)), 3)).astype(np.float32), labels
 
 
 def _objective(name: str, settings: dict[str, Any]) -> tuple[Objective, int]:
@@ -245,7 +251,7 @@ def _objective(name: str, settings: dict[str, Any]) -> tuple[Objective, int]:
 @pytest.mark.parametrize("seed", range(2))
 def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metrics(name: str, settings: dict[str, Any], seed: int) -> None:
     objective, num_outputs = _objective(name, settings)
-    values, labels = _sample(seed)
+    values, labels = _sample(seed, objective.config.place)
     outputs = torch.from_numpy(values[:, :num_outputs])
     count = objective.count(labels)
     whole = outputs.clone().requires_grad_()
@@ -254,8 +260,8 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metr
     assert out.metrics.dtype == torch.float64
     (out.loss_sum / count).backward()  # type: ignore[no-untyped-call]
     assert whole.grad is not None
-    assert whole.grad.abs().max() > 0
-    starts = np.cumsum([0, *(label.num_completions for label in labels)])
+    assert (whole.grad.abs().max() > 0) == (name != "language")
+    starts = np.cumsum([0, *(sum(reads_of([label])) for label in labels)])
     for trial in range(4):
         cuts = np.sort(np.random.default_rng([seed, trial]).integers(0, len(labels) + 1, 4)).tolist()
         parts = outputs.clone().requires_grad_()
@@ -277,16 +283,20 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metr
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_the_order_of_the_completions_does_not_matter(name: str, settings: dict[str, Any]) -> None:
     objective, num_outputs = _objective(name, settings)
-    values, labels = _sample(5)
+    values, labels = _sample(5, objective.config.place)
     outputs = torch.from_numpy(values[:, :num_outputs])
     generator, permuted, shuffled, start = np.random.default_rng(1), [], [], 0
     for label in labels:
         assert label.ranks is not None
         assert label.attributes is not None
         order = generator.permutation(label.num_completions)
-        permuted.append(Labels(label.ranks[order], label.margin, label.strength, label.weight, label.attributes[order]))
-        shuffled.append(outputs[start : start + len(order)][torch.from_numpy(order)])
-        start += len(order)
+        assert label.step_labels is not None
+        steps, reads = tuple(label.step_labels[i] for i in order), reads_of([label])
+        moved = replace(label, ranks=label.ranks[order], attributes=label.attributes[order], step_labels=steps)
+        permuted.append(moved if label.num_reads is None else replace(moved, num_reads=tuple(reads[i] for i in order)))
+        pieces = torch.split(outputs[start : start + sum(reads)], reads)
+        shuffled.append(torch.cat([pieces[i] for i in order]))
+        start += sum(reads)
     reference = objective.loss(outputs, labels)
     found = objective.loss(torch.cat(shuffled), permuted)
     assert found.loss_sum.item() == pytest.approx(reference.loss_sum.item(), rel=1e-5)
@@ -334,6 +344,7 @@ FACTS = LabelFacts(attributes=("helpfulness",), weakest=1.0, strongest=3.0)
         (RegressionObjective(weights="helpsteer2_goodness"), FACTS, "coherence, correctness.*data.attributes"),
         (OutcomeObjective(), FACTS, "learns the attribute 'label'.*helpfulness"),
         (OutcomeObjective(attribute="a"), LabelFacts(attributes=("a",), num_unrated=2), "2 rows have none"),
+        (ProcessObjective(), LabelFacts(num_without_steps=2), "2 rows have none.*stepwise"),
         (RegressionObjective(weights="best"), FACTS, "weight set 'best' is not known.*helpsteer2_goodness"),
     ],
 )  # fmt: skip

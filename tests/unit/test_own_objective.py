@@ -37,7 +37,7 @@ def test_it_is_configured_trained_and_resumed_without_touching_another_file(tmp_
     run_session(job, prepared)
     commit = job.store.latest()
     assert commit is not None
-    assert commit.commit.trajectory["objective"] == {"type": "hinge", "target": 0.5}
+    assert {"type": "hinge", "target": 0.5}.items() <= commit.commit.trajectory["objective"].items()
     assert 0.0 < commit.commit.metrics["loss"] < 1.0
 
 

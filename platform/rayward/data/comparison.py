@@ -43,6 +43,8 @@ class BadRow(StrEnum):
     BAD_RANKING = "bad_ranking"
     BAD_RATING = "bad_rating"
     NO_RATING = "no_rating"
+    BAD_STEPS = "bad_steps"
+    NO_CRITIQUE = "no_critique"
     BAD_TEXT = "bad_text"
     TOO_LONG = "too_long"
     TEMPLATE_REJECTED = "template_rejected"
@@ -74,6 +76,8 @@ class Comparison:
         strength: how strong the preference of a pair is, in the source's own scale (HelpSteer: 1 slightly .. 3 much better), else None.
         weight: weight of the comparison in the loss.
         attributes: K rows of ratings in the order of `data.attributes` (NaN = missing), else None.
+        step_labels: for each completion one label per step, the probability that it is right (NaN = missing), else None.
+        critiques: K texts that judge the completions in words, else None.
     """
 
     id: str
@@ -85,6 +89,8 @@ class Comparison:
     strength: float | None = None
     weight: float = 1.0
     attributes: tuple[tuple[float, ...], ...] | None = None
+    step_labels: tuple[tuple[float, ...], ...] | None = None
+    critiques: tuple[str, ...] | None = None
 
     def prompt_key(self) -> str:
         """Hash of the prompt alone: rows with one key never fall on both sides of a split."""
@@ -99,7 +105,9 @@ class Comparison:
         order = sorted(range(len(self.completions)), key=lambda i: self.completions[i])
         ranks = None if self.ranks is None else dense_ranks([self.ranks[i] for i in order])
         attributes = None if self.attributes is None else [[str(v) for v in self.attributes[i]] for i in order]
-        return digest([ranks, attributes])
+        if self.step_labels is None:
+            return digest([ranks, attributes])
+        return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
 
 
 def digest(value: object) -> str:
@@ -144,7 +152,7 @@ def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> 
             raise RowRejected(BadRow.UNKNOWN_ROLE, f"role {turn['role']!r} is not one of {', '.join(ROLES)}")
     if not any(turn["content"].strip() for turn in comparison.prompt if turn["role"] != "system"):
         raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt holds no text")
-    for text in (*(t["content"] for t in comparison.prompt), *comparison.completions):
+    for text in (*(t["content"] for t in comparison.prompt), *comparison.completions, *(comparison.critiques or ())):
         check_text(text)
     for index, completion in enumerate(comparison.completions):
         if not completion.strip():
@@ -174,8 +182,16 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
+    for index, critique in enumerate(comparison.critiques or ()):
+        if not critique.strip():
+            raise RowRejected(BadRow.NO_CRITIQUE, f"the critique of completion {index} is empty")
+    for number, label in enumerate(label for labels in comparison.step_labels or () for label in labels):
+        if not (math.isnan(label) or 0.0 <= label <= 1.0):
+            raise RowRejected(BadRow.BAD_STEPS, f"the label of step {number} is {label:g}; the rule is 0 to 1, or null")
     ranks = comparison.ranks
     if ranks is None:
+        if comparison.attributes is None and (comparison.step_labels or comparison.critiques):
+            return
         if comparison.attributes is None:
             raise RowRejected(BadRow.MISSING_FIELD, "neither a ranking nor attribute ratings are given")
         if all(math.isnan(rating) for ratings in comparison.attributes for rating in ratings):
@@ -202,8 +218,12 @@ PREPARED_SCHEMA = pa.schema(
         pa.field("strength", pa.float32()),
         pa.field("weight", pa.float32(), nullable=False),
         pa.field("attributes", pa.list_(pa.list_(pa.float32()))),
+        pa.field("text_starts", pa.list_(pa.int32()), nullable=False),  # of each completion: where the language-model loss begins
+        pa.field("step_ends", pa.list_(pa.list_(pa.int32()))),  # of each completion: last token of every step
+        pa.field("step_labels", pa.list_(pa.list_(pa.float32()))),
         pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model
         pa.field("completions_json", pa.string(), nullable=False),
+        pa.field("critiques_json", pa.string()),
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""

@@ -27,6 +27,8 @@ class SourceOptions:
         attributes: ratings to keep, by name and in this order; attribute_range: smallest and largest.
         rank_by: the attribute that ranks completions without a ranking.
         preference: which of the two judgements of `safe_rlhf` orders the completions.
+        step_separator: text between two steps of a completion; None: labels of steps are ignored outside format `stepwise`.
+        critiques: whether critiques are kept; a row without them is then rejected.
     """
 
     source: str
@@ -37,6 +39,8 @@ class SourceOptions:
     attribute_range: tuple[float, float] | None = None
     rank_by: str | None = None
     preference: str = "better"
+    step_separator: str | None = None
+    critiques: bool = False
 
 
 def required(row: Row, key: str) -> Any:
@@ -151,11 +155,14 @@ def finish(
     margin: float | None = None,
     strength: float | None = None,
     ratings: Sequence[Mapping[str, Any]] | None = None,
+    step_labels: tuple[tuple[float, ...], ...] | None = None,
+    critiques: Sequence[Any] | None = None,
 ) -> Comparison:
     """The comparison, with the columns that every format may carry: `id`, `source`, `weight`.
 
     Args:
         ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
+        critiques: one text per completion; kept where `data.critique_lead_in` is set.
     """
     weight = optional(row, "weight")
     name, source = row.get("id"), row.get("source")
@@ -174,6 +181,8 @@ def finish(
         strength=strength,
         weight=1.0 if weight is None else weight,
         attributes=kept,
+        step_labels=step_labels,
+        critiques=_critiques(critiques, len(completions)) if options.critiques else None,
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
         comparison = ranked_by(comparison, options.attributes.index(options.rank_by), options.rank_by)
@@ -193,3 +202,11 @@ def _ratings(given: Mapping[str, Any], options: SourceOptions, where: str) -> tu
             raise RowRejected(BadRow.BAD_RATING, f"{where}: {name} is {rating:g}; {rule}")
         ratings.append(rating)
     return tuple(ratings)
+
+
+def _critiques(given: Sequence[Any] | None, num_completions: int) -> tuple[str, ...]:
+    if given is None or None in given:
+        raise RowRejected(BadRow.NO_CRITIQUE, "data.critique_lead_in is set, and a completion of the row has no critique")
+    if len(given) != num_completions:
+        raise RowRejected(BadRow.NO_CRITIQUE, f"{len(given)} critiques for {num_completions} completions")
+    return tuple(as_text(value, f"critique {index}") for index, value in enumerate(given))

@@ -74,7 +74,12 @@ def inspect_inputs(config: Config) -> Inputs:
     if twice:
         raise DataError(f"{sorted(twice)[0]} is in data.train and in data.validation", remedy="name each file in one of them")
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.revision)
-    contract = Contract.from_tokenizer(tokenizer, max_tokens=config.model.max_tokens, template_kwargs=config.model.template_kwargs)
+    contract = Contract.from_tokenizer(
+        tokenizer,
+        max_tokens=config.model.max_tokens,
+        template_kwargs=config.model.template_kwargs,
+        critique_lead_in=config.data.critique_lead_in,
+    )
     return Inputs(files, ignored, contract, tokenizer, _fingerprint(config, files, contract, tokenizer))
 
 

@@ -25,7 +25,7 @@ from rayward.errors import DataError
 from rayward.section import LabelFacts
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 LENGTH_BIN = 32
 """Width of one histogram bin in tokens; a bin is named by its upper bound, inclusive."""
 
@@ -40,7 +40,8 @@ class SplitStats(BaseModel):
         longer_wins, shorter_wins, equal_length: pairs with a winner, by which one has more tokens.
         tied_pairs: pairs of equal rank.
         truncated: rows in which at least one conversation lost its oldest turns.
-        num_unranked, num_unrated, num_without_strength: rows without ranks, without a single rating, without a strength.
+        num_unranked, num_unrated, num_without_strength: rows without ranks, without a single rating, without a strength;
+            num_without_steps: rows without labels of steps.
         weakest, strongest: range of the strengths, None without any.
     """
 
@@ -54,6 +55,7 @@ class SplitStats(BaseModel):
     num_unranked: int = 0
     num_unrated: int = 0
     num_without_strength: int = 0
+    num_without_steps: int = 0
     weakest: float | None = None
     strongest: float | None = None
     lengths: dict[int, int] = {}
@@ -71,11 +73,11 @@ class SplitStats(BaseModel):
         """Sums over prepared rows; `table` has the columns of PREPARED_SCHEMA and `truncated`."""
         stats = cls()
         lengths, prompts, completions, sources = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
-        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "source", "truncated")]
+        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "step_labels", "source", "truncated")]
         prefixes = _sizes(table.column("prefix_ids"))
         flat = iter(_sizes(pc.list_flatten(table.column("branch_ids"))))
         branches = [[next(flat) for _ in range(count)] for count in _sizes(table.column("branch_ids"))]
-        for prefix, branch, ranks, attributes, strength, source, truncated in zip(prefixes, branches, *columns, strict=True):
+        for prefix, branch, ranks, attributes, strength, steps, source, truncated in zip(prefixes, branches, *columns, strict=True):
             shared = prefix + sum(branch)
             stats.num_rows += 1
             stats.tokens += shared
@@ -86,6 +88,7 @@ class SplitStats(BaseModel):
             stats.num_unranked += ranks is None
             stats.num_unrated += attributes is None or all(math.isnan(rating) for row in attributes for rating in row)
             stats.num_without_strength += strength is None
+            stats.num_without_steps += steps is None
             stats.weakest = _extreme(min, stats.weakest, strength)
             stats.strongest = _extreme(max, stats.strongest, strength)
             stats.truncated += bool(truncated)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rayward.errors import ConfigError
+from rayward.reading import Place
 
 Layout = Literal["packed", "padded"]
 Int32 = npt.NDArray[np.int32]
@@ -34,6 +35,8 @@ class Labels:
         strength: how strong the preference of a pair is, in the data's own scale; NaN when unknown.
         weight: weight of the comparison in the loss.
         attributes: float32 [K, A] ratings, NaN where missing; None without ratings.
+        step_labels: K arrays of float32, the probability that each step is right, NaN where missing; None without labels of steps.
+        num_reads: how many outputs of the model each completion has; None: one.
     """
 
     ranks: Float32 | None = None
@@ -41,11 +44,13 @@ class Labels:
     strength: float = math.nan
     weight: float = 1.0
     attributes: Float32 | None = None
+    step_labels: tuple[Float32, ...] | None = None
+    num_reads: tuple[int, ...] | None = None
 
     @property
     def num_completions(self) -> int:
         """K, or 0 when nothing is known."""
-        known = self.ranks if self.ranks is not None else self.attributes
+        known = next((value for value in (self.ranks, self.attributes, self.step_labels) if value is not None), None)
         return 0 if known is None else len(known)
 
 
@@ -57,6 +62,8 @@ class EncodedComparison:
         prefix_ids: int32 [P], the ids that all completions share (P may be 0).
         branch_ids: K arrays of int32; each ends with the token that is scored.
         gate_positions: of each completion, the position in its conversation that a gated head reads; None where no head does.
+        text_starts: of each completion, the position from which a language-model loss teaches and outputs per token are read.
+        step_ends: of each completion, the positions of the last token of every step.
     """
 
     id: str
@@ -64,10 +71,23 @@ class EncodedComparison:
     branch_ids: tuple[Int32, ...]
     labels: Labels
     gate_positions: tuple[int, ...] | None = None
+    text_starts: tuple[int, ...] | None = None
+    step_ends: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_completions(self) -> int:
         return len(self.branch_ids)
+
+    def read_positions(self, place: Place) -> list[npt.NDArray[np.int64]]:
+        """For each completion, the positions in its conversation where the head is read."""
+        lengths = [len(self.prefix_ids) + len(branch) for branch in self.branch_ids]
+        if place == "end":
+            return [np.array([length - 1], dtype=np.int64) for length in lengths]
+        if place == "steps":
+            assert self.step_ends is not None
+            return [np.array(ends, dtype=np.int64) for ends in self.step_ends]
+        assert self.text_starts is not None
+        return [np.arange(min(start, length - 1), length) for start, length in zip(self.text_starts, lengths, strict=True)]
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +109,9 @@ class PackedBatch:
         segments: int64 [S, 4], packed layout only: (prefix start, prefix length, branch start, branch length) per
             branch. Spans are half-open columns of the row; every token belongs to a prefix or to one branch.
         attention_mask: int64 [R, T], padded layout only: 1 for real tokens, which stand at the left.
-        end_row, end_column: int64 [N], where each completion's reward is read, comparison by comparison.
+        end_row, end_column: int64 [N], the last token of each completion, comparison by comparison.
+        read_row, read_column: int64 [R], where the head is read, completion by completion; the ends, unless the head is read elsewhere.
+        num_reads: int64 [N], readings of each completion; they add up to R.
         gate_column: int64 [N], where a gated head reads the prompt (in the rows of `end_row`); None unless every comparison says it.
     """
 
@@ -100,7 +122,27 @@ class PackedBatch:
     attention_mask: npt.NDArray[np.int64] | None
     end_row: npt.NDArray[np.int64]
     end_column: npt.NDArray[np.int64]
+    read_row: npt.NDArray[np.int64]
+    read_column: npt.NDArray[np.int64]
+    num_reads: npt.NDArray[np.int64]
     gate_column: npt.NDArray[np.int64] | None = None
+
+    @property
+    def labels(self) -> list[Labels]:
+        """Labels of the comparisons, with the number of outputs that their completions have."""
+        if len(self.read_row) == len(self.end_row):
+            return [comparison.labels for comparison in self.comparisons]
+        stops = np.cumsum([comparison.num_completions for comparison in self.comparisons])
+        counts = np.split(self.num_reads, stops[:-1])
+        return [replace(c.labels, num_reads=tuple(n.tolist())) for c, n in zip(self.comparisons, counts, strict=True)]
+
+    def columns(self, completion: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Columns of positions in a completion's conversation, in the row `end_row[completion]`."""
+        if self.segments is None:
+            return positions
+        start, prefix, branch, _ = self.segments[completion].tolist()
+        column: npt.NDArray[np.int64] = np.where(positions < prefix, start + positions, branch + positions - prefix)
+        return column
 
     @property
     def num_computed_tokens(self) -> int:
@@ -114,11 +156,21 @@ class PackedBatch:
         return self.num_computed_tokens if self.attention_mask is None else int(self.attention_mask.sum())
 
 
-def pack(comparisons: Sequence[EncodedComparison], *, layout: Layout = "packed", pad_token_id: int = 0) -> PackedBatch:
-    """Lay comparisons out as one micro-batch, in the order given."""
+def pack(comparisons: Sequence[EncodedComparison], *, layout: Layout = "packed", pad_token_id: int = 0, read: Place = "end") -> PackedBatch:
+    """Lay comparisons out as one micro-batch, in the order given, to be read at their ends, steps or tokens."""
     if not comparisons:
         return _empty_batch(layout, pad_token_id)
-    return _pack_shared(comparisons) if layout == "packed" else _pack_padded(comparisons, pad_token_id)
+    batch = _pack_shared(comparisons) if layout == "packed" else _pack_padded(comparisons, pad_token_id)
+    if read == "end":
+        return batch
+    positions = [places for comparison in comparisons for places in comparison.read_positions(read)]
+    num_reads = np.array([len(places) for places in positions], dtype=np.int64)
+    return replace(
+        batch,
+        read_row=np.repeat(batch.end_row, num_reads),
+        read_column=np.concatenate([batch.columns(index, places) for index, places in enumerate(positions)]),
+        num_reads=num_reads,
+    )
 
 
 def _empty_batch(layout: Layout, pad_token_id: int) -> PackedBatch:
@@ -133,6 +185,9 @@ def _empty_batch(layout: Layout, pad_token_id: int) -> PackedBatch:
         attention_mask=np.ones((1, 1), dtype=np.int64) if layout == "padded" else None,
         end_row=none,
         end_column=none,
+        read_row=none,
+        read_column=none,
+        num_reads=none,
     )
 
 
@@ -152,14 +207,18 @@ def _pack_shared(comparisons: Sequence[EncodedComparison]) -> PackedBatch:
             segments.append((start, prefix_length, cursor, len(branch)))
             cursor += len(branch)
     table = np.array(segments, dtype=np.int64)
+    end_row, end_column = np.zeros(len(segments), dtype=np.int64), table[:, 2] + table[:, 3] - 1
     return PackedBatch(
         comparisons=tuple(comparisons),
         input_ids=np.concatenate(ids).astype(np.int64)[None],
         position_ids=np.concatenate(positions)[None],
         segments=table,
         attention_mask=None,
-        end_row=np.zeros(len(segments), dtype=np.int64),
-        end_column=table[:, 2] + table[:, 3] - 1,
+        end_row=end_row,
+        end_column=end_column,
+        read_row=end_row,
+        read_column=end_column,
+        num_reads=np.ones_like(end_row),
         gate_column=_gate_columns(comparisons, table),
     )
 
@@ -183,14 +242,18 @@ def _pack_padded(comparisons: Sequence[EncodedComparison], pad_token_id: int) ->
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = row
     columns = np.arange(width, dtype=np.int64)
+    end_row, end_column = np.arange(len(rows), dtype=np.int64), lengths - 1
     return PackedBatch(
         comparisons=tuple(comparisons),
         input_ids=input_ids,
         position_ids=np.broadcast_to(columns, input_ids.shape).copy(),
         segments=None,
         attention_mask=(columns[None] < lengths[:, None]).astype(np.int64),
-        end_row=np.arange(len(rows), dtype=np.int64),
-        end_column=lengths - 1,
+        end_row=end_row,
+        end_column=end_column,
+        read_row=end_row,
+        read_column=end_column,
+        num_reads=np.ones_like(end_row),
         gate_column=_gate_columns(comparisons, None),
     )
 
@@ -282,3 +345,44 @@ def group_by_budget(comparisons: Sequence[EncodedComparison], *, tokens_per_micr
     if current:
         groups.append(current)
     return groups
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtTokens:
+    """Tokens of a micro-batch that a language-model loss teaches; every array has M entries.
+
+    Attributes:
+        row: int64; column: int64, of the token; before: int64, the column whose hidden state predicts it.
+        completion: int64, index in the micro-batch.
+        weight: float32, weight of its comparison.
+    """
+
+    row: npt.NDArray[np.int64]
+    before: npt.NDArray[np.int64]
+    column: npt.NDArray[np.int64]
+    completion: npt.NDArray[np.int64]
+    weight: Float32
+
+
+def taught_tokens(batch: PackedBatch, which: Literal["best", "all"]) -> TaughtTokens:
+    """The text of the best completions (all, where a comparison has no ranks), or of all of them.
+
+    Text begins at `text_starts`, or with the branch where that is not known. The first token of a conversation is never among them.
+    """
+    tables: list[npt.NDArray[np.int64]] = [np.zeros((4, 0), dtype=np.int64)]
+    weights = [np.zeros(0, dtype=np.float32)]
+    completion = -1
+    for comparison in batch.comparisons:
+        ranks, prefix = comparison.labels.ranks, len(comparison.prefix_ids)
+        for index, branch in enumerate(comparison.branch_ids):
+            completion += 1
+            if which == "best" and ranks is not None and ranks[index] > ranks.min():
+                continue
+            start = prefix if comparison.text_starts is None else comparison.text_starts[index]
+            positions = np.arange(max(start, 1), prefix + len(branch), dtype=np.int64)
+            row = np.full_like(positions, batch.end_row[completion])
+            before, column = batch.columns(completion, positions - 1), batch.columns(completion, positions)
+            tables.append(np.stack([row, before, column, np.full_like(positions, completion)]))
+            weights.append(np.full(len(positions), comparison.labels.weight, dtype=np.float32))
+    row, before, column, owner = np.concatenate(tables, axis=1)
+    return TaughtTokens(row, before, column, owner, np.concatenate(weights))

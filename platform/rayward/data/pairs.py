@@ -27,7 +27,10 @@ _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def pair(row: Row, options: SourceOptions) -> Comparison:
-    """TRL and OpenRLHF: chosen and rejected, texts or messages, prompt in its own column or inside both."""
+    """TRL and OpenRLHF: chosen and rejected, texts or messages, prompt in its own column or inside both.
+
+    Critiques stand in `chosen_feedback` and `rejected_feedback` (arXiv 2408.11791).
+    """
     chosen, rejected = required(row, options.chosen_key), required(row, options.rejected_key)
     if options.prompt_key is not None:
         prompt = as_prompt(required(row, options.prompt_key), options.prompt_key)
@@ -38,7 +41,16 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
         prompt, texts = _split_common_turns(
             as_messages(chosen, options.chosen_key), as_messages(rejected, options.rejected_key), options.chosen_key, options.rejected_key
         )
-    return finish(row, options, prompt, texts, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength"))
+    return finish(
+        row,
+        options,
+        prompt,
+        texts,
+        ranks=(0.0, 1.0),
+        margin=optional(row, "margin"),
+        strength=optional(row, "strength"),
+        critiques=[row.get("chosen_feedback"), row.get("rejected_feedback")],
+    )
 
 
 def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[str]]:

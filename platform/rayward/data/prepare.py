@@ -35,15 +35,18 @@ from ray.data import DataContext
 from rayward import storage
 from rayward.cluster import connect
 from rayward.config import Config
-from rayward.contract import Contract, Encoder
+from rayward.contract import Contract
 from rayward.data import steps
 from rayward.data.comparison import PREPARED_SCHEMA, BadRow, digest
+from rayward.data.encoding import encode
 from rayward.data.files import BATCH_ROWS, ReadUnit
 from rayward.data.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.manifest import MANIFEST_FILE, Manifest, PreparedData, ShardEntry, SplitStats
 from rayward.data.report import EXAMPLES_PER_REASON, build_report, render_html
 from rayward.data.sources import SourceOptions
+from rayward.encoder import Encoder
 from rayward.errors import DataError, TooManyBadRowsError
+from rayward.reading import DEFAULT_SEPARATOR
 from rayward.section import LabelFacts
 
 if TYPE_CHECKING:
@@ -141,6 +144,7 @@ def _run(
         config.data.ties,
         config.data.merge_prompts,
         None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
+        config.data.step_separator or DEFAULT_SEPARATOR,
     )
     encoder = ray.put((inputs.contract, inputs.tokenizer))
     encoded = (
@@ -181,7 +185,7 @@ def _encoders(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]
 
 
 def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: steps.Policy) -> pa.Table:
-    return steps.encode(table, *_encoders(reference[0]), policy)
+    return encode(table, *_encoders(reference[0]), policy)
 
 
 def _summaries(dataset: ray.data.Dataset, of: Any) -> list[str]:
@@ -293,6 +297,7 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
             num_unranked=both.num_unranked,
             num_unrated=both.num_unrated,
             num_without_strength=both.num_without_strength,
+            num_without_steps=both.num_without_steps,
             weakest=both.weakest,
             strongest=both.strongest,
         ),

@@ -26,13 +26,18 @@ from rayward.data.fields import (
     required,
 )
 from rayward.data.pairs import TRANSCRIPT, transcript
+from rayward.encoder import split_steps
+from rayward.reading import DEFAULT_SEPARATOR
 
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _ROLE_MARK = "<extra_id_1>"
 
 
 def ranking(row: Row, options: SourceOptions) -> Comparison:
-    """`ranks` (lower is better), or `attributes` (per completion a mapping, or a list in the order of `data.attributes`), or both."""
+    """`ranks` (lower is better), or `attributes` (per completion a mapping, or a list in the order of `data.attributes`), or both.
+
+    Besides, per completion: `step_labels` (a list; read where `data.step_separator` is set) and `critiques` (a text).
+    """
     prompt = as_prompt(required(row, "prompt"), "prompt")
     given = as_list(required(row, "completions"), "completions")
     texts = [as_completion(value, f"completions[{i}]", prompt) for i, value in enumerate(given)]
@@ -45,8 +50,39 @@ def ranking(row: Row, options: SourceOptions) -> Comparison:
         if len(ratings) != len(texts):
             raise RowRejected(BadRow.BAD_RATING, f"{len(ratings)} rows of attributes for {len(texts)} completions")
     return finish(
-        row, options, prompt, texts, ranks=ranks, margin=optional(row, "margin"), strength=optional(row, "strength"), ratings=ratings
+        row,
+        options,
+        prompt,
+        texts,
+        ranks=ranks,
+        margin=optional(row, "margin"),
+        strength=optional(row, "strength"),
+        ratings=ratings,
+        step_labels=_steps_of(row, texts, options.step_separator),
+        critiques=None if row.get("critiques") is None else as_list(row["critiques"], "critiques"),
     )
+
+
+def _steps_of(row: Row, texts: Sequence[str], separator: str | None) -> tuple[tuple[float, ...], ...] | None:
+    if separator is None or row.get("step_labels") is None:
+        return None
+    given = [as_list(labels, f"step_labels[{i}]") for i, labels in enumerate(as_list(row["step_labels"], "step_labels"))]
+    if len(given) != len(texts):
+        raise RowRejected(BadRow.BAD_STEPS, f"{len(given)} rows of step_labels for {len(texts)} completions")
+    return tuple(
+        _step_labels(labels, text, separator, f"completion {i}") for i, (labels, text) in enumerate(zip(given, texts, strict=True))
+    )
+
+
+def _step_labels(labels: Sequence[Any], text: str, separator: str, where: str) -> tuple[float, ...]:
+    found = len(split_steps(text.strip(), separator))
+    if not labels or found != len(labels):
+        raise RowRejected(
+            BadRow.BAD_STEPS,
+            f"{where}: {len(labels)} labels of steps, and split at data.step_separator {separator!r} it has {found}; the rule is as many",
+        )
+    known = [_flag(label, f"{where}: label {i}") for i, label in enumerate(labels)]
+    return tuple(math.nan if label is None else label for label in known)
 
 
 def nectar(row: Row, options: SourceOptions) -> Comparison:
@@ -61,7 +97,7 @@ def ultrafeedback(row: Row, options: SourceOptions) -> Comparison:
     """UltraFeedback with its ratings (R): `instruction`, `completions` with `response`, `annotations`, scores.
 
     Attributes: instruction_following, truthfulness, honesty, helpfulness (`annotations.<name>.Rating`, "N/A" is missing),
-    overall_score, fine_grained_score.
+    overall_score, fine_grained_score. Critiques: `completions.critique`.
     """
     prompt = as_prompt(required(row, "instruction"), "instruction")
     completions = [_object(value, f"completions[{i}]") for i, value in enumerate(as_list(required(row, "completions"), "completions"))]
@@ -76,7 +112,8 @@ def ultrafeedback(row: Row, options: SourceOptions) -> Comparison:
         rating["overall_score"] = value.get("overall_score")
         rating["fine_grained_score"] = value.get("fine-grained_score")
         ratings.append(rating)
-    return finish(row, options, prompt, texts, ranks=None, ratings=ratings)
+    critiques = [value.get("critique") for value in completions]
+    return finish(row, options, prompt, texts, ranks=None, ratings=ratings, critiques=critiques)
 
 
 def helpsteer2(row: Row, options: SourceOptions) -> Comparison:
@@ -112,6 +149,27 @@ def pointwise(row: Row, options: SourceOptions) -> Comparison:
     prompt = as_prompt(required(row, "prompt"), "prompt")
     completion = as_completion(required(row, "completion"), "completion", prompt)
     return finish(row, options, prompt, [completion], ranks=None, ratings=[{"label": _flag(required(row, "label"), "label")}])
+
+
+def stepwise(row: Row, options: SourceOptions) -> Comparison:
+    """The steps of one completion in `completions`, and in `labels` whether each is right: true, false, a number 0 to 1, or null.
+
+    The completion is the steps with `data.step_separator` (or an empty line) between them; rows of one prompt join by `data.merge_prompts`.
+    """
+    prompt = as_prompt(required(row, "prompt"), "prompt")
+    steps = [as_text(step, f"completions[{i}]") for i, step in enumerate(as_list(required(row, "completions"), "completions"))]
+    separator = options.step_separator or DEFAULT_SEPARATOR
+    labels = _step_labels(as_list(required(row, "labels"), "labels"), separator.join(steps), separator, "the completion")
+    if len(labels) != len(steps):
+        raise RowRejected(BadRow.BAD_STEPS, f"{len(labels)} labels for {len(steps)} steps")
+    return finish(row, options, prompt, [separator.join(steps)], ranks=None, step_labels=(labels,))
+
+
+def critique(row: Row, options: SourceOptions) -> Comparison:
+    """One `completion` and the `critique` of it; no ranking (critique SFT); rows of one prompt stay apart."""
+    prompt = as_prompt(required(row, "prompt"), "prompt")
+    completion = as_completion(required(row, "completion"), "completion", prompt)
+    return finish(row, options, prompt, [completion], ranks=None, critiques=[required(row, "critique")])
 
 
 def _ranks(values: Sequence[Any], num_completions: int, key: str) -> tuple[float, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import pyarrow as pa
 
 from rayward.data.packing import EncodedComparison, Labels, Layout, PackedBatch, pack, plan_step
 from rayward.errors import StreamOrderError
+from rayward.reading import Place
 
 STREAM_COLUMNS = ["row", "id", "prefix_ids", "branch_ids", "ranks", "margin", "strength", "weight", "attributes"]
+STREAM_COLUMNS += ["text_starts", "step_ends", "step_labels"]
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -34,6 +37,10 @@ SHARE_SCHEMA = pa.schema(
         pa.field("tokens", _INTS),  # prefix, branches; comparison by comparison
         pa.field("num_attributes", pa.int32()),
         pa.field("attributes", _FLOATS),  # [completions, num_attributes], flattened
+        pa.field("text_starts", _INTS),  # per completion, as the next
+        pa.field("num_steps", _INTS),  # 0 without labels of steps
+        pa.field("step_ends", _INTS),  # per step, as the next
+        pa.field("step_labels", _FLOATS),
     ]
 )
 
@@ -67,7 +74,10 @@ def comparisons_from_table(table: pa.Table) -> list[EncodedComparison]:
                     strength=float("nan") if row["strength"] is None else row["strength"],
                     weight=row["weight"],
                     attributes=None if row["attributes"] is None else np.array(row["attributes"], dtype=np.float32),
+                    step_labels=None if row["step_labels"] is None else tuple(np.array(v, dtype=np.float32) for v in row["step_labels"]),
                 ),
+                text_starts=tuple(row["text_starts"]),
+                step_ends=None if row["step_ends"] is None else tuple(tuple(ends) for ends in row["step_ends"]),
             )
         )
     return result
@@ -106,6 +116,8 @@ def _share_row(
         np.full((c.num_completions, num_attributes), np.nan, np.float32) if c.labels.attributes is None else c.labels.attributes
         for _, c in members
     ]
+    steps = [ends for _, c in members for ends in c.step_ends or ((),) * c.num_completions]
+    step_labels = [labels for _, c in members for labels in c.labels.step_labels or ()]
     return {
         "step": step,
         "rank": rank,
@@ -123,15 +135,19 @@ def _share_row(
         "tokens": np.concatenate(pieces) if pieces else [],
         "num_attributes": num_attributes,
         "attributes": np.concatenate(attributes).reshape(-1) if num_attributes else [],
+        "text_starts": [start for _, c in members for start in c.text_starts or ()],
+        "num_steps": [len(ends) for ends in steps],
+        "step_ends": [end for ends in steps for end in ends],
+        "step_labels": np.concatenate(step_labels) if step_labels else [],
     }
 
 
-def read_share(table: pa.Table, *, layout: Layout, pad_token_id: int) -> StepShare:
-    """One row of `plan_block`'s output, packed for the model."""
+def read_share(table: pa.Table, *, layout: Layout, pad_token_id: int, read: Place = "end") -> StepShare:
+    """One row of `plan_block`'s output, packed for the model, to be read at ends, steps or tokens."""
     (row,) = table.slice(0, 1).to_pylist()
-    flat = {name: _values(table, name) for name in ("tokens", "ranks", "attributes")}
+    flat = {name: _values(table, name) for name in ("tokens", "ranks", "attributes", "step_labels")}
     groups: list[list[EncodedComparison]] = [[] for _ in range(row["num_microbatches"])]
-    token = completion = 0
+    token = completion = step = 0
     num_attributes = row["num_attributes"]
     for index, comparison_id in enumerate(row["ids"]):
         count = row["num_completions"][index]
@@ -147,13 +163,23 @@ def read_share(table: pa.Table, *, layout: Layout, pad_token_id: int) -> StepSha
             weight=row["weight"][index],
             attributes=ratings.reshape(count, num_attributes) if num_attributes else None,
         )
-        groups[row["microbatch"][index]].append(EncodedComparison(comparison_id, pieces[0], tuple(pieces[1:]), labels))
+        text_starts = tuple(row["text_starts"][completion : completion + count])
+        num_steps = row["num_steps"][completion : completion + count]
+        ends = None
+        if all(num_steps):
+            edges = step + np.cumsum([0, *num_steps])
+            ends = tuple(tuple(row["step_ends"][a:b]) for a, b in pairwise(edges))
+            labels = replace(labels, step_labels=tuple(flat["step_labels"][a:b] for a, b in pairwise(edges)))
+            step = int(edges[-1])
+        groups[row["microbatch"][index]].append(
+            EncodedComparison(comparison_id, pieces[0], tuple(pieces[1:]), labels, text_starts=text_starts, step_ends=ends)
+        )
         token, completion = int(stops[-1]), completion + count
     return StepShare(
         step=row["step"],
         rank=row["rank"],
         world_size=row["world_size"],
-        microbatches=tuple(pack(group, layout=layout, pad_token_id=pad_token_id) for group in groups),
+        microbatches=tuple(pack(group, layout=layout, pad_token_id=pad_token_id, read=read) for group in groups),
     )
 
 

@@ -103,6 +103,12 @@ FORMATS: dict[str, Format] = {
     ),
     "scored": Format("prompt, responses, scores (higher is better)", _has("prompt", "responses", "scores"), rated.scored),
     "pointwise": Format("prompt, completion, label", _has("prompt", "completion", "label"), rated.pointwise),
+    "stepwise": Format("prompt, completions (the steps of one), labels", _has("prompt", "completions", "labels"), rated.stepwise),
+    "critique": Format(
+        "prompt, completion, critique",
+        lambda row, options: _has("prompt", "completion", "critique")(row, options) and "label" not in row,
+        rated.critique,
+    ),
 }
 """Name of the format (`data.format`) to its detection and adapter."""
 
@@ -128,6 +134,8 @@ def choose_format(rows: Sequence[Row], config: DataConfig, *, where: str, source
         attribute_range=config.attribute_range,
         rank_by=config.rank_by,
         preference=config.preference,
+        step_separator=config.step_separator,
+        critiques=config.critique_lead_in is not None,
     )
     name: str = config.format
     if name == "auto":

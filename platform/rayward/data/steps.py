@@ -14,22 +14,20 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rayward.contract import Encoder
 from rayward.data.comparison import (
     PREPARED_SCHEMA,
     BadRow,
     Comparison,
     RowRejected,
-    dense_ranks,
     digest,
     ranked_by,
-    shared_prefix_length,
     validate,
 )
 from rayward.data.files import BATCH_ROWS, RawRow, ReadUnit, read_unit
 from rayward.data.records import dump_record, joined, load_record
 from rayward.data.sources import FORMATS, SourceOptions
-from rayward.errors import ContractError, DataError, TooLongError
+from rayward.errors import DataError
+from rayward.reading import DEFAULT_SEPARATOR
 
 RAW_LIMIT = 2000
 """Characters of a quarantined row that are kept."""
@@ -96,6 +94,7 @@ class Policy:
         ties: policy for completions of equal rank.
         merge_prompts: unranked rows of one prompt become one comparison.
         rank_by: column and name of the attribute that ranks what is unranked.
+        step_separator: text between two steps of a completion.
     """
 
     seed: int
@@ -104,6 +103,7 @@ class Policy:
     ties: Literal["quarantine", "keep"] = "quarantine"
     merge_prompts: bool = False
     rank_by: tuple[int, str] | None = None
+    step_separator: str = DEFAULT_SEPARATOR
 
 
 def read(unit: ReadUnit) -> Iterator[pa.Table]:
@@ -157,7 +157,7 @@ def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
                 row["source"] = comparison.source
                 validate(comparison, ties=plan.ties)
             except RowRejected as exc:
-                row["reason"], row["detail"] = exc.reason.value, _printable(exc.detail)
+                row["reason"], row["detail"] = exc.reason.value, printable(exc.detail)
             else:
                 row["record"] = dump_record(comparison)
                 row["prompt_key"] = comparison.prompt_key()
@@ -180,7 +180,7 @@ def _parse(raw: str) -> dict[str, Any]:
     return value
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[:RAW_LIMIT]
 
 
@@ -259,7 +259,7 @@ def _join_unranked(rows: _Rows, policy: Policy) -> None:
             validate(comparison, ties=policy.ties)
         except RowRejected as exc:
             for index in members:
-                rows.splits[index], rows.reasons[index], rows.details[index] = None, exc.reason.value, _printable(exc.detail)
+                rows.splits[index], rows.reasons[index], rows.details[index] = None, exc.reason.value, printable(exc.detail)
             continue
         rows.records[kept] = dump_record(comparison)
         for index in others:
@@ -268,69 +268,6 @@ def _join_unranked(rows: _Rows, policy: Policy) -> None:
 
 def _held_out(prompt_key: str, policy: Policy) -> bool:
     return int(digest([policy.seed, "split", prompt_key])[:16], 16) < policy.validation_fraction * 2.0**64
-
-
-def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> pa.Table:
-    """Tokenize and give every row its place in the order; ADAPTED_SCHEMA -> ENCODED_SCHEMA.
-
-    Args:
-        table: rows after `judge`.
-        encoder: the contract's encoder.
-        full: the same without a token limit, to see whether anything was cut.
-        policy: seed and policies.
-    """
-    rows = table.to_pylist()
-    for row in rows:
-        if row["split"] is not None:
-            comparison = load_record(row["record"])
-            try:
-                row |= _encoded(comparison, row["prompt_key"], encoder, full, policy.too_long)
-                # One sort orders both splits; the content breaks the tie between rows that share an id.
-                row["order"] = f"{row['split']} {digest([policy.seed, comparison.id])} {row['content_key']}"
-            except RowRejected as exc:
-                row["split"], row["reason"], row["detail"] = None, exc.reason.value, exc.detail
-    return pa.Table.from_pylist(rows, schema=ENCODED_SCHEMA)
-
-
-def _encoded(
-    comparison: Comparison, prompt_key: str, encoder: Encoder, full: Encoder, too_long: Literal["truncate", "quarantine"]
-) -> dict[str, Any]:
-    limit = encoder.contract.max_tokens
-    sequences: list[list[int]] = []
-    truncated = False
-    for index, completion in enumerate(comparison.completions):
-        try:
-            ids = full.encode(comparison.prompt, completion)
-            if len(ids) > limit:
-                if too_long == "quarantine":
-                    raise RowRejected(
-                        BadRow.TOO_LONG, f"completion {index}: {len(ids)} tokens, over {limit}, and data.too_long is 'quarantine'"
-                    )
-                ids, truncated = encoder.encode(comparison.prompt, completion), True
-        except TooLongError as exc:
-            raise RowRejected(BadRow.TOO_LONG, f"completion {index}: {_printable(exc.problem)}") from exc
-        except ContractError as exc:
-            raise RowRejected(BadRow.TEMPLATE_REJECTED, _printable(exc.problem)) from exc
-        sequences.append(ids)
-    if len({tuple(ids) for ids in sequences}) != len(sequences):
-        raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions have the same token ids")
-    shared = shared_prefix_length(sequences)
-    return {
-        "id": comparison.id,
-        "source": comparison.source,
-        "prompt_key": prompt_key,
-        "prefix_ids": sequences[0][:shared],
-        "branch_ids": [ids[shared:] for ids in sequences],
-        # Renumbered: fp32 would make ties of large ranks that differ by little.
-        "ranks": None if comparison.ranks is None else dense_ranks(comparison.ranks),
-        "margin": comparison.margin,
-        "strength": comparison.strength,
-        "weight": comparison.weight,
-        "attributes": comparison.attributes,
-        "prompt_json": json.dumps(comparison.prompt),
-        "completions_json": json.dumps(comparison.completions),
-        "truncated": truncated,
-    }
 
 
 @dataclass(frozen=True, slots=True)

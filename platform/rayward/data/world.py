@@ -17,20 +17,17 @@ answer, form and opener is as often preferred as not, and only the prompt decide
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
-from pathlib import Path
+from itertools import combinations
 from typing import Any, Literal
 
 from rayward.data.comparison import Message, dense_ranks
 from rayward.data.world_tasks import HARD, KINDS, LOOKUPS, Kind
-from rayward.data.world_tokenizer import train_tokenizer
 from rayward.errors import DataError
 
 ATTRIBUTES = ("correctness", "completeness", "concision", "tone")
@@ -49,7 +46,7 @@ _DEMAND_PHRASES: dict[Demand, tuple[str, ...]] = {
     "formal": ("Be formal.", "Sound serious."),
 }
 _OPENERS = ("Great question!", "Happy to help!", "Lovely!")
-_FILLERS = (
+FILLERS = (
     "Let me think about this.",
     "I hope that helps.",
     "I am quite sure of it.",
@@ -57,7 +54,7 @@ _FILLERS = (
     "That is all there is.",
     "I checked it twice.",
 )
-_PHRASE = re.compile(r"(?:^|(?<=\s))(" + "|".join(re.escape(phrase) for phrase in (*_OPENERS, *_FILLERS)) + r")(?:\s|$)", re.IGNORECASE)
+_PHRASE = re.compile(r"(?:^|(?<=\s))(" + "|".join(re.escape(phrase) for phrase in (*_OPENERS, *FILLERS)) + r")(?:\s|$)", re.IGNORECASE)
 _LOWER_OPENERS = {phrase.lower() for phrase in _OPENERS}
 _SYSTEM = "You are a helpful assistant."
 _GREETINGS = (
@@ -115,6 +112,10 @@ class Task:
             "concision": float(max(0, 4 - math.ceil(excess) - math.ceil(reply.unknown_words / 2))),
             "tone": 4.0 if tone_fits else 1.0,
         }
+
+    def answers(self, text: str) -> bool:
+        """Whether a text gives an answer of the task's kind, right or wrong."""
+        return _read(KINDS[self.kind], text).answer is not None
 
     def true_reward(self, completion: str) -> float:
         """The reward that a perfect reward model orders by, in 0..4."""
@@ -229,42 +230,8 @@ def pairs(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def write_demo(directory: Path, num_train_prompts: int, num_validation_prompts: int, seed: int) -> None:
-    """Write the demo's data; the same arguments give the same bytes.
-
-    Files: `train.jsonl` and `validation.jsonl` (pairs), `rankings.jsonl` and `rankings_validation.jsonl` (all completions of the same
-    prompts, with attributes by name, and `label`: 1 when
-    the answer is right, else 0), `tokenizer/` (trained on the training prompts only). No prompt is on both sides.
-
-    Raises:
-        DataError: the world has not that many prompts.
-    """
-    rows = list(generate(num_train_prompts + num_validation_prompts, seed))
-    held_out = set(random.Random(f"rayward world split {seed}").sample(range(len(rows)), num_validation_prompts))
-    train = [row for index, row in enumerate(rows) if index not in held_out]
-    validation = [rows[index] for index in sorted(held_out)]
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_lines(directory / "train.jsonl", pairs(train))
-    _write_lines(directory / "validation.jsonl", pairs(validation))
-    _write_lines(directory / "rankings.jsonl", map(_with_names, train))
-    _write_lines(directory / "rankings_validation.jsonl", map(_with_names, validation))
-    prompts = (f"{turn['role']} {turn['content']}" for row in train for turn in row["prompt"])
-    completions = (f"assistant {text}" for row in train for text in row["completions"])
-    train_tokenizer(chain(prompts, completions), directory / "tokenizer")
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 OFF_TOPIC_SHARE = 0.35
 """Of the changed answers, the share that answers another kind of question altogether; the rest is wrong in kind."""
-
-
-def _with_names(row: dict[str, Any]) -> dict[str, Any]:
-    named = [dict(zip(ATTRIBUTES, ratings, strict=True)) for ratings in row["attributes"]]
-    return {**row, "attributes": [{**ratings, "label": float(ratings["correctness"] == 4.0)} for ratings in named]}
 
 
 def _strength(better: Sequence[float], worse: Sequence[float]) -> int:
@@ -352,7 +319,7 @@ def _draw_style(rng: random.Random, task: Task) -> _Style:
 def _write(rng: random.Random, kind: Kind, answer: str, form: Form, *, warm: bool) -> str:
     body = answer if form == "bare" else rng.choice(kind.sentences(answer)).format(a=answer)
     parts = [rng.choice(_OPENERS)] if warm else []
-    fillers = rng.sample(_FILLERS, rng.choice((1, 1, 2))) if form == "padded" else []
+    fillers = rng.sample(FILLERS, rng.choice((1, 1, 2))) if form == "padded" else []
     position = rng.randint(0, len(fillers))
     return " ".join([*parts, *fillers[:position], body, *fillers[position:]])
 

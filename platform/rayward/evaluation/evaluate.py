@@ -93,6 +93,8 @@ def evaluate(
     verify: bool = True,
     weights: str | None = None,
     benchmark: Benchmark | None = None,
+    n_critiques: int = 1,
+    temperature: float = 0.0,
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
@@ -111,6 +113,7 @@ def evaluate(
         verify: check an export against its contract first.
         weights: weight set for a model with several outputs; None: the model's own.
         benchmark: add the figures of a published benchmark (`benchmarks.choose`), whose subset is each row's `source`.
+        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
 
@@ -130,10 +133,8 @@ def evaluate(
     version = _version(model)
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
-    if prepared:
-        held_out = read_prepared(prepared)
-    else:
-        held_out = read_raw(data or (), data_config or parse_config({}, DataConfig), download_to=str(directory / "downloads"))
+    raw_config = data_config or parse_config({}, DataConfig)
+    held_out = read_prepared(prepared) if prepared else read_raw(data or (), raw_config, download_to=str(directory / "downloads"))
     if benchmark is not None:
         benchmark.check((row["id"], row["source"], row["ranks"]) for row in _judged(held_out))
     scored: dict[int, Record] = {}
@@ -147,6 +148,8 @@ def evaluate(
             gpus_per_actor=gpus_per_actor,
             verify=verify,
             weights=weights,
+            n_critiques=n_critiques,
+            temperature=temperature,
         )
         scored = dict(_records(dataset))
     records = merge(held_out, scored)

@@ -8,19 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rayward.data.packing import Layout, PackedBatch
+from rayward.data.packing import Layout, PackedBatch, taught_tokens
 from rayward.errors import ModelLoadError
 from rayward.model.attention import SEGMENT_ATTENTION, why_not_shareable
-
-LOGIT_ROWS = 1024
-"""Positions whose logits [.., V] are in memory at once."""
+from rayward.model.heads import LOGIT_ROWS, capped, soft_cap, token_log_probs
 
 
 class LanguageModel(nn.Module):
@@ -37,10 +33,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, max_tokens: int, layout: Layout | None = None) -> None:
         super().__init__()
-        if getattr(model.config, "logits_scaling", 1.0) != 1.0 or getattr(model.config, "logit_scale", 1.0) != 1.0:
-            raise ModelLoadError(
-                f"{type(model).__name__} scales its logits, which is not supported here", remedy="use another architecture"
-            )
+        self._soft_cap = soft_cap(model.config)
         self.model = model
         self.layout: Layout = layout or ("padded" if why_not_shareable(model, max_tokens=max_tokens) else "packed")
         if self.layout == "packed":
@@ -74,40 +67,19 @@ class LanguageModel(nn.Module):
         backbone = cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
         positions = torch.from_numpy(batch.position_ids).to(device)
         hidden = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        rows, before, column, owner = (torch.from_numpy(a).to(device) for a in _predictions(batch))
+        taught = taught_tokens(batch, "all")
+        rows, before, column, owner = (
+            torch.from_numpy(a).to(device) for a in (taught.row, taught.before, taught.column, taught.completion)
+        )
         log_probs = torch.empty(len(rows), dtype=torch.float32, device=device)
         for start in range(0, len(rows), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
             logits = self._logits(hidden[rows[part], before[part]])
-            target = ids[rows[part], column[part]]
-            log_probs[part] = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+            log_probs[part] = token_log_probs(logits, ids[rows[part], column[part]])
         total = torch.zeros(len(batch.end_row), dtype=torch.float32, device=device)
         return total.index_add_(0, owner, log_probs)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         assert head is not None
-        logits = cast(Tensor, head(hidden)).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _predictions(batch: PackedBatch) -> tuple[npt.NDArray[np.int64], ...]:
-    # For every branch token: its row, the column that predicts it, its own column, and the completion it belongs to.
-    tables: list[npt.NDArray[np.int64]] = [np.zeros((4, 0), dtype=np.int64)]
-    completion = 0
-    for comparison in batch.comparisons:
-        prefix = len(comparison.prefix_ids)
-        for branch in comparison.branch_ids:
-            end = int(batch.end_column[completion])
-            column = np.arange(end - len(branch) + 1, end + 1, dtype=np.int64)
-            before = column - 1
-            # The token before a branch is the prefix's last; without a prefix nothing predicts the first token.
-            start = 0 if batch.segments is None else int(batch.segments[completion, 0])
-            before[0] = start + prefix - 1
-            if prefix == 0:
-                column, before = column[1:], before[1:]
-            row = np.full_like(column, batch.end_row[completion])
-            tables.append(np.stack([row, before, column, np.full_like(column, completion)]))
-            completion += 1
-    return tuple(np.concatenate(tables, axis=1))
+        return capped(cast(Tensor, head(hidden)), self._soft_cap)

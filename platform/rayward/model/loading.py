@@ -28,6 +28,7 @@ from rayward.model.mixture import GATING_FILE, Gating
 from rayward.model.reward_model import RewardModel
 
 HEAD_PREFIX = "score."
+LANGUAGE_HEAD = "lm_head.weight"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 INIT_CHUNK = 1 << 20
@@ -100,24 +101,32 @@ def resolve_hf_config(model: ModelConfig, contract: Contract, *, vocab_size: int
 
 
 def build_reward_model(
-    config: PretrainedConfig, *, max_tokens: int, dtype: torch.dtype = torch.float32, layout: Layout | None = None
+    config: PretrainedConfig,
+    *,
+    max_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout | None = None,
+    with_language: bool = False,
 ) -> RewardModel:
     """The modules without values: call `fill` next. Inside `deepspeed.zero.Init` the parameters are partitioned at once.
 
+    Args:
+        with_language: keep the language-model head.
+
     Raises:
-        ModelLoadError: Transformers has no sequence-classification model of this type.
+        ModelLoadError: Transformers has no sequence-classification model of this type, or it has no language-model head.
     """
     from transformers.initialization import no_init_weights
 
     try:
         with no_init_weights():
-            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            return RewardModel(model, max_tokens=max_tokens, layout=layout, with_language=with_language)
     except (ValueError, KeyError) as exc:
         raise ModelLoadError(
             f"Transformers cannot build a sequence-classification model of type {config.model_type!r}: {exc}",
             remedy="use an architecture with a …ForSequenceClassification class",
         ) from exc
-    return RewardModel(model, max_tokens=max_tokens, layout=layout)
 
 
 class RandomInit:
@@ -158,8 +167,8 @@ class SafetensorsSource:
     Args:
         base_prefix: name of the backbone inside the model (`model`, `transformer`, …), which checkpoints may leave out.
         head_row: row of the stored head at which the model's head begins; None: a fresh head.
-        embedding: parameter name of the input embedding, the one that may have more rows than the checkpoint (a vocabulary
-            grown by a pad token; the new rows are zero).
+        embedding: parameter name of the input embedding, which may have more rows than the checkpoint (a vocabulary grown by a pad token;
+            the new rows are zero), as may the language-model head.
 
     Raises:
         ModelLoadError: no safetensors files, or a backbone parameter is missing or of another shape.
@@ -191,7 +200,7 @@ class SafetensorsSource:
             assert self._head_row is not None
             skipped = self._head_row * math.prod(shape[1:])
             return _flat_slice(view, stored, start + skipped, stop + skipped)
-        grown = len(shape) == 2 and stored[1:] == shape[1:] and stored[0] < shape[0] and name == self._embedding
+        grown = len(shape) == 2 and stored[1:] == shape[1:] and stored[0] < shape[0] and name in (self._embedding, LANGUAGE_HEAD)
         if stored != shape and not grown:
             raise ModelLoadError(
                 f"{key} in {self._directory} has shape {stored}, the model needs {shape}",
@@ -248,6 +257,10 @@ def weight_source(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> 
         return random
     embedding = model.get_input_embeddings().weight
     directory = resolve_model_dir(config.path, config.revision)
+    if hasattr(model, "lm_head") and "lm_head.bias" in weight_map(directory):
+        raise ModelLoadError(
+            f"the language-model head of {directory} has a bias, which is not computed here", remedy="use another architecture"
+        )
     names = cast(dict[int, str], model.config.id2label)
     return SafetensorsSource(
         directory,
@@ -289,7 +302,13 @@ def head_row(directory: Path, config: ModelConfig, outputs: tuple[str, ...]) -> 
 
 
 def load_reward_model(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int, layout: Layout | None = None
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int,
+    layout: Layout | None = None,
+    with_language: bool = False,
 ) -> RewardModel:
     """Load a whole sequence-classification model for inference: an export of ours or any other.
 
@@ -312,7 +331,18 @@ def load_reward_model(
     if isinstance(getattr(model, "score", None), nn.Linear):
         model.score.float()
     gate = Gating.load(directory / GATING_FILE).to(device) if (directory / GATING_FILE).is_file() else None
-    return RewardModel(model, max_tokens=max_tokens, layout=layout, gate=gate).eval()
+    loaded = RewardModel(model, max_tokens=max_tokens, layout=layout, gate=gate, with_language=with_language).eval()
+    if with_language and not getattr(model.config, "tie_word_embeddings", False):
+        _load_language_head(loaded, directory)
+    return loaded
+
+
+def _load_language_head(model: RewardModel, directory: Path) -> None:
+    file_of = weight_map(directory)
+    if LANGUAGE_HEAD not in file_of:
+        raise ModelLoadError(f"{directory} has no {LANGUAGE_HEAD}, so it cannot write critiques", remedy="export the model again")
+    with safe_open(directory / file_of[LANGUAGE_HEAD], framework="pt") as file, torch.no_grad():
+        cast(nn.Linear, model.model.lm_head).weight.copy_(file.get_tensor(LANGUAGE_HEAD))
 
 
 def head_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rayward.data.packing import Layout, PackedBatch
+from rayward.data.packing import Layout, PackedBatch, TaughtTokens
+from rayward.errors import ModelLoadError
 from rayward.model.attention import SEGMENT_ATTENTION, flex_mask, why_not_shareable
-from rayward.model.heads import LinearHead
+from rayward.model.heads import LanguageHead, LinearHead
 from rayward.model.mixture import Gating
 
 AttentionKind = Literal["segments", "flex"]
@@ -30,7 +31,25 @@ class BatchTensors:
     attention_mask: Tensor | None
     end_row: Tensor
     end_column: Tensor
+    read_row: Tensor
+    read_column: Tensor
     gate_column: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtTensors:
+    """`TaughtTokens` on a device: int64 [M], the weight float32 [M]."""
+
+    row: Tensor
+    before: Tensor
+    column: Tensor
+    weight: Tensor
+
+
+def taught_tensors(taught: TaughtTokens, device: torch.device) -> TaughtTensors:
+    """Copy the table of taught tokens to a device."""
+    arrays = (taught.row, taught.before, taught.column, taught.weight)
+    return TaughtTensors(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
 def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
@@ -47,6 +66,8 @@ def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
         attention_mask=move("attention_mask"),
         end_row=cast(Tensor, move("end_row")),
         end_column=cast(Tensor, move("end_column")),
+        read_row=cast(Tensor, move("read_row")),
+        read_column=cast(Tensor, move("read_column")),
         gate_column=move("gate_column"),
     )
 
@@ -60,9 +81,21 @@ class RewardModel(nn.Module):
         max_tokens: longest conversation, to decide whether the model's attention window allows sharing.
         layout: force a layout; None decides by capability.
         gate: makes a score of the outputs of a linear head (mixture of objectives); its output comes after them.
+        with_language: keep the language-model head, for a language-model loss or to write critiques.
+
+    Raises:
+        ModelLoadError: `with_language`, and the model is no causal language model with a linear reward head.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_tokens: int, layout: Layout | None = None, gate: Gating | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_tokens: int,
+        layout: Layout | None = None,
+        gate: Gating | None = None,
+        with_language: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.gate = gate
@@ -72,6 +105,8 @@ class RewardModel(nn.Module):
         self.attention: AttentionKind = "flex" if torch.cuda.is_available() else "segments"
         if self.has_linear_head:
             _use_fp32_head(model)
+        if with_language:
+            _add_language_head(model)
         if self.layout == "packed":
             self.set_attention(self.attention)
 
@@ -84,14 +119,21 @@ class RewardModel(nn.Module):
     def backbone(self) -> PreTrainedModel:
         return cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
 
-    def forward(self, batch: BatchTensors) -> Tensor:
-        """Rewards, float32 [N, outputs], in the order of the batch's completions (N may be 0)."""
+    def forward(self, batch: BatchTensors, taught: TaughtTensors | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Outputs, float32 [R, outputs], where the batch is read: completion by completion (R may be 0).
+
+        With `taught`, also the weighted sum of the negative log-probabilities of these tokens, a float32 scalar.
+        """
         if not self.has_linear_head:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
             return cast(Tensor, logits[batch.end_row])
         hidden = self._hidden(batch)
         # An empty micro-batch selects no position, and its sum still reaches every parameter with a zero gradient.
-        outputs = cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.end_row, batch.end_column]))
+        outputs = cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.read_row, batch.read_column]))
+        if taught is not None:
+            targets = batch.input_ids[taught.row, taught.column]
+            log_probs = cast(LanguageHead, self.model.lm_head)(hidden[taught.row, taught.before], targets)
+            return outputs, -(taught.weight * log_probs).sum()
         if self.gate is None:
             return outputs
         assert batch.gate_column is not None
@@ -119,3 +161,13 @@ class RewardModel(nn.Module):
 def _use_fp32_head(model: PreTrainedModel) -> None:
     # Same parameters under the same names; only the arithmetic changes.
     model.score.__class__ = LinearHead
+
+
+def _add_language_head(model: PreTrainedModel) -> None:
+    if not isinstance(model.score if hasattr(model, "score") else None, nn.Linear):
+        raise ModelLoadError(
+            f"{type(model).__name__} has no causal language model under its reward head, and a language-model loss or critiques need one",
+            remedy="use a decoder model, or set objective.language_coefficient=0",
+        )
+    embedding = model.get_input_embeddings().weight
+    model.lm_head = LanguageHead(model.config, cast(nn.Linear, model.score).in_features, cast(nn.Parameter, embedding))

@@ -104,6 +104,7 @@ class ScorerDeployment:
             outputs=list(facts.outputs),
             weight_sets=list(facts.weight_sets),
             normaliser=None if facts.normaliser is None else WireNormaliser(**facts.normaliser.model_dump()),
+            writes_critiques=facts.writes_critiques,
         )
         # The forward blocks; in the event loop it would starve health checks and the queue.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")

@@ -22,14 +22,14 @@ REWARDS_TYPE = pa.list_(pa.float32())
 class _ScoreRows:
     # One per actor of the pool: loads the model once.
 
-    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool, weights: str | None) -> None:
+    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool, options: dict[str, Any]) -> None:
         from rayward.scoring.loading import load_scored_model
 
-        self._weights = weights
+        self._options = options
         self._scorer = load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        results = self._scorer.score(_items(table, self._weights))
+        results = self._scorer.score(_items(table, self._options))
         rewards = pa.array([r.rewards for r in results], REWARDS_TYPE)
         errors = pa.array([None if r.error is None else f"{r.error.code}: {r.error.message}" for r in results], pa.string())
         return table.append_column("rewards", rewards).append_column("error", errors)
@@ -49,7 +49,7 @@ class _FeatureRows:
         ends: list[Any] = []
         gates: list[Any] = []
         errors: list[str | None] = []
-        for found in self._scorer.features(_items(table, None)):
+        for found in self._scorer.features(_items(table, {})):
             if isinstance(found, ItemError):
                 ends.append(None)
                 gates.append(None)
@@ -63,13 +63,13 @@ class _FeatureRows:
         return table.append_column("error", pa.array(errors, pa.string()))
 
 
-def _items(table: pa.Table, weights: str | None) -> list[ScoreItem]:
+def _items(table: pa.Table, options: dict[str, Any]) -> list[ScoreItem]:
     from rayward.scoring.scorer import ScoreItem
 
     items = []
     for prompt, completions in zip(table["prompt_json"].to_pylist(), table["completions_json"].to_pylist(), strict=True):
         turns, texts = _loads(prompt, "prompt_json"), _loads(completions, "completions_json")
-        items.append(ScoreItem(prompt=tuple(turns), completions=tuple(texts), weights=weights))
+        items.append(ScoreItem(prompt=tuple(turns), completions=tuple(texts), **options))
     return items
 
 
@@ -106,6 +106,8 @@ def score_dataset(
     gpus_per_actor: float = 0.0,
     verify: bool = True,
     weights: str | None = None,
+    n_critiques: int = 1,
+    temperature: float = 0.0,
 ) -> ray.data.Dataset:
     """Add a `rewards` column (list of K finite float32, null where there is none) and an `error` column (`code: message`, or null).
 
@@ -118,13 +120,15 @@ def score_dataset(
         gpus_per_actor: GPUs that each actor reserves.
         verify: check the export against its contract when an actor starts.
         weights: weight set for a model with several outputs; None: the model's own.
+        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
 
     Returns:
         A lazy dataset; row order follows the input when the caller sets `preserve_order`.
     """
+    options = {"weights": weights, "n_critiques": n_critiques, "temperature": temperature}
     return dataset.map_batches(
         _ScoreRows,
-        fn_constructor_args=(model, device, tokens_per_batch, verify, weights),
+        fn_constructor_args=(model, device, tokens_per_batch, verify, options),
         batch_size=ROWS_PER_CALL,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=concurrency),

@@ -33,6 +33,7 @@ class RewardClient:
         max_items_per_request: longer lists are sent as several requests.
         weights: weight set for a model with several outputs; None: the model's own.
         normalise: raw rewards, or by the model's reference statistics: centred, standardised.
+        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many, sampled at this temperature.
         headers: sent with every request.
         transport, clock, sleep, jitter: seams for tests; clock counts seconds, jitter draws from [0, 1).
     """
@@ -47,13 +48,16 @@ class RewardClient:
         max_items_per_request: int = 256,
         weights: str | None = None,
         normalise: Normalise = "raw",
+        n_critiques: int = 1,
+        temperature: float = 0.0,
         headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, weights, normalise, clock, jitter)
+        options = {"weights": weights, "normalise": normalise, "n_critiques": n_critiques, "temperature": temperature}
+        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, options, clock, jitter)
         self._sleep = sleep
         self._http = httpx.Client(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 
@@ -131,13 +135,16 @@ class AsyncRewardClient:
         max_items_per_request: int = 256,
         weights: str | None = None,
         normalise: Normalise = "raw",
+        n_critiques: int = 1,
+        temperature: float = 0.0,
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, weights, normalise, clock, jitter)
+        options = {"weights": weights, "normalise": normalise, "n_critiques": n_critiques, "temperature": temperature}
+        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, options, clock, jitter)
         self._sleep = sleep
         self._http = httpx.AsyncClient(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 

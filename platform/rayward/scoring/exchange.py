@@ -28,8 +28,7 @@ from rayward.errors import (
     ServerError,
     TooLongError,
 )
-from rayward.scoring.wire import ErrorReply, ItemError, ItemResult, ScoreItem, ScoreReply
-from rayward.section import Normalise
+from rayward.scoring.wire import ErrorReply, ItemError, ItemResult, ScoreItem, ScoreReply, ScoreRequest
 
 RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
 BACKOFF_BASE_S = 0.1
@@ -90,14 +89,17 @@ Steps: TypeAlias = Generator[Send | Wait, Outcome, T]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Everything the two clients share: what to send, when to send it again, what a reply means."""
+    """Everything the two clients share: what to send, when to send it again, what a reply means.
+
+    Attributes:
+        options: further fields of `ScoreRequest`; those that are the default are not sent.
+    """
 
     deadline_s: float
     max_retries: int
     model: str | None
     max_items_per_request: int
-    weights: str | None
-    normalise: Normalise
+    options: Mapping[str, Any]
     clock: Callable[[], float]
     jitter: Callable[[], float]
 
@@ -134,10 +136,8 @@ class Rules:
         payload: dict[str, Any] = {"items": chunk}
         if self.model is not None:
             payload["model"] = self.model
-        if self.weights is not None:
-            payload["weights"] = self.weights
-        if self.normalise != "raw":
-            payload["normalise"] = self.normalise
+        defaults = ScoreRequest.model_fields
+        payload |= {name: value for name, value in self.options.items() if value != defaults[name].default}
         content = json.dumps(payload, separators=(",", ":")).encode("ascii")
         answer = yield from self._exchange("POST", "/v1/score", content, until, first_item)
         reply = _parse(answer.body, ScoreReply)
@@ -222,8 +222,11 @@ def _check_counts(chunk: Sequence[Mapping[str, Any]], reply: ScoreReply) -> tupl
             raise ServerError(
                 f"item {index} has {len(item['completions'])} completions and got {len(result.rewards)} rewards", remedy=remedy
             )
-        outputs = None if result.outputs is None else tuple(tuple(row) for row in result.outputs)
-        results.append(ItemResult(rewards=tuple(result.rewards), outputs=outputs))
+        outputs, steps, critiques = (
+            None if rows is None else tuple(tuple(row) for row in rows) for rows in (result.outputs, result.steps, result.critiques)
+        )
+        std = None if result.reward_std is None else tuple(result.reward_std)
+        results.append(ItemResult(tuple(result.rewards), outputs=outputs, steps=steps, critiques=critiques, reward_std=std))  # type: ignore[arg-type]
     return tuple(results)
 
 

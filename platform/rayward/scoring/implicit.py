@@ -16,14 +16,15 @@ from typing import Self, cast
 import numpy as np
 import torch
 
-from rayward.contract import Contract, Encoder, load_tokenizer, tokenizer_fingerprint
+from rayward.contract import Contract, load_tokenizer, tokenizer_fingerprint
 from rayward.data.comparison import Message
 from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
+from rayward.encoder import Encoder
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.language_model import LanguageModel
+from rayward.scoring.artifacts import pick_device
 from rayward.scoring.combining import ImplicitRule
 from rayward.scoring.facts import Device, ModelFacts
-from rayward.scoring.scorer import pick_device
 from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
 
 OUTPUTS = ("policy_log_prob", "reference_log_prob")
@@ -89,14 +90,14 @@ class ImplicitScorer:
         return cast(list[ItemResult], results)
 
     def _encode(self, item: ScoreItem) -> EncodedComparison:
-        split = [self._encoder.encode_split(cast(Sequence[Message], item.prompt), text) for text in item.completions]
-        shortest = min(length for _, length in split)
-        shared = next((i for i in range(shortest) if len({ids[i] for ids, _ in split}) > 1), shortest)
+        split = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+        shortest = min(encoding.text_start for encoding in split)
+        shared = next((i for i in range(shortest) if len({encoding.ids[i] for encoding in split}) > 1), shortest)
         # Completions that were cut differently, or whose first token swallowed the end of the prompt, start where they differ.
         return EncodedComparison(
             id="item",
-            prefix_ids=np.array(split[0][0][:shared], dtype=np.int32),
-            branch_ids=tuple(np.array(ids[shared:], dtype=np.int32) for ids, _ in split),
+            prefix_ids=np.array(split[0].ids[:shared], dtype=np.int32),
+            branch_ids=tuple(np.array(encoding.ids[shared:], dtype=np.int32) for encoding in split),
             labels=Labels(),
         )
 

@@ -29,6 +29,7 @@ class Limits:
     max_completions_per_item: int = 256
     max_chars_per_text: int = 200_000
     max_body_bytes: int = 32 * 1024 * 1024
+    max_critiques: int = 16
 
     @classmethod
     def of(cls, config: ScoringConfig) -> Self:
@@ -38,6 +39,7 @@ class Limits:
             max_completions_per_item=config.max_completions_per_item,
             max_chars_per_text=config.max_chars_per_text,
             max_body_bytes=config.max_body_bytes,
+            max_critiques=config.max_critiques,
         )
 
 
@@ -61,6 +63,7 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
         request = ScoreRequest.model_validate(raw)
     except ValidationError as exc:
         _raise_schema_violation(exc)
+    _check_critiques(request, limits)
     return [_to_item(index, item, request, limits) for index, item in enumerate(request.items)], request.model
 
 
@@ -161,7 +164,7 @@ def _raise_schema_violation(exc: ValidationError) -> NoReturn:
         code,
         f"{where}: {rule}" if rule == first["msg"] else f"{where}: Input should be {rule}",
         remedy='the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}], "model"?: str, '
-        '"weights"?: str, "normalise"?: "raw" | "centred" | "standardised"}',
+        '"weights"?: str, "normalise"?: "raw" | "centred" | "standardised", "n_critiques"?: int >= 1, "temperature"?: 0 to 2}',
         item=item,
     )
 
@@ -181,7 +184,27 @@ def _to_item(index: int, item: WireItem, request: ScoreRequest, limits: Limits) 
                 remedy="shorten it; the model's own token limit is lower still",
                 item=index,
             )
-    return ScoreItem(prompt=prompt, completions=completions, weights=request.weights, normalise=request.normalise)
+    return ScoreItem(
+        prompt=prompt,
+        completions=completions,
+        weights=request.weights,
+        normalise=request.normalise,
+        n_critiques=request.n_critiques,
+        temperature=request.temperature,
+    )
+
+
+def _check_critiques(request: ScoreRequest, limits: Limits) -> None:
+    if request.n_critiques > limits.max_critiques:
+        raise RuleError(
+            "too_many_critiques", f"n_critiques is {request.n_critiques}; the limit is {limits.max_critiques}", remedy="ask for fewer"
+        )
+    if request.n_critiques > 1 and request.temperature == 0:
+        raise RuleError(
+            "same_critiques",
+            f"n_critiques is {request.n_critiques} and temperature 0, which writes the same critique every time",
+            remedy="set temperature, for example to 0.5",
+        )
 
 
 def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[dict[str, str], ...]:

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from rayward.contract import CONTRACT_FILE, Contract, Encoder, GoldenScore, gate_position, load_tokenizer, verify_files
+from rayward.contract import CONTRACT_FILE, Contract, GoldenScore, load_tokenizer
 from rayward.data.comparison import Message, shared_prefix_length
-from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
-from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, TooLongError
-from rayward.model.loading import HEAD_PREFIX, head_sha256, load_reward_model
+from rayward.data.packing import EncodedComparison, group_by_budget, pack
+from rayward.encoder import Encoder, Encoding, comparison_of, gate_position
+from rayward.errors import ContractError, ModelLoadError, TooLongError
+from rayward.model.loading import head_sha256, load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
+from rayward.reading import place_of
+from rayward.scoring.artifacts import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
+from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.facts import Device, ModelFacts
 from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
 
@@ -30,12 +32,6 @@ __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
 
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Conversation:
-    ids: list[int]
-    gate_position: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +54,22 @@ class Scorer:
 
     def __init__(self, model: RewardModel, encoder: Encoder, *, model_id: str, version: str, tokens_per_batch: int) -> None:
         self.contract = encoder.contract
-        self.facts = ModelFacts(self.contract.outputs, self.contract.max_tokens, tuple(self.contract.weight_sets), self.contract.normaliser)
+        self.facts = ModelFacts(
+            self.contract.outputs,
+            self.contract.max_tokens,
+            tuple(self.contract.weight_sets),
+            self.contract.normaliser,
+            writes_critiques=self.contract.critique_lead_in is not None,
+        )
         self.model_id = model_id
         self.version = version
         self._model = model.eval()
         self._encoder = encoder
         self._device = next(model.parameters()).device
         self._tokens_per_batch = tokens_per_batch
+        self._writer = (
+            CritiqueWriter(model, encoder, version=version, tokens_per_batch=tokens_per_batch) if self.facts.writes_critiques else None
+        )
         # A pad token that the contract added to a foreign tokenizer has no embedding; masked positions may hold any id.
         pad = encoder.contract.pad_token_id
         self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
@@ -96,9 +101,15 @@ class Scorer:
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
-            _verify_artifacts(contract, directory)
+            verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
-        model = load_reward_model(directory, device=device, dtype=_dtype(contract.dtype), max_tokens=contract.max_tokens)
+        model = load_reward_model(
+            directory,
+            device=device,
+            dtype=torch_dtype(contract.dtype),
+            max_tokens=contract.max_tokens,
+            with_language=contract.critique_lead_in is not None,
+        )
         scorer = cls(model, encoder, model_id=directory.resolve().name, version=contract.model_version(), tokens_per_batch=tokens_per_batch)
         if verify:
             scorer.verify_golden()
@@ -107,7 +118,7 @@ class Scorer:
     @classmethod
     def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int) -> Self:
         tokenizer = load_tokenizer(str(directory))
-        config = _read_config(directory)
+        config = read_config(directory)
         context = config.get("max_position_embeddings")
         limit = min(FOREIGN_MAX_TOKENS, context) if isinstance(context, int) else FOREIGN_MAX_TOKENS
         contract = Contract.from_tokenizer(tokenizer, max_tokens=limit)
@@ -138,31 +149,42 @@ class Scorer:
         """Rewards or an error for each item, in order.
 
         Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
-        `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none).
+        `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none), `no_critiques` (the model
+        writes none).
         """
         results: list[ItemResult | None] = [None] * len(items)
         parts: list[_Part] = []
-        for index, item in enumerate(items):
-            problem = self.facts.refusal(item)
-            if problem is not None:
-                results[index] = ItemResult(error=problem)
+        criticised = self.criticise(items)
+        for index, item in enumerate(criticised):
+            if isinstance(item, ItemError):
+                results[index] = ItemResult(error=item)
                 continue
             try:
-                conversations = [self._encode(item, text, gated=self.contract.gate is not None) for text in item.completions]
+                conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
             except TooLongError as exc:
                 results[index] = ItemResult(error=ItemError("too_long", exc.problem))
             except ContractError as exc:
                 results[index] = ItemResult(error=ItemError("template", exc.problem))
             else:
-                parts += [_Part(index, c) for c in self._split(index, conversations)]
-        outputs = self._forward([part.comparison for part in parts], self._model)
+                parts += [_Part(index, c) for c in self._split(index, conversations, gated=self.contract.gate is not None)]
+        outputs = self._forward([part.comparison for part in parts], self._outputs)
         by_item: dict[int, list[tuple[EncodedComparison, torch.Tensor]]] = {}
         for part, values in zip(parts, outputs, strict=True):
             by_item.setdefault(part.item, []).append((part.comparison, values))
         for index, scored in by_item.items():
-            results[index] = self._result(items[index], scored)
+            results[index] = self._result(cast(ScoreItem, criticised[index]), scored)
         assert all(result is not None for result in results)
         return cast(list[ItemResult], results)
+
+    def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
+        """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
+        found: list[ScoreItem | ItemError] = [self.facts.refusal(item) or item for item in items]
+        if self._writer is None:
+            return found
+        waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]
+        for index, item in zip(waiting, self._writer.write([items[i] for i in waiting]), strict=True):
+            found[index] = item
+        return found
 
     def verify_golden(self) -> None:
         """Recompute the contract's golden scores.
@@ -172,34 +194,32 @@ class Scorer:
         """
         contract = self.contract
         for index, golden in enumerate(contract.golden):
-            ids = self._encoder.encode(golden.prompt, golden.completion)
+            ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
-                raise _mismatch(
+                raise mismatch(
                     f"template or tokenizer: conversation {index} of the golden scores becomes {len(ids)} token ids "
                     f"that differ from the contract's {len(golden.token_ids)}"
                 )
-        items = [ScoreItem(tuple(_as_dict(turn) for turn in golden.prompt), (golden.completion,)) for golden in contract.golden]
-        for index, (golden, result) in enumerate(zip(contract.golden, self.score(items), strict=True)):
+        for index, (golden, result) in enumerate(zip(contract.golden, self.score(_items_of(contract.golden)), strict=True)):
             if result.rewards is None:
                 assert result.error is not None
-                raise _mismatch(f"golden scores: conversation {index} gives no reward ({result.error.message})")
+                raise mismatch(f"golden scores: conversation {index} gives no reward ({result.error.message})")
             found = result.rewards if result.outputs is None else result.outputs[0]
             for name, value, expected in zip(contract.outputs, found, golden.reward, strict=True):
                 if not abs(value - expected) <= contract.golden_tolerance * max(1.0, abs(expected)):
-                    raise _mismatch(
+                    raise mismatch(
                         f"golden scores: conversation {index} scores {value:.6g} in {name}, the contract says {expected:.6g} "
                         f"(tolerance {contract.golden_tolerance:g})"
                     )
 
     def golden_scores(self, golden: Sequence[GoldenScore]) -> tuple[GoldenScore, ...]:
         """The same conversations with the ids and outputs that this model gives them; those the contract cannot hold are left out."""
-        items = [ScoreItem(tuple(_as_dict(turn) for turn in entry.prompt), (entry.completion,)) for entry in golden]
         rescored = []
-        for entry, result in zip(golden, self.score(items), strict=True):
+        for entry, result in zip(golden, self.score(_items_of(golden)), strict=True):
             if result.error is not None and result.error.code == "non_finite":
                 raise ModelLoadError(f"a golden conversation has no reward: {result.error.message}", remedy="do not use this model")
             if result.rewards is not None:
-                ids = tuple(self._encoder.encode(entry.prompt, entry.completion))
+                ids = tuple(self._encoder.encode(entry.prompt, entry.completion, entry.critique))
                 values = result.rewards if result.outputs is None else result.outputs[0]
                 rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
         return tuple(rescored)
@@ -209,148 +229,111 @@ class Scorer:
         results: list[torch.Tensor | ItemError] = []
         for index, item in enumerate(items):
             try:
-                conversations = [self._encode(item, text, gated=True) for text in item.completions]
+                conversations = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
             except ContractError as exc:
                 results.append(ItemError("too_long" if isinstance(exc, TooLongError) else "template", exc.problem))
                 continue
-            found = self._forward(self._split(index, conversations), lambda batch: torch.stack(self._model.features(batch), dim=1))
+            comparisons = self._split(index, conversations, gated=True)
+            found = self._forward(comparisons, lambda batch: torch.stack(self._model.features(batch), dim=1))
             results.append(torch.cat(found))
         return results
 
-    def _encode(self, item: ScoreItem, text: str, *, gated: bool) -> _Conversation:
-        prompt = cast(Sequence[Message], item.prompt)
-        if not gated:
-            return _Conversation(self._encoder.encode(prompt, text), None)
-        ids, prompt_length = self._encoder.encode_split(prompt, text)
-        return _Conversation(ids, gate_position(self.contract, ids, prompt_length))
+    def _encode(self, item: ScoreItem, k: int) -> list[Encoding]:
+        # The conversations of one completion: one, or one for each of its critiques.
+        prompt, text, reading = cast(Sequence[Message], item.prompt), item.completions[k], self.contract.reading
+        if item.critiques is not None and self.facts.writes_critiques:
+            return [Encoding(self._encoder.encode(prompt, text, critique), 0) for critique in item.critiques[k]]
+        if reading is None and self.contract.gate is None:
+            return [Encoding(self._encoder.encode(prompt, text), 0)]
+        return [self._encoder.encode_parts(prompt, text, separator=None if reading is None else reading.separator)]
 
-    def _split(self, item: int, conversations: list[_Conversation]) -> list[EncodedComparison]:
+    def _outputs(self, batch: BatchTensors) -> torch.Tensor:
+        return cast(torch.Tensor, self._model(batch))
+
+    def _split(self, item: int, conversations: list[Encoding], *, gated: bool) -> list[EncodedComparison]:
         # Truncation is decided per completion, so prefixes are compared as ids, not as text.
         prefix = shared_prefix_length([conversation.ids for conversation in conversations])
         comparisons: list[EncodedComparison] = []
-        group: list[_Conversation] = []
+        group: list[Encoding] = []
         used = prefix
+
+        def comparison() -> EncodedComparison:
+            gates = tuple(gate_position(self.contract, encoding.ids, encoding.text_start) for encoding in group) if gated else None
+            return comparison_of(str(item), group, prefix=prefix, gate_positions=gates)
+
         for conversation in conversations:
             length = len(conversation.ids) - prefix
             if group and used + length > self._tokens_per_batch:
-                comparisons.append(_comparison(item, prefix, group))
+                comparisons.append(comparison())
                 group, used = [], prefix
             group.append(conversation)
             used += length
-        return [*comparisons, _comparison(item, prefix, group)]
+        return [*comparisons, comparison()]
 
     @torch.inference_mode()
     def _forward(self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]) -> list[torch.Tensor]:
-        # float32 [K, ...] on the CPU for each comparison.
+        # float32 [readings, ...] on the CPU for each comparison.
         found: list[torch.Tensor] = [torch.zeros(0) for _ in comparisons]
-        layout = self._model.layout
+        layout, place = self._model.layout, place_of(self.contract.reading)
         for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=layout):
-            batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id)
+            batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id, read=place)
             outputs = compute(to_tensors(batch, self._device)).cpu()
-            start = 0
+            start = completion = 0
             for index in group:
-                stop = start + comparisons[index].num_completions
+                last = completion + comparisons[index].num_completions
+                stop = start + int(batch.num_reads[completion:last].sum())
                 found[index] = outputs[start:stop]
-                start = stop
+                start, completion = stop, last
         return found
 
     def _result(self, item: ScoreItem, scored: list[tuple[EncodedComparison, torch.Tensor]]) -> ItemResult:
         comparisons = [comparison for comparison, _ in scored]
         outputs = torch.cat([values for _, values in scored])
+        reading = self.contract.reading
         tokens = sum(c.num_tokens_unshared for c in comparisons)
         computed = tokens if self._model.layout == "padded" else sum(c.num_tokens for c in comparisons)
         num_bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         if num_bad:
             # NaN in one completion can reach its siblings through masked attention, so the item fails as a whole.
-            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(outputs)} completions")
+            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(outputs)} outputs")
             return ItemResult(error=error, tokens=tokens, tokens_computed=computed)
+        steps = None
+        if reading is not None:
+            num_reads = [len(places) for c in comparisons for places in c.read_positions(reading.at)]
+            if reading.at == "steps":
+                steps = tuple(tuple(part.tolist()) for part in torch.split(outputs[:, 0].sigmoid(), num_reads))
+            outputs = reading.combine(outputs, num_reads)
+        # Self-consistency: the mean over the critiques of a completion.
+        outputs = outputs.reshape(len(item.completions), -1, outputs.shape[1])
+        rewards = self._combined(item, outputs)
+        several = self.facts.writes_critiques and rewards.shape[1] > 1
         return ItemResult(
-            rewards=self._rewards(item, outputs),
-            outputs=tuple(tuple(row) for row in outputs.tolist()) if outputs.shape[1] > 1 else None,
+            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item),
+            outputs=tuple(tuple(row) for row in outputs.mean(dim=1).tolist()) if outputs.shape[2] > 1 else None,
+            steps=steps,
+            critiques=item.critiques if self.facts.writes_critiques else None,
+            reward_std=tuple(rewards.std(dim=1, correction=0).tolist()) if several else None,
             tokens=tokens,
             tokens_computed=computed,
         )
 
-    def _rewards(self, item: ScoreItem, outputs: torch.Tensor) -> tuple[float, ...]:
+    def _combined(self, item: ScoreItem, outputs: torch.Tensor) -> torch.Tensor:
+        # [K, critiques, outputs] -> [K, critiques]
         contract = self.contract
         weights = contract.reward_weights if item.weights is None else contract.weight_sets[item.weights]
-        combined = outputs[:, 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
-        return self.facts.normalised(combined.tolist(), item)
+        return outputs[..., 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
 
 
-def _comparison(item: int, prefix: int, group: list[_Conversation]) -> EncodedComparison:
-    positions = [conversation.gate_position for conversation in group]
-    return EncodedComparison(
-        id=str(item),
-        prefix_ids=np.array(group[0].ids[:prefix], dtype=np.int32),
-        branch_ids=tuple(np.array(conversation.ids[prefix:], dtype=np.int32) for conversation in group),
-        labels=Labels(),
-        gate_positions=None if None in positions else tuple(cast(list[int], positions)),
-    )
-
-
-def _verify_artifacts(contract: Contract, directory: Path) -> None:
-    try:
-        verify_files(contract, directory)
-    except ContractMismatchError as exc:
-        # The head lives in a weights file; name it when it is what was changed.
-        if exc.problem.startswith("weights") and _head_differs(contract, directory):
-            raise _mismatch(f"head: {exc.problem.removeprefix('weights: ')}, and its head is another one") from exc
-        raise
-    if _head_differs(contract, directory):
-        raise _mismatch(f"head: its tensors in {directory} are not those that the contract was written for")
-
-
-def _head_differs(contract: Contract, directory: Path) -> bool:
-    stored = _stored_head_sha256(directory)
-    return None not in (stored, contract.head_sha256) and stored != contract.head_sha256
-
-
-def _stored_head_sha256(directory: Path) -> str | None:
-    # From the files, not from the loaded model: loading may cast. None when a file is damaged.
-    head: dict[str, torch.Tensor] = {}
-    try:
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                head |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(HEAD_PREFIX)}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    return head_sha256(head)
+def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:
+    return [
+        ScoreItem(
+            tuple(_as_dict(turn) for turn in entry.prompt),
+            (entry.completion,),
+            critiques=None if entry.critique is None else ((entry.critique,),),
+        )
+        for entry in golden
+    ]
 
 
 def _as_dict(turn: Message) -> dict[str, str]:
     return {"role": turn["role"], "content": turn["content"]}
-
-
-def _mismatch(problem: str) -> ContractMismatchError:
-    return ContractMismatchError(problem, remedy="restore the exported files, or export the model again")
-
-
-def pick_device(device: Device) -> torch.device:
-    """The device that a setting means.
-
-    Raises:
-        ModelLoadError: CUDA is asked for and not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("device is cuda and torch sees no GPU", remedy="use device: cpu, or request a GPU (gpus_per_replica)")
-    return torch.device(device)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise ContractError(f"contract dtype {name!r} is not one of {', '.join(dtypes)}", remedy="export the model again")
-    return dtypes[name]
-
-
-def _read_config(directory: Path) -> dict[str, object]:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ModelLoadError(f"{directory}/config.json cannot be read ({exc})", remedy="point at a Transformers model directory") from exc
-    if not isinstance(config, dict):
-        raise ModelLoadError(f"{directory}/config.json is not a JSON object", remedy="download the model again")
-    return config

@@ -1,16 +1,20 @@
 """The native wire schema of `POST /v1/score`.
 
     request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}, ...], "model"?: str, "weights"?: str,
-               "normalise"?: "raw" | "centred" | "standardised"}
-    reply     {"id", "model", "version", "results": [{"rewards": [float, ...], "outputs"?: [[float, ...], ...]}
+               "normalise"?: "raw" | "centred" | "standardised", "n_critiques"?: int, "temperature"?: float}
+    reply     {"id", "model", "version", "results": [{"rewards": [float, ...], "outputs"?: [[float, ...], ...],
+               "steps"?: [[float, ...], ...], "critiques"?: [[str, ...], ...], "reward_std"?: [float, ...]}
                | {"error": {"code", "message"}}, ...], "usage"}
     error     {"error": {"code", "message", "remedy", "item"}} with a 4xx or 5xx status
 
-`results` has the order of `items`, `rewards` the order of `completions`. A result holds finite rewards or an error, never
-both, never a placeholder. `outputs` holds, for a model with several outputs (`GET /v1/models` names them), their values for each
-completion. A request that breaks a rule is refused as a whole, naming item and rule; an item that only turns out to be unscorable when it
-is tokenized (too long for the contract), or that asks for weights or statistics which the model has not, is an error of that item in a
-200 reply.
+`results` has the order of `items`, `rewards` the order of `completions`. A result holds finite rewards or an error, never both, never a
+placeholder. For each completion, `outputs` holds the values of a model with several outputs (`GET /v1/models` names them); `steps`, of a
+process reward model, the probability that each step is right; `critiques`, of a model that criticises before it scores, its `n_critiques`
+texts, over which the reward is the mean and `reward_std` the deviation.
+
+A request that breaks a rule is refused as a whole, naming item and rule; an item that only turns out to be unscorable when it is tokenized
+(too long for the contract), or that asks for weights, statistics or critiques which the model has not, is an error of that item in a 200
+reply.
 
 Shared by server and client: pydantic and the standard library only. The rules a request must keep: `rayward.scoring.rules`.
 """
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -46,17 +50,24 @@ class ScoreItem:
         completions: K >= 1 texts of the assistant turn that follows.
         weights: name of the weight set that makes the reward of several outputs; None: the model's own.
         normalise: raw, centred or standardised.
+        n_critiques: of a model that writes critiques: the reward is the mean over so many.
+        temperature: of their sampling; 0: the likeliest text.
+        seed: of their sampling; critiques: given critiques of each completion, which are then not written. Neither is on the wire.
     """
 
     prompt: tuple[dict[str, str], ...]
     completions: tuple[str, ...]
     weights: str | None = None
     normalise: Normalise = "raw"
+    n_critiques: int = 1
+    temperature: float = 0.0
+    critiques: tuple[tuple[str, ...], ...] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ItemError:
-    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`, `unknown_weights`, `no_normaliser`."""
+    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`."""
 
     code: str
     message: str
@@ -68,12 +79,18 @@ class ItemResult:
 
     Attributes:
         outputs: for a head with several outputs, their values for each completion.
+        steps: of a process reward model, the probability that each step is right, for each completion.
+        critiques: of a model that writes them, the critiques of each completion.
+        reward_std: population standard deviation of the rewards over several critiques, for each completion.
         tokens: tokens of the K conversations; tokens_computed: of these, after sharing prefixes.
     """
 
     rewards: tuple[float, ...] | None = None
     error: ItemError | None = None
     outputs: tuple[tuple[float, ...], ...] | None = None
+    steps: tuple[tuple[float, ...], ...] | None = None
+    critiques: tuple[tuple[str, ...], ...] | None = None
+    reward_std: tuple[float, ...] | None = None
     tokens: int = 0
     tokens_computed: int = 0
 
@@ -126,6 +143,8 @@ class ScoreRequest(_Wire):
     model: str | None = None
     weights: str | None = None
     normalise: Normalise = "raw"
+    n_critiques: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
 
 
 class WireItemError(_Wire):
@@ -143,6 +162,9 @@ class WireResult(_Wire):
 
     rewards: list[FiniteFloat] | None = None
     outputs: list[list[FiniteFloat]] | None = None
+    steps: list[list[FiniteFloat]] | None = None
+    critiques: list[list[str]] | None = None
+    reward_std: list[FiniteFloat] | None = None
     error: WireItemError | None = None
 
     @model_validator(mode="after")
@@ -203,6 +225,7 @@ class ModelInfo(_Wire):
     outputs: list[str]
     weight_sets: list[str] = []
     normaliser: WireNormaliser | None = None
+    writes_critiques: bool = False
 
 
 class ModelList(_Wire):
@@ -229,7 +252,10 @@ def build_reply(reply_id: str, model: str, version: str, results: Sequence[ItemR
         results=[
             WireResult(
                 rewards=None if result.rewards is None else list(result.rewards),
-                outputs=None if result.outputs is None else [list(row) for row in result.outputs],
+                outputs=_lists(result.outputs),
+                steps=_lists(result.steps),
+                critiques=_lists(result.critiques),
+                reward_std=None if result.reward_std is None else list(result.reward_std),
             )
             if result.error is None
             else WireResult(error=WireItemError(code=result.error.code, message=result.error.message))
@@ -237,6 +263,13 @@ def build_reply(reply_id: str, model: str, version: str, results: Sequence[ItemR
         ],
         usage=Usage(tokens=sum(r.tokens for r in results), tokens_computed=sum(r.tokens_computed for r in results)),
     )
+
+
+Value = TypeVar("Value")
+
+
+def _lists(rows: Sequence[Sequence[Value]] | None) -> list[list[Value]] | None:
+    return None if rows is None else [list(row) for row in rows]
 
 
 def error_reply(error: RaywardError, code: str | None = None) -> tuple[int, ErrorReply]:

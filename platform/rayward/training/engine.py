@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rayward.config import TrainingConfig
-from rayward.data.packing import PackedBatch
+from rayward.data.packing import PackedBatch, TaughtTokens
 from rayward.model.loading import WeightSource
-from rayward.model.reward_model import RewardModel, to_tensors
+from rayward.model.reward_model import RewardModel, taught_tensors, to_tensors
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -45,7 +45,11 @@ class Engine(Protocol):
     reward_model: RewardModel
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Rewards, float32 [N, outputs]."""
+        """Outputs where the batch is read, float32 [R, outputs]."""
+        ...
+
+    def forward_taught(self, batch: PackedBatch, taught: TaughtTokens) -> tuple[Tensor, Tensor]:
+        """The outputs, and the summed language-model loss of these tokens."""
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -126,6 +130,9 @@ class TorchEngine:
     def forward(self, batch: PackedBatch) -> Tensor:
         return cast(Tensor, self.reward_model(to_tensors(batch, self.device)))
 
+    def forward_taught(self, batch: PackedBatch, taught: TaughtTokens) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self.reward_model(to_tensors(batch, self.device), taught_tensors(taught, self.device)))
+
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -191,6 +198,9 @@ class DeepSpeedEngine:
 
     def forward(self, batch: PackedBatch) -> Tensor:
         return cast(Tensor, self._engine(to_tensors(batch, self.device)))
+
+    def forward_taught(self, batch: PackedBatch, taught: TaughtTokens) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self._engine(to_tensors(batch, self.device), taught_tensors(taught, self.device)))
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         # DeepSpeed averages over ranks; the loop's loss is already divided by the global count.

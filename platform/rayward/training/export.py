@@ -73,7 +73,10 @@ def export(
     commit = checkpoint.commit
     source = storage.localize(prepared.directory, "contract.json", "tokenizer", MANIFEST_FILE)
     tokenizer = load_tokenizer(str(source / "tokenizer"))
-    contract = Contract.load(source).for_head(config.outputs, config.objective.reward_weights(config.outputs))
+    objective = config.objective
+    contract = Contract.load(source).for_head(
+        config.outputs, objective.reward_weights(config.outputs), objective.reading(config.data.step_separator)
+    )
     if contract.template_source == "tokenizer":
         tokenizer.chat_template = contract.template
     tokenizer.pad_token = contract.pad_token

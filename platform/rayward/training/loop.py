@@ -42,6 +42,27 @@ class Schedule:
         return self.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
 
 
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """Loss sums of a micro-batch: of the objective, and of the taught tokens."""
+
+    reward: torch.Tensor
+    language: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What the loss sums of a step are divided by."""
+
+    reward: float
+    language: float
+
+    @classmethod
+    def of(cls, totals: torch.Tensor) -> _Counts:
+        reward, language = totals.tolist()
+        return cls(reward if reward > 0 else 1.0, language if language > 0 else 1.0)
+
+
 @dataclass(slots=True)
 class _Sums:
     """Local sums of one step, reduced over ranks in one collective."""
@@ -50,9 +71,9 @@ class _Sums:
 
     @classmethod
     def zeros(cls, device: torch.device) -> _Sums:
-        return cls(torch.zeros(5 + len(METRIC_SUMS), dtype=torch.float64, device=device))
+        return cls(torch.zeros(6 + len(METRIC_SUMS), dtype=torch.float64, device=device))
 
-    def add(self, batch: PackedBatch, loss_sum: torch.Tensor, metrics: torch.Tensor) -> None:
+    def add(self, batch: PackedBatch, losses: _Losses, metrics: torch.Tensor) -> None:
         counts = [
             len(batch.comparisons),
             batch.num_computed_tokens if batch.comparisons else 0,
@@ -60,12 +81,18 @@ class _Sums:
             sum(c.num_tokens_unshared for c in batch.comparisons),
         ]
         head = torch.tensor(counts, dtype=torch.float64, device=self.values.device)
-        self.values += torch.cat([loss_sum.detach().double().reshape(1), head, metrics.to(self.values.device)])
+        sums = torch.stack([losses.reward.detach().double(), losses.language.detach().double()])
+        self.values += torch.cat([sums, head, metrics.to(self.values.device)])
 
-    def named(self, count: float) -> dict[str, float]:
-        loss, comparisons, computed, real, unshared, *ranking = self.values.tolist()
+    def named(self, counts: _Counts, coefficient: float) -> dict[str, float]:
+        reward, language, comparisons, computed, real, unshared, *ranking = self.values.tolist()
+        loss = reward / counts.reward
+        named = {"loss": loss}
+        if coefficient:
+            taught = language / counts.language
+            named = {"loss": loss + coefficient * taught, "reward_loss": loss, "language_loss": taught}
         return {
-            "loss": loss / count,
+            **named,
             **ranking_metrics(ranking),
             "comparisons": comparisons,
             "tokens": real,
@@ -74,10 +101,27 @@ class _Sums:
         }
 
 
-def _global_count(engine: Engine, share: StepShare, objective: Objective) -> float:
-    local = sum(objective.count([c.labels for c in batch.comparisons]) for batch in share.microbatches)
-    total = float(engine.all_reduce(torch.tensor([local], dtype=torch.float64)).item())
-    return total if total > 0 else 1.0
+def _global_counts(engine: Engine, share: StepShare, objective: Objective) -> _Counts:
+    local = torch.zeros(2, dtype=torch.float64)
+    for batch in share.microbatches:
+        local += _counts(batch, objective)
+    return _Counts.of(engine.all_reduce(local))
+
+
+def _counts(batch: PackedBatch, objective: Objective) -> torch.Tensor:
+    taught = objective.taught(batch)
+    weights = 0.0 if taught is None else float(taught.weight.sum(dtype="float64"))
+    return torch.tensor([objective.count(batch.labels), weights], dtype=torch.float64)
+
+
+def _losses(engine: Engine, batch: PackedBatch, objective: Objective) -> tuple[_Losses, torch.Tensor]:
+    taught = objective.taught(batch)
+    if taught is None:
+        outputs, language = engine.forward(batch), torch.zeros((), device=engine.device)
+    else:
+        outputs, language = engine.forward_taught(batch, taught)
+    out = objective.loss(outputs, batch.labels)
+    return _Losses(out.loss_sum, language), out.metrics
 
 
 def train_step(engine: Engine, share: StepShare, objective: Objective, learning_rate: float) -> dict[str, float]:
@@ -90,24 +134,27 @@ def train_step(engine: Engine, share: StepShare, objective: Objective, learning_
         NonFiniteError: on every rank, when a loss or gradient of any rank is NaN or Inf. The weights in memory must not
             be saved afterwards.
     """
-    count = _global_count(engine, share, objective)
+    counts, coefficient = _global_counts(engine, share, objective), objective.config.language_coefficient
     sums = _Sums.zeros(engine.device)
-    losses = []
+    totals = []
     last = len(share.microbatches) - 1
     for index, batch in enumerate(share.microbatches):
-        out = objective.loss(engine.forward(batch), [c.labels for c in batch.comparisons])
-        engine.backward(out.loss_sum / count, is_last=index == last)
-        losses.append(out.loss_sum.detach())
-        sums.add(batch, out.loss_sum, out.metrics)
+        losses, metrics = _losses(engine, batch, objective)
+        loss = losses.reward / counts.reward
+        if coefficient:
+            loss = loss + coefficient * losses.language / counts.language
+        engine.backward(loss, is_last=index == last)
+        totals.append(loss.detach())
+        sums.add(batch, losses, metrics)
     sums.values = engine.all_reduce(sums.values)
-    if not torch.isfinite(sums.values[0]):
-        judged = zip(share.microbatches, losses, strict=True)
+    if not torch.isfinite(sums.values[:2]).all():
+        judged = zip(share.microbatches, totals, strict=True)
         suspects = [c.id for batch, loss in judged if not torch.isfinite(loss) for c in batch.comparisons]
         raise _non_finite(engine, "loss", share.step, suspects)
     norm = engine.step(learning_rate)
     if not math.isfinite(norm):
         raise _non_finite(engine, "gradient", share.step, list(share.comparison_ids))
-    return {**sums.named(count), "gradient_norm": norm, "learning_rate": learning_rate}
+    return {**sums.named(counts, coefficient), "gradient_norm": norm, "learning_rate": learning_rate}
 
 
 def _non_finite(engine: Engine, what: str, step: int, suspects: list[str]) -> NonFiniteError:
@@ -125,17 +172,14 @@ def _non_finite(engine: Engine, what: str, step: int, suspects: list[str]) -> No
 def validate(engine: Engine, shares: Iterable[StepShare], objective: Objective) -> dict[str, float]:
     """Loss and ranking metrics over all validation comparisons, the same on every rank."""
     sums = _Sums.zeros(engine.device)
-    count = torch.zeros(1, dtype=torch.float64)
+    local = torch.zeros(2, dtype=torch.float64)
     for share in shares:
         for batch in share.microbatches:
-            labels = [c.labels for c in batch.comparisons]
-            out = objective.loss(engine.forward(batch), labels)
-            sums.add(batch, out.loss_sum, out.metrics)
-            count += objective.count(labels)
+            sums.add(batch, *_losses(engine, batch, objective))
+            local += _counts(batch, objective)
     sums.values = engine.all_reduce(sums.values)
-    total = float(engine.all_reduce(count).item())
-    named = sums.named(total if total > 0 else 1.0)
-    return {key: named[key] for key in ("loss", "accuracy", "tied", "margin", "reward_mean", "reward_std", "comparisons")}
+    named = sums.named(_Counts.of(engine.all_reduce(local)), objective.config.language_coefficient)
+    return {key: value for key, value in named.items() if key not in ("tokens", "padding_fraction", "tokens_saved_fraction")}
 
 
 StepCallback = Callable[[int, dict[str, float]], None]
@@ -150,11 +194,13 @@ def run_steps(
     first_step: int,
     stop_step: int,
     on_step: StepCallback,
+    epoch_start: int = 0,
 ) -> None:
     """Train on the shares of steps first_step .. stop_step - 1, in order.
 
     Args:
         on_step: called on every rank after each step with (steps done, metrics).
+        epoch_start: step that the epoch began with; the stream of an epoch counts its steps from 0.
 
     Raises:
         StreamOrderError: a share is not the one that is due, or the stream ends early.
@@ -164,7 +210,7 @@ def run_steps(
         started = time.perf_counter()
         share = next(shares, None)
         waited_s = time.perf_counter() - started
-        found = None if share is None else (share.step, share.rank, share.world_size)
+        found = None if share is None else (epoch_start + share.step, share.rank, share.world_size)
         if share is None or found != (step, engine.rank, engine.world_size):
             raise StreamOrderError(
                 f"rank {engine.rank} of {engine.world_size} waits for step {step} and the stream has {found or 'ended'}",

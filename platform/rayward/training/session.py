@@ -14,12 +14,14 @@ import torch
 
 from rayward import storage
 from rayward.config import Config
-from rayward.contract import Contract, Encoder, GoldenScore
-from rayward.data.packing import EncodedComparison, Labels, pack
+from rayward.contract import Contract, GoldenScore
+from rayward.data.packing import pack
 from rayward.data.shares import StepShare
+from rayward.encoder import Encoder, comparison_of
 from rayward.errors import CheckpointError, ConfigError, ContractError
-from rayward.golden import GOLDEN_CONVERSATIONS
+from rayward.golden import GOLDEN_CONVERSATIONS, GOLDEN_CRITIQUE
 from rayward.objectives import Objective
+from rayward.reading import place_of
 from rayward.training.checkpoint import CheckpointStore, CommitDraft, CommittedCheckpoint
 from rayward.training.engine import Engine
 from rayward.training.loop import Schedule, run_steps, validate
@@ -169,16 +171,22 @@ class MetricsLog:
 def golden_scores(engine: Engine, encoder: Encoder) -> tuple[GoldenScore, ...]:
     """Rewards of the fixed texts in the training forward; texts that the contract cannot hold are left out."""
     scores = []
+    contract, layout = encoder.contract, engine.reward_model.layout
+    reading = contract.reading
+    critique = None if contract.critique_lead_in is None else GOLDEN_CRITIQUE
     for prompt, completion in GOLDEN_CONVERSATIONS:
         try:
-            ids = encoder.encode(prompt, completion)
+            encoding = encoder.encode_parts(prompt, completion, critique, separator=None if reading is None else reading.separator)
         except ContractError:
             continue
-        tokens = torch.tensor(ids, dtype=torch.int32).numpy()
-        comparison = EncodedComparison("golden", tokens[:-1], (tokens[-1:],), Labels())
+        ids = encoding.ids
+        batch = pack([comparison_of("golden", [encoding])], layout=layout, pad_token_id=contract.pad_token_id, read=place_of(reading))
         with torch.no_grad():
-            rewards = engine.forward(pack([comparison], layout=engine.reward_model.layout, pad_token_id=encoder.contract.pad_token_id))
-        scores.append(GoldenScore(prompt=prompt, completion=completion, token_ids=tuple(ids), reward=tuple(rewards[0].tolist())))
+            outputs = engine.forward(batch)
+        values = outputs if reading is None else reading.combine(outputs, batch.num_reads.tolist())
+        scores.append(
+            GoldenScore(prompt=prompt, completion=completion, critique=critique, token_ids=tuple(ids), reward=tuple(values[0].tolist()))
+        )
     return tuple(scores)
 
 
@@ -244,6 +252,7 @@ class Session:
                 first_step=step,
                 stop_step=stop,
                 on_step=self._after_step,
+                epoch_start=epoch * job.steps_per_epoch,
             )
             step = stop
 

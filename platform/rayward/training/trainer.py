@@ -25,11 +25,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayward import storage
 from rayward.cluster import started_here
 from rayward.config import Config, dump_config
-from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
 from rayward.data.manifest import PreparedData
 from rayward.data.packing import Layout
 from rayward.data.shares import StepShare, read_share
 from rayward.data.stream import StepShares, dataset_factory
+from rayward.encoder import Encoder
 from rayward.errors import ConfigError, DataError, RaywardError, TrainingError
 from rayward.training.checkpoint import CommittedCheckpoint
 from rayward.training.progress import follow
@@ -81,13 +82,19 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
             "training.num_epochs is %d: reward models over-fit after the first epoch; watch the validation loss", training.num_epochs
         )
     config.objective.check(manifest.labels)
+    if config.data.critique_lead_in is not None and not config.objective.language_coefficient:
+        raise ConfigError(
+            "data.critique_lead_in is set and objective.language_coefficient is 0: the model would not learn to write critiques",
+            remedy="set objective.language_coefficient, for example to 1.25, or leave data.critique_lead_in out",
+        )
     contract, tokenizer_length = _contract_and_vocabulary(prepared)
-    contract = contract.for_head(config.outputs, config.objective.reward_weights(config.outputs))
+    objective = config.objective
+    contract = contract.for_head(config.outputs, objective.reward_weights(config.outputs), objective.reading(config.data.step_separator))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
     if config.model.path is not None:
         head_row(resolve_model_dir(config.model.path, config.model.revision), config.model, config.outputs)
     with init_empty_weights(include_buffers=False):
-        model = build_reward_model(hf_config, max_tokens=contract.max_tokens)
+        model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=objective.language_coefficient > 0)
     longest = manifest.longest_comparison_tokens
     if model.layout == "padded":
         logger.warning("prefixes are not shared and rows are padded, because of the model: %s", model.why_padded)
@@ -272,7 +279,11 @@ def _run_session(settings: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(str(storage.localize(settings["prepared"], "tokenizer") / "tokenizer"))
     job = Job(config, contract, *(settings[key] for key in ("location", "total_steps", "steps_per_epoch", "data_fingerprint")))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=len(tokenizer))
-    engine = build_engine(lambda dtype: build_reward_model(hf_config, max_tokens=contract.max_tokens, dtype=dtype), config.training)
+    with_language = config.objective.language_coefficient > 0
+    engine = build_engine(
+        lambda dtype: build_reward_model(hf_config, max_tokens=contract.max_tokens, dtype=dtype, with_language=with_language),
+        config.training,
+    )
     # One decision for all ranks: what rank 0 sees.
     checkpoint = engine.all_gather_object(job.store.latest() if engine.rank == 0 else None)[0]
     if checkpoint is None:
@@ -281,7 +292,7 @@ def _run_session(settings: dict[str, Any]) -> None:
     def shares(name: str) -> Iterator[StepShare]:
         shard = ray.train.get_dataset_shard(name)
         for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
-            yield read_share(table, layout=engine.reward_model.layout, pad_token_id=contract.pad_token_id)
+            yield read_share(table, layout=engine.reward_model.layout, pad_token_id=contract.pad_token_id, read=config.objective.place)
 
     session = Session(
         engine,

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.helpers.comparisons import make_comparison, random_comparisons
 
-from rayward.data.packing import EncodedComparison, Labels, Layout, group_by_budget, microbatch_tokens, pack, plan_step
+from rayward.data.packing import EncodedComparison, Labels, Layout, group_by_budget, microbatch_tokens, pack, plan_step, taught_tokens
 from rayward.errors import ConfigError
+from rayward.reading import Place
 
 
 def encoded(name: str, prefix: list[int], *branches: list[int]) -> EncodedComparison:
@@ -129,3 +132,46 @@ def test_groups_for_scoring_hold_everything_once(layout: Layout) -> None:
     alone = group_by_budget([make_comparison("large", 500, [20, 20]), *comparisons[:3]], tokens_per_microbatch=300, layout=layout)
     assert [0] in alone, "an item over the budget is scored on its own, not refused"
     assert group_by_budget([], tokens_per_microbatch=300, layout=layout) == []
+
+
+@pytest.mark.parametrize("place", ["end", "steps", "tokens"])
+def test_both_layouts_read_the_same_tokens(place: Place) -> None:
+    comparisons = random_comparisons(6, seed=9)
+    packed, padded = pack(comparisons, read=place), pack(comparisons, layout="padded", read=place)
+    np.testing.assert_array_equal(packed.num_reads, padded.num_reads)
+    assert packed.num_reads.sum() == len(packed.read_row) == len(padded.read_column)
+    for batch in (packed, padded):
+        ids = batch.input_ids[batch.read_row, batch.read_column].tolist()
+        position = batch.position_ids[batch.read_row, batch.read_column].tolist()
+        expected = []
+        for comparison in comparisons:
+            for branch, places in zip(comparison.branch_ids, comparison.read_positions(place), strict=True):
+                whole = np.concatenate([comparison.prefix_ids, branch])
+                expected += [(int(whole[p]), int(p)) for p in places]
+        assert list(zip(ids, position, strict=True)) == expected
+    counts = [n for labels in packed.labels for n in labels.num_reads or (1,) * labels.num_completions]
+    assert counts == packed.num_reads.tolist()
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_taught_tokens_are_the_text_after_its_start(layout: Layout) -> None:
+    comparisons = random_comparisons(5, seed=11)
+    batch = pack(comparisons, layout=layout)
+    taught = taught_tokens(batch, "all")
+    found: list[list[int]] = [[] for _ in batch.end_row]
+    for row, before, column, owner in zip(taught.row, taught.before, taught.column, taught.completion, strict=True):
+        found[owner].append(int(batch.input_ids[row, column]))
+        assert batch.position_ids[row, before] + 1 == batch.position_ids[row, column]
+    expected = []
+    for comparison in comparisons:
+        assert comparison.text_starts is not None
+        for branch, start in zip(comparison.branch_ids, comparison.text_starts, strict=True):
+            expected.append(np.concatenate([comparison.prefix_ids, branch])[max(start, 1) :].tolist())
+    assert found == expected
+    best = taught_tokens(batch, "best")
+    firsts = np.cumsum([0, *(c.num_completions for c in comparisons)])[:-1]
+    assert set(best.completion.tolist()) <= set(firsts.tolist())
+    unranked = replace(comparisons[0], labels=Labels(weight=0.5))
+    assert set(taught_tokens(pack([unranked], layout=layout), "best").weight.tolist()) <= {0.5}
+    assert len(taught_tokens(pack([unranked]), "best").row) == len(taught_tokens(pack([unranked]), "all").row)
+    assert len(taught_tokens(pack([]), "all").row) == 0

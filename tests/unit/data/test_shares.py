@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -25,6 +27,9 @@ def prepared_table(comparisons: list[EncodedComparison], first_row: int = 0) -> 
             "strength": None if np.isnan(c.labels.strength) else c.labels.strength,
             "weight": c.labels.weight,
             "attributes": None if c.labels.attributes is None else c.labels.attributes.tolist(),
+            "text_starts": c.text_starts,
+            "step_ends": None if c.labels.step_labels is None else c.step_ends,
+            "step_labels": None if c.labels.step_labels is None else [labels.tolist() for labels in c.labels.step_labels],
         }
         for index, c in enumerate(comparisons)
     ]
@@ -52,6 +57,12 @@ def assert_same(found: EncodedComparison, expected: EncodedComparison) -> None:
     np.testing.assert_array_equal(found.labels.margin, expected.labels.margin)
     np.testing.assert_array_equal(found.labels.strength, expected.labels.strength)
     assert found.labels.weight == expected.labels.weight
+    assert found.text_starts == expected.text_starts
+    assert (found.labels.step_labels is None) == (expected.labels.step_labels is None)
+    if expected.labels.step_labels is not None:
+        assert found.step_ends == expected.step_ends
+        for mine, theirs in zip(found.labels.step_labels or (), expected.labels.step_labels, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
     for name in ("ranks", "attributes"):
         mine, theirs = getattr(found.labels, name), getattr(expected.labels, name)
         assert (mine is None) == (theirs is None)
@@ -91,6 +102,19 @@ def test_labels_survive() -> None:
     found = {c.id: c for batch in share.microbatches for c in batch.comparisons}
     for comparison in comparisons:
         assert_same(found[comparison.id], comparison)
+
+
+def test_labels_of_steps_survive_among_rows_without() -> None:
+    generator = np.random.default_rng(3)
+    comparisons = []
+    for index, comparison in enumerate(random_comparisons(9, seed=4)):
+        assert comparison.step_ends is not None
+        steps = tuple(np.where(generator.random(len(e)) < 0.3, np.nan, 1.0).astype(np.float32) for e in comparison.step_ends)
+        comparisons.append(comparison if index % 3 == 1 else replace(comparison, labels=replace(comparison.labels, step_labels=steps)))
+    for world_size in (1, 3):
+        found = {c.id: c for s in split(comparisons, world_size) for batch in s.microbatches for c in batch.comparisons}
+        for comparison in comparisons:
+            assert_same(found[comparison.id], comparison)
 
 
 def test_a_table_with_several_chunks_and_an_offset_is_read_right() -> None:

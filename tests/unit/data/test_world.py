@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from rayward.config import load_config
-from rayward.data import world
+from rayward.data import world, world_files
 from rayward.data.comparison import Comparison, validate
 from rayward.data.world_tasks import KINDS
 from rayward.data.world_tokenizer import train_tokenizer
@@ -251,8 +251,8 @@ def test_rows_do_not_depend_on_the_hash_seed() -> None:
 
 
 def test_write_demo(tmp_path: Path) -> None:
-    world.write_demo(tmp_path / "a", 300, 60, seed=1)
-    world.write_demo(tmp_path / "b", 300, 60, seed=1)
+    world_files.write_demo(tmp_path / "a", 300, 60, seed=1)
+    world_files.write_demo(tmp_path / "b", 300, 60, seed=1)
     for path in sorted(p for p in (tmp_path / "a").rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path.name
     read = {p.name: [json.loads(line) for line in p.read_text().splitlines()] for p in (tmp_path / "a").glob("*.jsonl")}
@@ -268,7 +268,8 @@ def test_write_demo(tmp_path: Path) -> None:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    from rayward.contract import Contract, Encoder, load_tokenizer
+    from rayward.contract import Contract, load_tokenizer
+    from rayward.encoder import Encoder
 
     texts = [f"{turn['role']} {turn['content']}" for row in world.generate(300, 1) for turn in row["prompt"]]
     train_tokenizer(texts, tmp_path / "tokenizer", vocab_size=600)

@@ -11,9 +11,10 @@ from tests.helpers.models import make_export
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
-from rayward.contract import Contract, Encoder, gate_position, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
 from rayward.data.comparison import Message
 from rayward.data.packing import EncodedComparison, Labels, pack
+from rayward.encoder import Encoder, gate_position
 from rayward.errors import ConfigError, ContractError, ModelLoadError
 from rayward.metrics import spearman
 from rayward.mixture import SCORE, import_armo, write_mixture
@@ -190,7 +191,8 @@ def test_an_exported_mixture_scores_as_the_formula_says(mixture: Path, tokens_pe
         assert result.outputs is not None
         assert result.rewards == tuple(row[-1] for row in result.outputs)
         for completion, row in zip(item.completions, result.outputs, strict=True):
-            ids, prompt = encoder.encode_split(item.prompt, completion)  # type: ignore[arg-type]
+            encoding = encoder.encode_parts(item.prompt, completion)  # type: ignore[arg-type]
+            ids, prompt = encoding.ids, encoding.text_start
             with torch.no_grad():
                 hidden = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0]
                 expected = gate((hidden[-1] @ weights.T)[None], hidden[prompt - 1][None])[0].tolist()
@@ -253,7 +255,8 @@ def test_a_checkpoint_in_the_published_layout_is_imported(tmp_path: Path) -> Non
     encoder = Encoder(contract, load_tokenizer(str(tmp_path / "out")))
     gate.temperature.fill_(10.0)
     prompt: tuple[Message, ...] = ITEMS[1].prompt  # type: ignore[assignment]
-    ids, length = encoder.encode_split(prompt, "4")
+    encoding = encoder.encode_parts(prompt, "4")
+    ids, length = encoding.ids, encoding.text_start
     position = gate_position(contract, ids, length)
     assert ids[position : position + len(header)] == header
     assert ids[position + 1 : length].count(header[0]) == 0, "the last occurrence"

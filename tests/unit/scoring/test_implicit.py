@@ -9,8 +9,9 @@ import torch
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
 from rayward.data.packing import EncodedComparison, Labels, pack
+from rayward.encoder import Encoder
 from rayward.errors import ModelLoadError
 from rayward.model.language_model import LanguageModel
 from rayward.pipeline import normalise_pipeline
@@ -57,7 +58,8 @@ def write_rule(policies: Path, name: str, **content: object) -> Path:
 
 def plain_log_prob(model: PreTrainedModel, encoder: Encoder, item: ScoreItem, completion: str) -> tuple[float, int]:
     """Sum over the tokens after the prompt by plain Transformers, and their number."""
-    ids, prompt = encoder.encode_split(item.prompt, completion)  # type: ignore[arg-type]
+    encoding = encoder.encode_parts(item.prompt, completion)  # type: ignore[arg-type]
+    ids, prompt = encoding.ids, encoding.text_start
     with torch.no_grad():
         log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(log_probs[i - 1, ids[i]].item() for i in range(prompt, len(ids))), len(ids) - prompt
@@ -79,7 +81,7 @@ def test_the_reward_is_the_scaled_difference_of_log_probabilities(policies: Path
             expected = BETA * (policy - reference) / (length if per_token else 1)
             assert result.rewards is not None
             assert result.rewards[index] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert encoder.encode_split(ITEMS[1].prompt, "4")[1] > 10  # type: ignore[arg-type]
+    assert encoder.encode_parts(ITEMS[1].prompt, "4").text_start > 10  # type: ignore[arg-type]
 
 
 def test_a_policy_equal_to_its_reference_has_no_preference(policies: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.helpers.models import make_export, plain_outputs
 from transformers import LlamaForSequenceClassification
 
-from rayward.contract import Contract, Encoder, Normaliser, load_tokenizer
+from rayward.contract import Contract, Normaliser, load_tokenizer
+from rayward.encoder import Encoder
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.scoring.wire import build_reply

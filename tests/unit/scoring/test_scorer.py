@@ -11,7 +11,8 @@ from tests.helpers.models import make_export, make_model, plain_reward
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from rayward.contract import Contract, Encoder, load_tokenizer
+from rayward.contract import Contract, load_tokenizer
+from rayward.encoder import Encoder
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.jobs import STEPS, encoder_of, make_engine, make_job, make_prepared, run_session, train_comparisons
-from tests.helpers.training import steps_in
+from tests.helpers.training import make_shares, steps_in
 
 from rayward.config import Config, parse_config
 from rayward.data.manifest import PreparedData
 from rayward.data.packing import EncodedComparison, Labels
+from rayward.data.shares import StepShare
 from rayward.errors import CheckpointError, ConfigError, StreamOrderError
 from rayward.golden import GOLDEN_CONVERSATIONS
 from rayward.objectives import OBJECTIVES
 from rayward.training.checkpoint import CheckpointStore
 from rayward.training.engine import STATE_KINDS, TorchEngine
-from rayward.training.session import Job, golden_scores, resume_point
+from rayward.training.session import Job, Session, golden_scores, resume_point
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +65,42 @@ def test_a_run_that_dies_continues_and_ends_with_the_same_weights(tmp_path: Path
     assert [r["loss"] for r in records(job, "train")] == [r["loss"] for r in records(undisturbed, "train")]
 
 
+def test_the_second_epoch_reads_the_same_rows_again_and_is_resumed_in_the_middle(tmp_path: Path, prepared: PreparedData) -> None:
+    rows = train_comparisons()[:12]
+    seen: list[tuple[int, int]] = []
+
+    def run(name: str, *, die_at: int | None) -> TorchEngine:
+        job = replace(make_job(tmp_path / name, prepared), steps_per_epoch=3)
+        engine, checkpoint = make_engine(job), job.store.latest()
+        done = checkpoint.commit.step if checkpoint else 0
+
+        def open_epoch(epoch: int) -> Iterator[StepShare]:
+            for share in make_shares(rows, per_step=4, first_step=max(0, done - 3 * epoch)):
+                if 3 * epoch + share.step == die_at:
+                    return
+                seen.append((epoch, share.step))
+                yield share
+
+        Session(engine, job, encoder_of(prepared, job), validation=None).run(open_epoch, checkpoint)
+        return engine
+
+    expected = run("whole", die_at=None)
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    with pytest.raises(StreamOrderError):
+        run("dies", die_at=5)
+    seen.clear()
+    assert same_state(run("dies", die_at=None), expected)
+    assert seen == [(1, 1), (1, 2)]
+
+
 def _labelled() -> list[EncodedComparison]:
     generator = np.random.default_rng(0)
 
     def labels(comparison: EncodedComparison) -> Labels:
         ratings = generator.integers(0, 2, (comparison.num_completions, 2)).astype(np.float32)
-        return replace(comparison.labels, strength=float(generator.integers(1, 4)), attributes=ratings)
+        assert comparison.step_ends is not None
+        steps = tuple(generator.integers(0, 2, len(ends)).astype(np.float32) for ends in comparison.step_ends)
+        return replace(comparison.labels, strength=float(generator.integers(1, 4)), attributes=ratings, step_labels=steps)
 
     return [replace(comparison, labels=labels(comparison)) for comparison in train_comparisons()]
 
@@ -76,7 +108,11 @@ def _labelled() -> list[EncodedComparison]:
 @pytest.mark.parametrize(
     "objective",
     [{"type": name} for name in OBJECTIVES]
-    + [{"type": "bradley_terry", "margin": "large", "scale": "strength", "safety_coefficient": 0.5}],
+    + [
+        {"type": "bradley_terry", "margin": "large", "scale": "strength", "safety_coefficient": 0.5},
+        {"type": "bradley_terry", "language_coefficient": 0.5},
+        {"type": "outcome", "read": "tokens"},
+    ],
     ids=lambda objective: "-".join(str(value) for value in objective.values()),
 )
 def test_every_objective_continues_to_the_same_weights(tmp_path: Path, prepared: PreparedData, objective: dict[str, object]) -> None:
@@ -86,7 +122,11 @@ def test_every_objective_continues_to_the_same_weights(tmp_path: Path, prepared:
         values |= {"objective": {**objective}, "data": {"attributes": ["label", "is_safe"]}}
         config = parse_config(values, Config)
         return replace(
-            made, config=config, contract=made.contract.for_head(config.outputs, config.objective.reward_weights(config.outputs))
+            made,
+            config=config,
+            contract=made.contract.for_head(
+                config.outputs, config.objective.reward_weights(config.outputs), config.objective.reading(None)
+            ),
         )
 
     rows = _labelled()
