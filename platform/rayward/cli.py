@@ -76,6 +76,9 @@ def prepare(settings: Settings = None) -> None:
     used = f"{manifest.num_train} train + {manifest.num_validation} validation"
     used += f" + {manifest.num_merged} merged into them" if manifest.num_merged else ""
     typer.echo(f"rows: {manifest.num_input_rows} = {used} + quarantined ({quarantined})")
+    if resolved.data.group_pairs:
+        grouping = manifest.grouping
+        typer.echo(f"groups: {grouping.groups} of {grouping.joined} rows; left as rows: {grouping.left() or 'none'}")
     typer.echo(f"prepared data: {prepared.directory}\nreport: {prepared.directory}/report.html")
 
 

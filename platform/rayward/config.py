@@ -83,6 +83,10 @@ class DataConfig(Section):
     critique_lead_in: str | None = Field(None, min_length=1)
     """Every completion is followed by a user turn of this text and its critique, and judged at the end of it; goes into the scoring
     contract. None: critiques in the data are ignored."""
+    group_pairs: bool = False
+    """Ranked rows of one prompt become one comparison of K completions where their judgements determine one order of all of them."""
+    group_tokens: int | None = Field(None, ge=8)
+    """Largest such comparison in tokens, the prompt once; a larger one stays as its rows. None: twice `model.max_tokens`, like a pair."""
     max_bad_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """More quarantined rows than this share stop the run before training (duplicates, ties and
     training rows whose prompt stands in the validation data are not counted)."""
@@ -99,6 +103,8 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.rank_by is {self.rank_by!r} and data.attributes is {list(self.attributes)}; the rule is one of them; add it there"
             )
+        if self.group_tokens is not None and not self.group_pairs:
+            raise ValueError("data.group_tokens is set and data.group_pairs is false; nothing is grouped; set it, or remove the first")
         return self
 
 
@@ -251,6 +257,12 @@ class Config(Section):
     def outputs(self) -> tuple[str, ...]:
         """Names of the head's outputs."""
         return self.objective.outputs(self.data.attributes)
+
+    @property
+    def group_tokens(self) -> int | None:
+        """Largest comparison in tokens that `data.group_pairs` makes; None: it makes none."""
+        # Never a matter of the micro-batches: the data of a run must not change with their budget.
+        return (self.data.group_tokens or 2 * self.model.max_tokens) if self.data.group_pairs else None
 
     @model_validator(mode="after")
     def _learnable(self) -> Self:

@@ -227,3 +227,34 @@ def test_unusable_inputs_are_errors_that_name_the_path(tmp_path: Path, tokenizer
     with pytest.raises(DataError, match=r"half\.jsonl\.gz is damaged"):
         prepare(_config(tokenizer_path, tmp_path, half))
     assert not list((tmp_path / "prepared").glob("*.partial-*"))
+
+
+def test_pairs_join_to_groups_wherever_their_rows_stand(tmp_path: Path, tokenizer_path: Path) -> None:
+    generator = random.Random(5)
+    rows: list[dict[str, Any]] = []
+    for i in range(30):
+        texts = [f"answer {i} {name}" for name in "abcd"]
+        chosen = [(0, 1), (1, 2), (2, 3), (0, 3)] if i % 3 else [(0, 1), (0, 2)]
+        rows += [{"prompt": f"question {i}", "chosen": texts[a], "rejected": texts[b]} for a, b in chosen]
+    rows += [{"prompt": "circle", "chosen": a, "rejected": b} for a, b in ("ab", "bc", "ca")]
+    options = ("data.group_pairs=true", "data.group_tokens=400", "data.validation_fraction=0.3", "data.rows_per_shard=7")
+    tables = []
+    for name, num_files in (("one", 1), ("five", 5)):
+        generator.shuffle(rows)
+        folder = tmp_path / name
+        folder.mkdir()
+        files = [_write(folder / f"pairs-{k:05d}-of-{num_files:05d}.jsonl", rows[k::num_files]) for k in range(num_files)]
+        prepared = prepare(_config(tokenizer_path, folder, files, *options))
+        manifest = prepared.manifest
+        assert manifest.grouping.model_dump() == {
+            "groups": 20, "joined": 80, "incomplete": 20, "contradictory": 3, "apart": 0, "unfit": 0,
+        }  # fmt: skip
+        assert (manifest.num_train + manifest.num_validation, manifest.num_merged) == (20 + 20 + 3, 60)
+        assert (manifest.num_input_rows, manifest.num_quarantined, manifest.max_completions) == (103, {}, 4)
+        report = json.loads(Path(prepared.directory, "report.json").read_text())
+        assert report["grouping"] == manifest.grouping.model_dump()
+        assert "incomplete 20, contradictory 3" in Path(prepared.directory, "report.html").read_text()
+        _check_shards(prepared)
+        tables.append([_table(prepared, split).to_pylist() for split in ("train", "validation")])
+    assert tables[0] == tables[1]
+    assert all(tables[0])

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayward.data.comparison import BadRow, Comparison, RowRejected, dense_ranks, digest, shared_prefix_length
+from rayward.data.grouping import unfold
 from rayward.data.records import load_record
 from rayward.data.steps import ENCODED_SCHEMA, Policy, printable
 from rayward.encoder import Encoder, Encoding
@@ -23,8 +24,8 @@ def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> 
         full: the same without a token limit, to see whether anything was cut.
         policy: seed and policies.
     """
-    rows = table.to_pylist()
-    for row in rows:
+
+    def encoded(row: dict[str, Any]) -> dict[str, Any]:
         if row["split"] is not None:
             comparison = load_record(row["record"])
             try:
@@ -33,6 +34,9 @@ def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> 
                 row["order"] = f"{row['split']} {digest([policy.seed, comparison.id])} {row['content_key']}"
             except RowRejected as exc:
                 row["split"], row["reason"], row["detail"] = None, exc.reason.value, exc.detail
+        return row
+
+    rows = [each for row in table.to_pylist() for each in unfold(row, encoded, policy.group_tokens or 0)]
     return pa.Table.from_pylist(rows, schema=ENCODED_SCHEMA)
 
 

@@ -159,6 +159,31 @@ class ShardEntry(BaseModel):
     num_rows: int
 
 
+class Grouping(BaseModel):
+    """What `data.group_pairs` did with the ranked rows that share a completion with another one.
+
+    Attributes:
+        groups: comparisons made; joined: rows that they were made of.
+        incomplete: rows left as they were, because their judgements do not order every two completions.
+        contradictory: rows left because by their judgements a completion is better than itself.
+        apart: rows left because they carry a margin, a strength or ratings, or have another source or weight than the rest.
+        unfit: rows left because their group is larger than `data.group_tokens`, or one of its completions is quarantined.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    groups: int = 0
+    joined: int = 0
+    incomplete: int = 0
+    contradictory: int = 0
+    apart: int = 0
+    unfit: int = 0
+
+    def left(self) -> str:
+        """The rows that did not join, by reason, in words; empty without any."""
+        reasons = ("incomplete", "contradictory", "apart", "unfit")
+        return ", ".join(f"{reason} {getattr(self, reason):,}" for reason in reasons if getattr(self, reason))
+
+
 class Manifest(BaseModel):
     """Counts of a prepared directory. num_input_rows = num_train + num_validation + num_merged + sum(num_quarantined.values()).
 
@@ -168,7 +193,8 @@ class Manifest(BaseModel):
         longest_conversation_tokens: over both splits, prefix and the longest branch; at most the contract's `max_tokens`.
         total_train_tokens: prefix once and branches; total_train_tokens_unshared: the prefix once per completion.
         length_histogram: train rows by upper bound of tokens (see `LENGTH_BIN`).
-        num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`).
+        num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`, `data.group_pairs`).
+        grouping: what `data.group_pairs` did, over both splits.
         labels: what is known about the labels, over both splits.
         sources: train rows by source.
     """
@@ -180,6 +206,7 @@ class Manifest(BaseModel):
     num_train: int
     num_validation: int
     num_merged: int = 0
+    grouping: Grouping = Grouping()
     num_quarantined: dict[str, int]
     train_shards: tuple[ShardEntry, ...]
     validation_shards: tuple[ShardEntry, ...]

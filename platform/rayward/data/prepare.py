@@ -41,9 +41,10 @@ from rayward.data.comparison import PREPARED_SCHEMA, BadRow, digest
 from rayward.data.encoding import encode
 from rayward.data.files import BATCH_ROWS, ReadUnit
 from rayward.data.inputs import Inputs, inspect_inputs, plan_reads, storage_location
-from rayward.data.manifest import MANIFEST_FILE, Manifest, PreparedData, ShardEntry, SplitStats
+from rayward.data.manifest import MANIFEST_FILE, Grouping, Manifest, PreparedData, ShardEntry, SplitStats
 from rayward.data.report import EXAMPLES_PER_REASON, build_report, render_html
 from rayward.data.sources import SourceOptions
+from rayward.data.tally import Tally
 from rayward.encoder import Encoder
 from rayward.errors import DataError, TooManyBadRowsError
 from rayward.reading import DEFAULT_SEPARATOR
@@ -65,7 +66,7 @@ NO_LIMIT = 2**31 - 1
 class _Outcome:
     """What came out of the shards and the quarantine."""
 
-    tally: steps.Tally
+    tally: Tally
     examples: dict[str, list[dict[str, Any]]]
     shards: dict[str, tuple[ShardEntry, ...]]
     stats: dict[str, SplitStats]
@@ -144,7 +145,8 @@ def _run(
         config.data.ties,
         config.data.merge_prompts,
         None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
-        config.data.step_separator or DEFAULT_SEPARATOR,
+        group_tokens=config.group_tokens,
+        step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
     )
     encoder = ray.put((inputs.contract, inputs.tokenizer))
     encoded = (
@@ -157,7 +159,7 @@ def _run(
         .map_batches(partial(_encode, reference=[encoder], policy=policy), batch_size=BATCH_ROWS, batch_format="pyarrow")
         .materialize()
     )
-    tally = steps.Tally.merged(_summaries(encoded, steps.Tally.of))
+    tally = Tally.merged(_summaries(encoded, Tally.of))
     if tally.damaged:
         raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
     used, quarantined = tally.splits.total(), tally.quarantined.total()
@@ -283,6 +285,7 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
         num_train=outcome.tally.splits["train"],
         num_validation=outcome.tally.splits["validation"],
         num_merged=outcome.tally.num_merged,
+        grouping=Grouping(**outcome.tally.grouping),
         num_quarantined=dict(sorted(outcome.tally.quarantined.items())),
         train_shards=outcome.shards["train"],
         validation_shards=outcome.shards["validation"],
@@ -338,6 +341,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         formats=Counter(name for name, _ in formats.values()),
         overlap=outcome.tally.overlap,
         num_merged=outcome.tally.num_merged,
+        grouping=Grouping(**outcome.tally.grouping),
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")

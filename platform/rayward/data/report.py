@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayward.data.comparison import BadRow
-from rayward.data.manifest import SplitStats
+from rayward.data.manifest import Grouping, SplitStats
 
 EXAMPLES_PER_REASON = 3
 MEANING: dict[BadRow, str] = {
@@ -50,6 +50,7 @@ def build_report(
     formats: Mapping[str, int],
     overlap: int,
     num_merged: int = 0,
+    grouping: Grouping | None = None,
 ) -> dict[str, Any]:
     """Collect what `report.json` says.
 
@@ -58,6 +59,7 @@ def build_report(
         formats: number of files by format.
         overlap: prompts that stand in train and in validation.
         num_merged: rows whose completions stand in another row's comparison.
+        grouping: what `data.group_pairs` did.
     """
     both = SplitStats.merged([train, validation])
     return {
@@ -66,6 +68,7 @@ def build_report(
         "num_train": train.num_rows,
         "num_validation": validation.num_rows,
         "num_merged": num_merged,
+        "grouping": (grouping or Grouping()).model_dump(),
         "num_quarantined": dict(sorted(quarantined.items())),
         "unranked": both.num_unranked,
         "unrated": both.num_unrated,
@@ -143,6 +146,7 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 def _checks(report: Mapping[str, Any]) -> str:
     wins = report["longer_wins"]
+    groups = Grouping.model_validate(report["grouping"])
     rows = [
         ("prompts in train and in validation", f"{report['train_validation_prompt_overlap']:,}", "0 by construction"),
         ("duplicates", f"{report['duplicates']:,}", "one copy of each was kept"),
@@ -155,6 +159,8 @@ def _checks(report: Mapping[str, Any]) -> str:
             f"{wins['longer']:,} / {wins['shorter']:,} / {wins['equal_length']:,}",
             "length in tokens",
         ),
+        ("rows joined / groups made of them", f"{groups.joined:,} / {groups.groups:,}", "data.group_pairs"),
+        *([("rows that did not join", groups.left(), "each stays a comparison of its own")] if groups.left() else []),
         ("longest comparison", f"{max(report['train']['longest_comparison'], report['validation']['longest_comparison']):,}", "tokens"),
     ]
     return _table(("check", "value", "note"), rows)

@@ -7,8 +7,8 @@ Text travels as ASCII-escaped JSON, because Arrow strings cannot hold the lone s
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from rayward.data.comparison import (
     validate,
 )
 from rayward.data.files import BATCH_ROWS, RawRow, ReadUnit, read_unit
+from rayward.data.grouping import fold
 from rayward.data.records import dump_record, joined, load_record
 from rayward.data.sources import FORMATS, SourceOptions
 from rayward.errors import DataError
@@ -35,7 +36,7 @@ RAW_LIMIT = 2000
 READ_SCHEMA = pa.schema(
     [
         # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
-        # file) | overlap (number = prompts in both splits)
+        # file) | overlap (number = prompts in both splits) | grouping (number = rows or groups of what detail says)
         pa.field("kind", pa.string()),
         pa.field("role", pa.string()),
         pa.field("file", pa.string()),
@@ -55,6 +56,7 @@ ADAPTED_SCHEMA = pa.schema(
         pa.field("judgement_key", pa.string()),
         pa.field("bucket", pa.int64()),  # rows of one prompt share a bucket
         pa.field("split", pa.string()),  # train | validation; null for rows that are not used
+        pa.field("members", pa.string()),  # of a folded group its rows, else null
     ]
 )
 ENCODED_SCHEMA = pa.schema(
@@ -94,6 +96,7 @@ class Policy:
         ties: policy for completions of equal rank.
         merge_prompts: unranked rows of one prompt become one comparison.
         rank_by: column and name of the attribute that ranks what is unranked.
+        group_tokens: ranked rows of one prompt join into groups of at most so many tokens; None: they stay rows.
         step_separator: text between two steps of a completion.
     """
 
@@ -103,6 +106,7 @@ class Policy:
     ties: Literal["quarantine", "keep"] = "quarantine"
     merge_prompts: bool = False
     rank_by: tuple[int, str] | None = None
+    group_tokens: int | None = None
     step_separator: str = DEFAULT_SEPARATOR
 
 
@@ -226,7 +230,8 @@ def judge(table: pa.Table, policy: Policy) -> pa.Table:
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
     sides = {side: {key for key, split in zip(prompt, splits, strict=True) if split == side} for side in ("train", "validation")}
     overlap = {"kind": "overlap", "number": len(sides["train"] & sides["validation"]), "raw": ""}
-    return pa.concat_tables([table, pa.Table.from_pylist([overlap], schema=ADAPTED_SCHEMA)])
+    table = pa.concat_tables([table, pa.Table.from_pylist([overlap], schema=ADAPTED_SCHEMA)])
+    return table if policy.group_tokens is None else fold(table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,59 +273,3 @@ def _join_unranked(rows: _Rows, policy: Policy) -> None:
 
 def _held_out(prompt_key: str, policy: Policy) -> bool:
     return int(digest([policy.seed, "split", prompt_key])[:16], 16) < policy.validation_fraction * 2.0**64
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """Counts of encoded rows, mergeable.
-
-    Attributes:
-        read: rows that the readers saw, counted where they were read.
-        overlap: prompts that stand in both splits.
-        num_merged: rows whose completions stand in another row's comparison.
-        splits: rows by split; quarantined: rows by reason; sources: quarantined rows by source.
-        damaged: messages about files that could not be read to the end.
-    """
-
-    read: int
-    overlap: int
-    num_merged: int
-    splits: Counter[str]
-    quarantined: Counter[str]
-    sources: Counter[str]
-    damaged: tuple[str, ...]
-
-    @classmethod
-    def of(cls, table: pa.Table) -> str:
-        """Count a block; JSON for the way to the driver."""
-        names = ("kind", "split", "reason", "source", "number", "detail")
-        read, overlap, merged, damaged = 0, 0, 0, []
-        splits, quarantined, sources = Counter[str](), Counter[str](), Counter[str]()
-        for kind, split, reason, source, number, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-            if kind == "total":
-                read += number
-            elif kind == "overlap":
-                overlap += number
-            elif kind == "damaged":
-                damaged.append(detail)
-            elif kind == "merged":
-                merged += 1
-            elif split is not None:
-                splits[split] += 1
-            else:
-                quarantined[reason] += 1
-                sources[source] += 1
-        return json.dumps([read, overlap, merged, splits, quarantined, sources, damaged])
-
-    @classmethod
-    def merged(cls, parts: Iterable[str]) -> Tally:
-        """Sum of the blocks."""
-        read, overlap, merged, damaged = 0, 0, 0, list[str]()
-        counters = Counter[str](), Counter[str](), Counter[str]()
-        for part in parts:
-            rows, shared, joined_rows, *counts, messages = json.loads(part)
-            read, overlap, merged = read + rows, overlap + shared, merged + joined_rows
-            damaged += messages
-            for counter, count in zip(counters, counts, strict=True):
-                counter.update(count)
-        return cls(read, overlap, merged, *counters, tuple(sorted(set(damaged))))

@@ -128,11 +128,8 @@ def evaluate(
             f"data is {data!r} and prepared is {prepared!r}; the rule is exactly one of them",
             remedy="give raw files with data, or a prepared directory with prepared",
         )
-    if "://" in output:
-        raise ConfigError(f"output {output!r} is a URI; reports are written to a local directory", remedy="give a local path")
     version = _version(model)
-    directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = _local_directory(output)
     raw_config = data_config or parse_config({}, DataConfig)
     held_out = read_prepared(prepared) if prepared else read_raw(data or (), raw_config, download_to=str(directory / "downloads"))
     if benchmark is not None:
@@ -154,12 +151,19 @@ def evaluate(
         scored = dict(_records(dataset))
     records = merge(held_out, scored)
     write_scores(records, directory / SCORES_FILE)
-    locations = (prepared,) if prepared else tuple(data or ())
-    evaluation = summarise(records, model=model, model_version=version, data=locations, bootstrap_samples=bootstrap_samples, seed=seed)
+    where = (prepared,) if prepared else tuple(data or ())
+    evaluation = summarise(records, model=model, model_version=version, data=where, bootstrap_samples=bootstrap_samples, seed=seed)
     if benchmark is not None:
         evaluation = evaluation.model_copy(update={"benchmark": benchmark.aggregate(records)})
     write_results(evaluation, directory)
     return evaluation
+
+
+def _local_directory(output: str) -> Path:
+    if "://" in output:
+        raise ConfigError(f"output {output!r} is a URI; reports are written to a local directory", remedy="give a local path")
+    Path(output).mkdir(parents=True, exist_ok=True)
+    return Path(output)
 
 
 def write_results(evaluation: Evaluation, directory: Path) -> tuple[Path, ...]:

@@ -13,6 +13,7 @@ from rayward.config import DataConfig
 from rayward.data import steps
 from rayward.data.comparison import BadRow, RowRejected, validate
 from rayward.data.sources import FORMATS, SourceOptions, choose_format
+from rayward.data.tally import Tally
 
 PLAIN = SourceOptions("set")
 HELPSTEER2 = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -207,5 +208,5 @@ def test_counts_add_up_with_merged_rows() -> None:
     adapted = steps.adapt(table, steps.Adaptation({"f": ("helpsteer2", TWO)}, "quarantine", 1))
     judged_rows = steps.judge(adapted, steps.Policy(0, 0.0, "truncate", merge_prompts=True))
     columns = judged_rows.select(["kind", "split", "reason", "source", "number", "detail"])
-    tally = steps.Tally.merged([steps.Tally.of(columns)])
+    tally = Tally.merged([Tally.of(columns)])
     assert (tally.read, tally.num_merged, tally.splits.total(), tally.quarantined.total()) == (4, 1, 2, 1)
