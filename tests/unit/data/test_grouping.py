@@ -12,10 +12,12 @@ import pytest
 from tests.helpers.tokenizer import CHATML, make_tokenizer
 
 from rayward.config import load_config
-from rayward.contract import Contract, Encoder
+from rayward.contract import Contract
 from rayward.data import steps
+from rayward.data.encoding import encode
 from rayward.data.sources import SourceOptions
 from rayward.data.tally import Tally
+from rayward.encoder import Encoder
 from rayward.errors import ConfigError
 
 MAX_TOKENS = 100
@@ -43,7 +45,7 @@ def prepared(rows: list[dict[str, Any]], encoders: Encoders, *, buckets: int = 1
     numbers = adapted.column("bucket").to_pylist()
     parts = [adapted.take([i for i, number in enumerate(numbers) if number == bucket]) for bucket in range(buckets)]
     judged = pa.concat_tables([steps.judge(part, rule) for part in parts])
-    return pa.concat_tables([steps.encode(judged.slice(i, 1), *encoders, rule) for i in range(judged.num_rows)])
+    return pa.concat_tables([encode(judged.slice(i, 1), *encoders, rule) for i in range(judged.num_rows)])
 
 
 def used(table: pa.Table) -> list[dict[str, Any]]:
@@ -104,7 +106,7 @@ def test_ties_take_part_where_they_are_kept(encoders: Encoders) -> None:
     adapted = steps.adapt(
         pa.Table.from_pylist(raw, schema=steps.READ_SCHEMA), steps.Adaptation({"f": ("ranking", SourceOptions("set"))}, "keep", 1)
     )
-    (group,) = used(steps.encode(steps.judge(adapted, rule), *encoders, rule))
+    (group,) = used(encode(steps.judge(adapted, rule), *encoders, rule))
     assert (json.loads(group["completions_json"]), group["ranks"]) == (["a", "b", "c"], [0, 0, 1])
 
 
