@@ -128,8 +128,8 @@ def evaluate(
             f"data is {data!r} and prepared is {prepared!r}; the rule is exactly one of them",
             remedy="give raw files with data, or a prepared directory with prepared",
         )
-    version = _version(model)
     directory = _local_directory(output)
+    version = _version(model)
     raw_config = data_config or parse_config({}, DataConfig)
     held_out = read_prepared(prepared) if prepared else read_raw(data or (), raw_config, download_to=str(directory / "downloads"))
     if benchmark is not None:
