@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -101,18 +102,21 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
     train = _write(tmp_path / "train.jsonl", [row for _, row in planted])
     ranking = {"prompt": "three", "completions": ["a", "b", "c"]}
     rated = [{"prompt": "rated", "completions": ["a", "b"], "attributes": ratings} for ratings in ([[9], [1]], [[None], [None]])]
-    rows = [ranking | {"ranks": [2, 0, 1]}, ranking | {"ranks": [1, 1, 1]}, ranking | {"ranks": [1]}, *rated]
+    stepped = {"prompt": "steps", "completions": ["a|b", "c"], "ranks": [0, 1], "step_labels": [[1], [0]]}
+    rows = [ranking | {"ranks": [2, 0, 1]}, ranking | {"ranks": [1, 1, 1]}, ranking | {"ranks": [1]}, *rated, stepped]
     ranked = _write(tmp_path / "ranked.jsonl", rows)
     held_out = [{"prompt": "held out", "chosen": "1", "rejected": "2"}, {"prompt": "more", "chosen": "1", "rejected": "2"}]
     validation = _write(tmp_path / "validation.jsonl.gz", held_out)
     options = (f"data.validation=[{validation}]", "data.max_bad_fraction=1.0", "data.rows_per_shard=8")
-    options += ("data.attributes=[quality]", "data.attribute_range=[0,4]")
+    options += ("data.attributes=[quality]", "data.attribute_range=[0,4]", "data.step_separator='|'")
     prepared = prepare(_config(tokenizer_path, tmp_path, [train, ranked], *options))
     manifest = prepared.manifest
-    expected = Counter(reason.value for reason, _ in planted if reason) + Counter(tie=1, bad_ranking=1, bad_rating=1, no_rating=1)
+    expected = Counter(reason.value for reason, _ in planted if reason) + Counter(
+        tie=1, bad_ranking=1, bad_rating=1, no_rating=1, bad_steps=1
+    )
     assert manifest.num_quarantined == dict(expected)
-    assert set(manifest.num_quarantined) == {reason.value for reason in BadRow}
-    assert (manifest.num_input_rows, manifest.num_train, manifest.num_validation) == (len(planted) + 7, 22, 2)
+    assert set(manifest.num_quarantined) == {reason.value for reason in BadRow} - {BadRow.NO_CRITIQUE}  # the next test
+    assert (manifest.num_input_rows, manifest.num_train, manifest.num_validation) == (len(planted) + 8, 22, 2)
     assert manifest.num_input_rows == manifest.num_train + manifest.num_validation + sum(manifest.num_quarantined.values())
 
     records = [json.loads(line) for path in Path(prepared.directory, "quarantine").iterdir() for line in path.read_text().splitlines()]
@@ -127,6 +131,36 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
     assert (report["rows_truncated"], report["train_validation_prompt_overlap"]) == (1, 0)
     assert Path(prepared.directory, "report.html").stat().st_size > 10_000
     _check_shards(prepared)
+
+
+def test_critiques_and_steps_are_prepared_where_they_stand_in_the_ids(tmp_path: Path, tokenizer_path: Path) -> None:
+    pair = {"chosen": "one|two", "rejected": "three", "chosen_feedback": "Right.", "rejected_feedback": "Wrong."}
+    rows = [{"prompt": f"p{i}", **pair} for i in range(6)]
+    rows += [{"prompt": "none", "chosen": "a", "rejected": "b"}, {"prompt": "blank", **pair, "chosen_feedback": " "}]
+    options = ("data.critique_lead_in='Judge:'", "data.validation_fraction=0.0", "data.max_bad_fraction=1.0")
+    prepared = prepare(_config(tokenizer_path, tmp_path, _write(tmp_path / "pairs.jsonl", rows), *options))
+    assert prepared.manifest.num_quarantined == {"no_critique": 2}
+    encoder = Encoder(Contract.load(Path(prepared.directory)), load_tokenizer(f"{prepared.directory}/tokenizer"))
+    assert encoder.contract.critique_lead_in == "Judge:"
+    for row in _table(prepared, "train").to_pylist():
+        texts, critiques, prompt = (json.loads(row[f"{name}_json"]) for name in ("completions", "critiques", "prompt"))
+        parts = [encoder.encode_parts(prompt, *both) for both in zip(texts, critiques, strict=True)]
+        assert [row["prefix_ids"] + branch for branch in row["branch_ids"]] == [part.ids for part in parts]
+        assert row["text_starts"] == [part.text_start for part in parts]
+        assert (row["step_ends"], row["step_labels"]) == (None, None)
+
+    steps = [{"prompt": f"p{i}", "completions": ["one", "two"], "labels": [True, None]} for i in range(4)]
+    options = ("data.step_separator='|'", "data.validation_fraction=0.0")
+    prepared = prepare(_config(tokenizer_path, tmp_path, _write(tmp_path / "steps.jsonl", steps), *options))
+    assert prepared.manifest.labels.num_without_steps == 0
+    encoder = Encoder(Contract.load(Path(prepared.directory)), load_tokenizer(f"{prepared.directory}/tokenizer"))
+    for row in _table(prepared, "train").to_pylist():
+        (text,) = json.loads(row["completions_json"])
+        assert text == "one|two"
+        assert row["step_ends"] == [list(encoder.encode_parts(json.loads(row["prompt_json"]), text, separator="|").step_ends or ())]
+        ((right, missing),) = row["step_labels"]
+        assert right == 1.0
+        assert math.isnan(missing)
 
 
 def _check_shards(prepared: PreparedData) -> None:
