@@ -65,6 +65,8 @@ def recipe(name: str, *overrides: str) -> Config:
     if config.model.architecture is None:
         return config
     architecture = {**config.model.architecture, "hidden_size": 64, "intermediate_size": 192}
+    if name == "language_auxiliary":
+        architecture["tie_word_embeddings"] = True  # one parameter in two modules under ZeRO-3
     return load_config(files, [*SMALLER, *overrides, f"model.architecture={json.dumps(architecture)}"])
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from rayward.config import ModelConfig
 from rayward.contract import CONTRACT_FILE, Contract
@@ -257,10 +258,6 @@ def weight_source(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> 
         return random
     embedding = model.get_input_embeddings().weight
     directory = resolve_model_dir(config.path, config.revision)
-    if hasattr(model, "lm_head") and "lm_head.bias" in weight_map(directory):
-        raise ModelLoadError(
-            f"the language-model head of {directory} has a bias, which is not computed here", remedy="use another architecture"
-        )
     names = cast(dict[int, str], model.config.id2label)
     return SafetensorsSource(
         directory,
@@ -269,6 +266,28 @@ def weight_source(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> 
         fallback=random,
         embedding=next((name for name, parameter in model.named_parameters() if parameter is embedding), None),
     )
+
+
+def check_language_head(directory: Path, config: PretrainedConfig) -> None:
+    """Check that a checkpoint brings the language-model head that a run keeps.
+
+    Raises:
+        ModelLoadError: it has none, or one with a bias.
+    """
+    file_of = weight_map(directory)
+    if "lm_head.bias" in file_of:
+        raise ModelLoadError(
+            f"the language-model head of {directory} has a bias, which is not computed here", remedy="use another architecture"
+        )
+    if LANGUAGE_HEAD not in file_of and not _is_tied(config):
+        raise ModelLoadError(
+            f"{directory} has no {LANGUAGE_HEAD}; a language-model loss and critiques need the head of a language model",
+            remedy="start from a causal language model, or from an export that was trained with objective.language_coefficient above 0",
+        )
+
+
+def _is_tied(config: PretrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def head_row(directory: Path, config: ModelConfig, outputs: tuple[str, ...]) -> int | None:
@@ -315,12 +334,17 @@ def load_reward_model(
     Raises:
         ModelLoadError: it cannot be loaded, or its head would be newly initialised.
     """
+    verbosity = transformers_logging.get_verbosity()
     try:
+        # Its report of a kept language-model head reads like a fault; what is missing is our own error.
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         model, info = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
         raise ModelLoadError(
             f"{directory} cannot be loaded as a sequence-classification model: {exc}", remedy="check the directory"
         ) from exc
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelLoadError(
@@ -332,17 +356,12 @@ def load_reward_model(
         model.score.float()
     gate = Gating.load(directory / GATING_FILE).to(device) if (directory / GATING_FILE).is_file() else None
     loaded = RewardModel(model, max_tokens=max_tokens, layout=layout, gate=gate, with_language=with_language).eval()
-    if with_language and not getattr(model.config, "tie_word_embeddings", False):
-        _load_language_head(loaded, directory)
+    if with_language:
+        check_language_head(directory, model.config)
+        if not _is_tied(model.config):
+            with safe_open(directory / weight_map(directory)[LANGUAGE_HEAD], framework="pt") as file, torch.no_grad():
+                cast(nn.Linear, model.lm_head).weight.copy_(file.get_tensor(LANGUAGE_HEAD))
     return loaded
-
-
-def _load_language_head(model: RewardModel, directory: Path) -> None:
-    file_of = weight_map(directory)
-    if LANGUAGE_HEAD not in file_of:
-        raise ModelLoadError(f"{directory} has no {LANGUAGE_HEAD}, so it cannot write critiques", remedy="export the model again")
-    with safe_open(directory / file_of[LANGUAGE_HEAD], framework="pt") as file, torch.no_grad():
-        cast(nn.Linear, model.model.lm_head).weight.copy_(file.get_tensor(LANGUAGE_HEAD))
 
 
 def head_sha256(tensors: Mapping[str, Tensor]) -> str:

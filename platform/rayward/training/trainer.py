@@ -69,7 +69,7 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     """
     from accelerate import init_empty_weights
 
-    from rayward.model.loading import build_reward_model, head_row, resolve_hf_config, resolve_model_dir
+    from rayward.model.loading import build_reward_model, check_language_head, head_row, resolve_hf_config, resolve_model_dir
 
     # Workers run in other directories than the driver.
     local = {key: os.path.abspath(path) for key in ("path", "tokenizer") if (path := getattr(config.model, key)) and os.path.isdir(path)}
@@ -91,10 +91,19 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     objective = config.objective
     contract = contract.for_head(config.outputs, objective.reward_weights(config.outputs), objective.reading(config.data.step_separator))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
+    with_language = objective.language_coefficient > 0
     if config.model.path is not None:
-        head_row(resolve_model_dir(config.model.path, config.model.revision), config.model, config.outputs)
+        directory = resolve_model_dir(config.model.path, config.model.revision)
+        head_row(directory, config.model, config.outputs)
+        if with_language:
+            check_language_head(directory, hf_config)
     with init_empty_weights(include_buffers=False):
-        model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=objective.language_coefficient > 0)
+        model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=with_language)
+    if objective.place != "end" and not model.has_linear_head:
+        raise ConfigError(
+            f"objective {objective.type} reads the head at {objective.place}, and {type(model.model).__name__} pools by itself",
+            remedy="use a decoder model, or an objective that is read at the end",
+        )
     longest = manifest.longest_comparison_tokens
     if model.layout == "padded":
         logger.warning("prefixes are not shared and rows are padded, because of the model: %s", model.why_padded)

@@ -18,7 +18,7 @@ from rayward.data.packing import EncodedComparison, Layout, pack, plan_step, tau
 from rayward.data.shares import StepShare
 from rayward.errors import ModelLoadError
 from rayward.model import heads
-from rayward.model.loading import RandomInit, build_reward_model, load_reward_model, weight_source
+from rayward.model.loading import RandomInit, build_reward_model, check_language_head, load_reward_model, weight_source
 from rayward.model.reward_model import RewardModel, taught_tensors, to_tensors
 from rayward.objectives import BradleyTerryObjective, Objective
 from rayward.training.engine import TorchEngine, initialize
@@ -181,6 +181,9 @@ def test_a_model_without_a_language_head_is_refused(tmp_path: Path) -> None:
     scaled = LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"}, logits_scaling=2.0)
     with pytest.raises(ModelLoadError, match="scales its logits"):
         build_reward_model(scaled, max_tokens=64, with_language=True)
+    tiny_model().model.save_pretrained(tmp_path / "rewards")
+    with pytest.raises(ModelLoadError, match="need the head of a language model"):
+        check_language_head(tmp_path / "rewards", LlamaConfig())
     causal_model().save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
     with pytest.raises(ModelLoadError, match=r"lacks weights for score\.weight"):

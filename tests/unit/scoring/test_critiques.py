@@ -120,7 +120,7 @@ def test_an_item_without_room_for_a_critique_fails_alone(scorer: Scorer) -> None
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"with_head": False}, ModelLoadError, "cannot write critiques"),
+        ({"with_head": False}, ModelLoadError, "need the head of a language model"),
         ({"golden_shift": 0.1}, ContractMismatchError, "golden scores: conversation 0"),
     ],
 )
