@@ -31,6 +31,9 @@ METHODS: dict[str, tuple[str | None, list[str], str]] = {
     "Plackett-Luce": ("plackett_luce", [], "rankings"),
     "regression": ("regression", [], "attribute ratings"),
     "outcome": ("outcome", [], "right or wrong"),
+    "outcome, every token": ("outcome_tokens", [], "right or wrong"),
+    "process": ("process", [], "labels of steps"),
+    "all pairs, language loss": ("language_auxiliary", [], "rankings"),
 }
 NUM_TRAIN, NUM_TEST, SEED, TEST_SEED = 24_000, 1_000, 0, 7
 
