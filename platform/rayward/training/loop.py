@@ -150,11 +150,13 @@ def run_steps(
     first_step: int,
     stop_step: int,
     on_step: StepCallback,
+    epoch_start: int = 0,
 ) -> None:
     """Train on the shares of steps first_step .. stop_step - 1, in order.
 
     Args:
         on_step: called on every rank after each step with (steps done, metrics).
+        epoch_start: step that the epoch began with; the stream of an epoch counts its steps from 0.
 
     Raises:
         StreamOrderError: a share is not the one that is due, or the stream ends early.
@@ -164,7 +166,7 @@ def run_steps(
         started = time.perf_counter()
         share = next(shares, None)
         waited_s = time.perf_counter() - started
-        found = None if share is None else (share.step, share.rank, share.world_size)
+        found = None if share is None else (epoch_start + share.step, share.rank, share.world_size)
         if share is None or found != (step, engine.rank, engine.world_size):
             raise StreamOrderError(
                 f"rank {engine.rank} of {engine.world_size} waits for step {step} and the stream has {found or 'ended'}",

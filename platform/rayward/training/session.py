@@ -244,6 +244,7 @@ class Session:
                 first_step=step,
                 stop_step=stop,
                 on_step=self._after_step,
+                epoch_start=epoch * job.steps_per_epoch,
             )
             step = stop
 
