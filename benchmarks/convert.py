@@ -3,20 +3,32 @@
     python benchmarks/convert.py DATA OUT
 
 ethics_util_train, ethics_util_test (more_pleasant, less_pleasant) become TRL pairs under a neutral, numbered question; rmb_bon (one
-best answer, several losers) becomes rankings. Files that DATA lacks are left out.
+best answer, several losers) becomes rankings; ukp_convarg1_ranking (arguments of a topic in the order of a crowd) becomes short
+rankings for training and whole ones of other topics for testing; of unieval_human_attributes the two sets of system utterances become
+rated completions, every fifth prompt for testing. Files that DATA lacks are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import html
 import json
-from collections.abc import Callable
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 FIRST_TEST_DAY = 100_000
+GROUP_SIZE = 8
+ROUNDS = 5
+TEST_TOPIC_EVERY = 3
+TEST_PROMPT_EVERY = 5
+PLACES = {"data2text/sfres": "restaurant", "data2text/sfhot": "hotel"}
+"""The subsets of UniEval in which people rated one utterance of a dialogue system from 1 to 6, and what the dialogue is about."""
 
 
 def ethics_train(row: Row, number: int) -> Row:
@@ -40,11 +52,98 @@ def best_of_n(row: Row, number: int) -> Row:
     return {"prompt": prompt, "completions": answers, "ranks": [0, *([1] * (len(answers) - 1))]}
 
 
-CONVERTERS: dict[str, Callable[[Row, int], Row]] = {
-    "ethics_util_train": ethics_train,
-    "ethics_util_test": ethics_test,
-    "rmb_bon": best_of_n,
+def argument_rankings(rows: Sequence[Row]) -> list[Row]:
+    """Short rankings for training: the arguments of a side are dealt into groups of eight, five times over in other orders."""
+    rankings = []
+    for row in rows:
+        if _is_test_topic(row, rows):
+            continue
+        for number in range(ROUNDS):
+            dealt = _arguments(row)
+            random.Random(f"{row['topic']} {number}").shuffle(dealt)
+            # What is left over at the end of a round is in another group of the next one.
+            starts = range(0, len(dealt) - GROUP_SIZE + 1, GROUP_SIZE)
+            rankings += [_argument_ranking(row["topic"], dealt[start : start + GROUP_SIZE]) for start in starts]
+    return rankings
+
+
+def argument_rankings_test(rows: Sequence[Row]) -> list[Row]:
+    """One ranking of all arguments for each side of every third topic."""
+    return [_argument_ranking(row["topic"], _arguments(row)) for row in rows if _is_test_topic(row, rows)]
+
+
+def _is_test_topic(row: Row, rows: Sequence[Row]) -> bool:
+    # Both sides of a topic are on the same side of the split: they share vocabulary and often answer each other.
+    topics = sorted({_topic(other) for other in rows})
+    return topics.index(_topic(row)) % TEST_TOPIC_EVERY == 0
+
+
+def _topic(row: Row) -> str:
+    return str(row["topic"]).split("_")[0]
+
+
+def _arguments(row: Row) -> list[tuple[str, float]]:
+    # An argument that was posted twice stands once, with the mean of its places.
+    scores = defaultdict(list)
+    for candidate in row["candidates"]:
+        text = html.unescape(re.sub(r"\s*<br/>\s*", "\n", candidate["text"])).strip()
+        scores[text].append(candidate["rank_score"])
+    return [(text, sum(values) / len(values)) for text, values in scores.items()]
+
+
+def _argument_ranking(topic: str, arguments: Sequence[tuple[str, float]]) -> Row:
+    # topic is `some-question_one-side`; rank_score is lower for the more convincing argument, as `ranks` is.
+    question, side = (re.sub("-+", " ", part).strip() for part in topic.split("_", 1))
+    texts, scores = zip(*arguments, strict=True)
+    return {"prompt": f"{question}: argue for {side}", "completions": texts, "ranks": scores, "source": topic}
+
+
+def rated_utterances(rows: Sequence[Row]) -> list[Row]:
+    """Prompts whose utterances are for training."""
+    return [row for number, row in enumerate(_rated_prompts(rows)) if number % TEST_PROMPT_EVERY]
+
+
+def rated_utterances_test(rows: Sequence[Row]) -> list[Row]:
+    """Every fifth prompt, in the order of the file."""
+    return _rated_prompts(rows)[::TEST_PROMPT_EVERY]
+
+
+def _rated_prompts(rows: Sequence[Row]) -> list[Row]:
+    # One row for each meaning to be said, with all utterances for it; an utterance that was rated twice has the mean. Where there is
+    # but one, nothing can be ranked: it is left out.
+    prompts: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["subset"] in PLACES:
+            prompts[row["subset"], row["source"]][row["system_output"]].append(row["scores"])
+    return [
+        {
+            "prompt": f"In a dialogue about a {PLACES[subset]}, say: {meaning}",
+            "completions": list(utterances),
+            "attributes": [
+                {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]} for scores in utterances.values()
+            ],
+            "source": subset,
+        }
+        for (subset, meaning), utterances in prompts.items()
+        if len(utterances) > 1
+    ]
+
+
+def each(function: Callable[[Row, int], Row]) -> Callable[[Sequence[Row]], list[Row]]:
+    """A converter of rows, with their number from 1, as one of files."""
+    return lambda rows: [function(row, number) for number, row in enumerate(rows, 1)]
+
+
+CONVERTERS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Row]]]] = {
+    "ethics_util_train": ("ethics_util_train", each(ethics_train)),
+    "ethics_util_test": ("ethics_util_test", each(ethics_test)),
+    "rmb_bon": ("rmb_bon", each(best_of_n)),
+    "ukp_convarg1_ranking_train": ("ukp_convarg1_ranking", argument_rankings),
+    "ukp_convarg1_ranking_test": ("ukp_convarg1_ranking", argument_rankings_test),
+    "unieval_utterances_train": ("unieval_human_attributes", rated_utterances),
+    "unieval_utterances_test": ("unieval_human_attributes", rated_utterances_test),
 }
+"""Name of the written file -> name of the file that it is made of, and how."""
 
 
 def convert(source: Path, target: Path, *, test_rows: int | None = None) -> list[Path]:
@@ -55,14 +154,15 @@ def convert(source: Path, target: Path, *, test_rows: int | None = None) -> list
     """
     target.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, function in CONVERTERS.items():
-        path = source / f"{name}.jsonl.gz"
+    for name, (original, function) in CONVERTERS.items():
+        path = source / f"{original}.jsonl.gz"
         if not path.is_file():
             continue
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            rows = [function(json.loads(line), number) for number, line in enumerate(lines, 1) if line.strip()]
+            rows = function([json.loads(line) for line in lines if line.strip()])
         if test_rows is not None and name.endswith("_test"):
-            rows = [rows[i * len(rows) // test_rows] for i in range(min(test_rows, len(rows)))]
+            kept = min(test_rows, len(rows))
+            rows = [rows[i * len(rows) // kept] for i in range(kept)]
         out = target / f"{name}.jsonl"
         out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         written.append(out)

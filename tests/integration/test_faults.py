@@ -156,6 +156,23 @@ def test_another_number_of_workers_continues_the_same_trajectory(world: Path, un
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
+def test_a_run_continues_after_its_first_epoch(world: Path, tmp_path: Path) -> None:
+    import shutil
+
+    settings = {"num_workers": 1, "num_epochs": 2, "comparisons_per_step": 16}
+    run_here(world, tmp_path / "whole", **settings)
+    whole = tmp_path / "whole" / "run"
+    assert [int(path.parent.name.removeprefix("step_")) for path in committed(whole)] == [12, 18, 24]
+    for step in (12, 18):  # the end of the first epoch, and the middle of the second
+        shutil.copytree(whole, tmp_path / str(step) / "run")
+        for path in committed(tmp_path / str(step) / "run"):
+            if path.parent.name > f"step_{step:08d}":
+                shutil.rmtree(path.parent)
+        run_here(world, tmp_path / str(step), max_failures=0, **settings)
+        assert losses(tmp_path / str(step) / "run") == losses(whole)
+        assert final_weights(tmp_path / str(step) / "run") == final_weights(whole)
+
+
 def test_other_settings_do_not_continue_a_run(world: Path, undisturbed: Path, tmp_path: Path) -> None:
     import shutil
 

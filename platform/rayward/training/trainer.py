@@ -183,7 +183,9 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     def first_row(epoch: int) -> int:
         checkpoint = store.latest()
         step = checkpoint.commit.step if checkpoint else 0
-        return max(0, step - epoch * job.steps_per_epoch) * training.comparisons_per_step
+        done = step - epoch * job.steps_per_epoch
+        # Ray Train also builds the data sets of epochs that are over; nobody opens them, but without rows they cannot be built.
+        return done * training.comparisons_per_step if 0 < done < job.steps_per_epoch else 0
 
     stop_row = min(manifest.num_train, job.total_steps * training.comparisons_per_step)
     datasets: dict[str, Any] = {
