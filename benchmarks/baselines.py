@@ -70,14 +70,19 @@ def rating_table(records: Sequence[Record], train: Sequence[tuple[int, float]]) 
     members = [np.asarray(rows) for rows in clusters.values()]
     drawn = [np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]) for _ in range(SAMPLES)]
 
+    def over_mean(predicted: Floats, given: Floats) -> float:
+        return squared_error(predicted, given) - squared_error(np.full(len(given), ratings.mean()), given)
+
     def estimate(statistic: Callable[[Floats, Floats], float], predicted: Floats) -> Estimate:
-        if np.ptp(predicted) == 0 and statistic is not squared_error:
+        if np.ptp(predicted) == 0 and statistic in (pearson, spearman):
             return Estimate(value=None)
         low, high = np.quantile([statistic(predicted[rows], target[rows]) for rows in drawn], [0.025, 0.975])
         return Estimate(value=statistic(predicted, target), low=float(low), high=float(high))
 
-    rows = [(name, len(target), *(estimate(s, p) for s in (squared_error, pearson, spearman))) for name, p in predictions.items()]
-    return common.table(("", "completions", "squared error [95 %]", "Pearson [95 %]", "Spearman [95 %]"), rows)
+    rows = [
+        (name, len(target), *(estimate(s, p) for s in (squared_error, over_mean, pearson, spearman))) for name, p in predictions.items()
+    ]
+    return common.table(("", "completions", "squared error [95 %]", "minus the mean's [95 %]", "Pearson [95 %]", "Spearman [95 %]"), rows)
 
 
 def squared_error(predicted: Floats, target: Floats) -> float:

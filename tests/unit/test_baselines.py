@@ -29,9 +29,9 @@ def test_rewards_are_compared_with_the_ratings_behind_the_ranks(baselines: Modul
     # Ratings 5 and 1, lengths 10 and 30: perfect rewards. The training file has mean 4, and says 6 - length / 10.
     records = [pair(name, rewards=(5.0, 1.0), ranks=(-5.0, -1.0), lengths=(10, 30)) for name in ("a", "b")]
     _, _, model, mean, line = baselines.rating_table(records, [(10, 5.0), (20, 4.0), (30, 3.0)]).splitlines()
-    assert model == "| model | 4 | 0.000 [0.000, 0.000] | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |"
-    assert mean == "| training mean | 4 | 5.000 [5.000, 5.000] | n/a | n/a |"
-    assert line.startswith("| line in the length | 4 | 2.000 [2.000, 2.000] | 1.000 [")
+    assert model == "| model | 4 | 0.000 [0.000, 0.000] | -5.000 [-5.000, -5.000] | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |"
+    assert mean == "| training mean | 4 | 5.000 [5.000, 5.000] | 0.000 [0.000, 0.000] | n/a | n/a |"
+    assert line.startswith("| line in the length | 4 | 2.000 [2.000, 2.000] | -3.000 [-3.000, -3.000] | 1.000 [")
 
 
 def test_ranks_that_are_no_ratings_are_refused(baselines: ModuleType) -> None:
