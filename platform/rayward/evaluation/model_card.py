@@ -29,6 +29,14 @@ _MEANINGS = {
         "The model was trained on rankings with the Plackett-Luce objective: among answers to **the same prompt**, `softmax(rewards)` is "
         "the model's probability that a judge of the training data puts each of them first. Only differences within a prompt carry meaning."
     ),
+    "outcome": (
+        "The model was trained to say whether an answer is right: where its one output is read, `sigmoid(output)` is the model's "
+        "probability that a judge of the training data calls it right."
+    ),
+    "process": (
+        "The model was trained to say of each step of an answer whether it is right; the reward is one probability for the whole answer."
+    ),
+    "language": "The model was trained on text alone, to write critiques; its rewards are those of a head that was not trained.",
     "mixture": (
         "A mixture of objectives on a frozen reward model: each output but the last is the predicted rating of one objective, `score` is "
         "their sum with weights that a gate reads off the prompt. Scores compare answers to **the same prompt** only."
@@ -124,6 +132,8 @@ def write_model_card(
 def _plain(contract: Contract) -> str:
     if contract.gate is not None:
         return "Plain Transformers loads the objectives' outputs only; the gate that makes a score of them needs Rayward."
+    if contract.reading is not None or contract.critique_lead_in is not None:
+        return "Plain Transformers loads backbone and reward head; where the head is read, and critiques, need Rayward."
     return (
         f"{_TRANSFORMERS_CODE}\n\nConversations over {contract.max_tokens:,} tokens must be shortened first; Rayward drops their oldest "
         "turns and never a part of the completion."
@@ -191,10 +201,12 @@ def _meaning(config: Mapping[str, Any], contract: Contract) -> str:
     objective = str(_get(config, "objective", "type") or "unknown")
     fallback = f"The model was trained with the objective `{objective}`. Compare its rewards within one prompt only."
     outputs = ", ".join(f"`{name}` ({weight:g})" for name, weight in zip(contract.outputs, contract.reward_weights, strict=True))
-    statistics = ""
+    statistics = "" if contract.critique_lead_in is None else " The model writes a critique of the answer, and the reward is read after it."
+    if contract.reading is not None:
+        statistics += f" The output is read at all {contract.reading.at} of the answer and combined (`{contract.reading.aggregate}`)."
     if contract.normaliser is not None:
         found = contract.normaliser
-        statistics = f" Rewards of {found.num_rewards:,} {found.reference}: mean {found.mean:.4g}, standard deviation {found.std:.4g}."
+        statistics += f" Rewards of {found.num_rewards:,} {found.reference}: mean {found.mean:.4g}, standard deviation {found.std:.4g}."
     return f"{_MEANINGS.get(objective, fallback)} Outputs of the head, fp32, with their weights in the reward: {outputs}.{statistics}"
 
 

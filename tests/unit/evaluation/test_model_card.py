@@ -19,6 +19,7 @@ from rayward.errors import ConfigError
 from rayward.evaluation.model_card import write_model_card
 from rayward.evaluation.plots import write_plots
 from rayward.evaluation.results import Evaluation
+from rayward.reading import Reading
 from rayward.scoring.scorer import ScoreItem, Scorer
 
 MANIFEST: dict[str, Any] = {
@@ -157,3 +158,20 @@ def test_the_card_of_a_mixture_says_what_plain_transformers_cannot(export: Path)
     card = write_model_card(export, contract=contract, config_json=config, manifest=None, evaluation=None).read_text(encoding="utf-8")
     assert "the gate that makes a score of them needs Rayward" in card
     assert "a gate reads off the prompt" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "objective", "said"),
+    [
+        ({"critique_lead_in": "Judge:"}, "bradley_terry", "writes a critique of the answer, and the reward is read after it"),
+        ({"reading": Reading(at="steps", separator="|", aggregate="product")}, "process", "read at all steps of the answer and combined"),
+        ({"reading": Reading(at="tokens", aggregate="last")}, "outcome", "calls it right"),
+    ],
+)
+def test_a_card_says_where_the_reward_is_read(export: Path, changes: dict[str, Any], objective: str, said: str) -> None:
+    contract = Contract.load(export).model_copy(update=changes)
+    config = json.dumps({"objective": {"type": objective}, "run": {"name": "n"}})
+    card = write_model_card(export, contract=contract, config_json=config, manifest=None, evaluation=None).read_text(encoding="utf-8")
+    assert said in card
+    assert "where the head is read, and critiques, need Rayward" in card
+    assert "AutoModel" not in card.split("## Load it through Rayward")[0]
