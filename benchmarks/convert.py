@@ -5,7 +5,8 @@
 ethics_util_train, ethics_util_test (more_pleasant, less_pleasant) become TRL pairs under a neutral, numbered question; rmb_bon (one
 best answer, several losers) becomes rankings; ukp_convarg1_ranking (arguments of a topic in the order of a crowd) becomes short
 rankings for training and whole ones of other topics for testing; of unieval_human_attributes the two sets of system utterances become
-rated completions, every fifth prompt for testing. Files that DATA lacks are left out.
+rated completions, every fifth prompt for testing; of shepherd_human_critique the short rows become completions with a critique, every tenth
+for testing. Files that DATA lacks are left out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ GROUP_SIZE = 8
 ROUNDS = 5
 TEST_TOPIC_EVERY = 3
 TEST_PROMPT_EVERY = 5
+TEST_CRITIQUE_EVERY = 10
+SHORT_LINE = 899
+"""Characters of a row of critiques, as JSON."""
 PLACES = {"data2text/sfres": "restaurant", "data2text/sfhot": "hotel"}
 """The subsets of UniEval in which people rated one utterance of a dialogue system from 1 to 6, and what the dialogue is about."""
 
@@ -129,6 +133,25 @@ def _rated_prompts(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def written_critiques(rows: Sequence[Row]) -> list[Row]:
+    """Short questions, answers and critiques for training."""
+    return [_criticised(row) for number, row in enumerate(rows) if number % TEST_CRITIQUE_EVERY and _is_short(row)]
+
+
+def written_critiques_test(rows: Sequence[Row]) -> list[Row]:
+    """Every tenth, where it is short."""
+    return [_criticised(row) for row in rows[::TEST_CRITIQUE_EVERY] if _is_short(row)]
+
+
+def _criticised(row: Row) -> Row:
+    texts = {"prompt": row["question"], "completion": row["answer"], "critique": row["feedback"]}
+    return {**{name: text.strip() for name, text in texts.items()}, "source": row["dataset"]}
+
+
+def _is_short(row: Row) -> bool:
+    return len(json.dumps(_criticised(row))) < SHORT_LINE
+
+
 def each(function: Callable[[Row, int], Row]) -> Callable[[Sequence[Row]], list[Row]]:
     """A converter of rows, with their number from 1, as one of files."""
     return lambda rows: [function(row, number) for number, row in enumerate(rows, 1)]
@@ -140,6 +163,8 @@ CONVERTERS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Row]]]] = {
     "rmb_bon": ("rmb_bon", each(best_of_n)),
     "ukp_convarg1_ranking_train": ("ukp_convarg1_ranking", argument_rankings),
     "ukp_convarg1_ranking_test": ("ukp_convarg1_ranking", argument_rankings_test),
+    "shepherd_critiques_train": ("shepherd_human_critique", written_critiques),
+    "shepherd_critiques_test": ("shepherd_human_critique", written_critiques_test),
     "unieval_utterances_train": ("unieval_human_attributes", rated_utterances),
     "unieval_utterances_test": ("unieval_human_attributes", rated_utterances_test),
 }

@@ -15,6 +15,8 @@ from benchmarks.convert import (
     convert,
     rated_utterances,
     rated_utterances_test,
+    written_critiques,
+    written_critiques_test,
 )
 
 Row = dict[str, Any]
@@ -103,3 +105,12 @@ def test_every_fifth_meaning_is_held_out() -> None:
     train, test = rated_utterances(rows), rated_utterances_test(rows)
     assert [row["prompt"].split("=")[1] for row in test] == ["0)", "5)", "10)"]
     assert len(train) == 8
+
+
+def test_short_critiques_are_kept_and_every_tenth_is_held_out() -> None:
+    rows = [{"question": f" q{i} ", "answer": "a\n", "feedback": "f" * (2000 if i % 7 == 3 else 5), "dataset": "d"} for i in range(40)]
+    train, test = written_critiques(rows), written_critiques_test(rows)
+    assert [row["prompt"] for row in test] == ["q0", "q20", "q30"]  # the tenth is long
+    assert len(train) + len(test) == sum(i % 7 != 3 for i in range(40))
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert train[0] == {"prompt": "q1", "completion": "a", "critique": "fffff", "source": "d"}
