@@ -6,6 +6,7 @@ Real here: the recipes as they ship (with a smaller model and fewer rows), Ray D
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ SMALLER = [
     "training.learning_rate=4e-3",
     "training.cpus_per_worker=0.25",
     "training.evaluate_every_steps=null",
-    "checkpoint.every_steps=1000",
+    "checkpoint.every_steps=40",
     "tracking.tensorboard=false",
 ]
 METHODS = [
@@ -77,6 +78,24 @@ def train(config: Config) -> Path:
     return Path(config.run.storage_path, config.run.name, "export").resolve()
 
 
+def resumed(config: Config) -> Path:
+    """Train, lose the last checkpoint as a machine that died would have, and run the same command again: the same weights."""
+    from rayward.pipeline import train_pipeline
+
+    train_pipeline(config, export_to=None, evaluation=False)
+    run = Path(config.run.storage_path, config.run.name)
+    first = Contract.load(run / "export")
+    shutil.rmtree(max((run / "checkpoints").glob("step_*")))
+    export = train(config)
+    notes = [record["message"] for record in lines_of(run / "metrics.jsonl") if record["kind"] == "note"]
+    assert any(note.startswith("continuing at step") for note in notes)
+    second = Contract.load(export)
+    assert second.head_sha256 == first.head_sha256
+    assert second.files == first.files
+    assert second.golden == first.golden
+    return export
+
+
 def over_http(export: Path, **options: Any) -> RewardClient:
     from rayward.scoring.app import serve_model
 
@@ -106,7 +125,7 @@ def accuracy_over_http(client: RewardClient) -> float:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_from_recipe_to_endpoint(name: str) -> None:
     config = recipe(name, *(TWO_EPOCHS if name == "process" else ()))  # one epoch of this little data does not suffice
-    export = train(config)
+    export = resumed(config)
     contract = Contract.load(export)
     assert contract.outputs == config.outputs
     assert contract.normaliser is not None
@@ -126,7 +145,7 @@ def test_a_method_from_recipe_to_endpoint(name: str) -> None:
 def test_critiques_are_learned_written_and_scored_after() -> None:
     from rayward.critiques import write_critiques
 
-    written = train(recipe("critique_sft"))
+    written = resumed(recipe("critique_sft"))
     demo = load_config([RECIPES / "demo.yaml"])
     cache = Path("runs/critiques/cache")
     counts = write_critiques(str(written), "runs/critiques", demo)
@@ -143,7 +162,7 @@ def test_critiques_are_learned_written_and_scored_after() -> None:
     entries = {entry["key"]: entry for path in cache.glob("*.jsonl") for entry in lines_of(path)}
     assert all(entries[entry["key"]] == entry for entry in before)
     assert {path: path.stat().st_mtime_ns for path in others} == others
-    export = train(recipe("critique"))
+    export = resumed(recipe("critique"))
     with over_http(export, n_critiques=3, temperature=0.5) as client:
         assert client.models()[0].writes_critiques
         assert accuracy_over_http(client) > 0.6
