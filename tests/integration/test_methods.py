@@ -190,7 +190,7 @@ def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_tw
     from rayward.scoring.loading import load_scored_model
 
     start = train(recipe("regression", "run.name=correctness", "data.attributes=[correctness]", "objective.weights=null"))
-    tuned = train(recipe("scaled_from_regression", "training.learning_rate=1e-3", "training.max_steps=20"))
+    tuned = resumed(recipe("scaled_from_regression", "training.learning_rate=1e-3", "training.max_steps=20", "checkpoint.every_steps=10"))
     first = json.loads((tuned.parent / "metrics.jsonl").read_text().splitlines()[0])
     assert first["accuracy"] > 0.55  # it did not start from a random head
     merged = merge_pipeline(Path("runs/expo").resolve(), [str(start), str(tuned)], (1.0 - 1.52, 1.52))
