@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rayward.errors import ConfigError
 from rayward.ranking import ObjectiveOutput, ranking_sums, ratings_of, reads_of, rewards_of
-from rayward.reading import DEFAULT_SEPARATOR, Aggregate, Place, Reading
+from rayward.reading import DEFAULT_SEPARATOR, Aggregate, Reading
 from rayward.section import LabelFacts, ObjectiveSection
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ class OutcomeObjective(ObjectiveSection):
     """The label is learned at the end token, at every token of the completion (mean of their losses), or by the mean of their logits."""
     aggregate: Aggregate = "last"
     """Of `read: tokens`, how the probabilities of the tokens become one reward; `mean_logit` always takes the mean logit."""
-
-    @property
-    def place(self) -> Place:
-        return "end" if self.read == "end" else "tokens"
 
     def reading(self, separator: str | None) -> Reading | None:
         if self.read == "end":
@@ -101,10 +97,6 @@ class ProcessObjective(ObjectiveSection):
     """The method."""
     aggregate: Aggregate = "minimum"
     """How the probabilities of the steps become the reward of a completion."""
-
-    @property
-    def place(self) -> Place:
-        return "steps"
 
     def reading(self, separator: str | None) -> Reading:
         return Reading(at="steps", separator=separator or DEFAULT_SEPARATOR, aggregate=self.aggregate)

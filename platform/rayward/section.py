@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from rayward.errors import ConfigError
-from rayward.reading import Place, Reading
+from rayward.reading import Place, Reading, place_of
 
 Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
 """What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
@@ -72,7 +72,7 @@ class ObjectiveSection(Section):
     @property
     def place(self) -> Place:
         """Where the head is read."""
-        return "end"
+        return place_of(self.reading(None))
 
     def reading(self, separator: str | None) -> Reading | None:
         """How readings at several places become one reward; None where the head is read at the end alone."""

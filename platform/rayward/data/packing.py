@@ -140,9 +140,7 @@ class PackedBatch:
         """Columns of positions in a completion's conversation, in the row `end_row[completion]`."""
         if self.segments is None:
             return positions
-        start, prefix, branch, _ = self.segments[completion].tolist()
-        column: npt.NDArray[np.int64] = np.where(positions < prefix, start + positions, branch + positions - prefix)
-        return column
+        return _packed_columns(positions, self.segments[completion])
 
     @property
     def num_computed_tokens(self) -> int:
@@ -230,8 +228,14 @@ def _gate_columns(comparisons: Sequence[EncodedComparison], segments: npt.NDArra
     positions = np.array([p for c in comparisons for p in c.gate_positions or ()], dtype=np.int64)
     if segments is None:
         return positions
-    start, prefix, branch = segments[:, 0], segments[:, 1], segments[:, 2]
-    return np.where(positions < prefix, start + positions, branch + positions - prefix)
+    return _packed_columns(positions, segments.T)
+
+
+def _packed_columns(positions: npt.NDArray[np.int64], segment: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    # Of positions in one conversation by its row of `segments`, or of one position for each row of the table by its columns.
+    start, prefix, branch, _ = segment
+    columns: npt.NDArray[np.int64] = np.where(positions < prefix, start + positions, branch + positions - prefix)
+    return columns
 
 
 def _pack_padded(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> PackedBatch:

@@ -106,6 +106,12 @@ class RewardModel(nn.Module):
         if self.has_linear_head:
             _use_fp32_head(model)
         if with_language:
+            if not self.has_linear_head:
+                raise ModelLoadError(
+                    f"{type(model).__name__} has no causal language model under its reward head, and a language-model loss or critiques "
+                    "need one",
+                    remedy="use a decoder model, or set objective.language_coefficient=0",
+                )
             _add_language_head(model)
         if self.layout == "packed":
             self.set_attention(self.attention)
@@ -164,10 +170,5 @@ def _use_fp32_head(model: PreTrainedModel) -> None:
 
 
 def _add_language_head(model: PreTrainedModel) -> None:
-    if not isinstance(model.score if hasattr(model, "score") else None, nn.Linear):
-        raise ModelLoadError(
-            f"{type(model).__name__} has no causal language model under its reward head, and a language-model loss or critiques need one",
-            remedy="use a decoder model, or set objective.language_coefficient=0",
-        )
     embedding = model.get_input_embeddings().weight
     model.lm_head = LanguageHead(model.config, cast(nn.Linear, model.score).in_features, cast(nn.Parameter, embedding))

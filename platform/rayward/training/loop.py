@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rayward.data.packing import PackedBatch
+from rayward.data.packing import PackedBatch, TaughtTokens
 from rayward.data.shares import StepShare
 from rayward.errors import NonFiniteError, StreamOrderError
 from rayward.objectives import Objective
@@ -101,21 +101,12 @@ class _Sums:
         }
 
 
-def _global_counts(engine: Engine, share: StepShare, objective: Objective) -> _Counts:
-    local = torch.zeros(2, dtype=torch.float64)
-    for batch in share.microbatches:
-        local += _counts(batch, objective)
-    return _Counts.of(engine.all_reduce(local))
-
-
-def _counts(batch: PackedBatch, objective: Objective) -> torch.Tensor:
-    taught = objective.taught(batch)
+def _counts(batch: PackedBatch, taught: TaughtTokens | None, objective: Objective) -> torch.Tensor:
     weights = 0.0 if taught is None else float(taught.weight.sum(dtype="float64"))
     return torch.tensor([objective.count(batch.labels), weights], dtype=torch.float64)
 
 
-def _losses(engine: Engine, batch: PackedBatch, objective: Objective) -> tuple[_Losses, torch.Tensor]:
-    taught = objective.taught(batch)
+def _losses(engine: Engine, batch: PackedBatch, taught: TaughtTokens | None, objective: Objective) -> tuple[_Losses, torch.Tensor]:
     if taught is None:
         outputs, language = engine.forward(batch), torch.zeros((), device=engine.device)
     else:
@@ -134,12 +125,14 @@ def train_step(engine: Engine, share: StepShare, objective: Objective, learning_
         NonFiniteError: on every rank, when a loss or gradient of any rank is NaN or Inf. The weights in memory must not
             be saved afterwards.
     """
-    counts, coefficient = _global_counts(engine, share, objective), objective.config.language_coefficient
+    batches, coefficient = [(batch, objective.taught(batch)) for batch in share.microbatches], objective.config.language_coefficient
+    local = sum((_counts(*each, objective) for each in batches), torch.zeros(2, dtype=torch.float64))
+    counts = _Counts.of(engine.all_reduce(local))
     sums = _Sums.zeros(engine.device)
     totals = []
-    last = len(share.microbatches) - 1
-    for index, batch in enumerate(share.microbatches):
-        losses, metrics = _losses(engine, batch, objective)
+    last = len(batches) - 1
+    for index, (batch, taught) in enumerate(batches):
+        losses, metrics = _losses(engine, batch, taught, objective)
         loss = losses.reward / counts.reward
         if coefficient:
             loss = loss + coefficient * losses.language / counts.language
@@ -175,8 +168,9 @@ def validate(engine: Engine, shares: Iterable[StepShare], objective: Objective) 
     local = torch.zeros(2, dtype=torch.float64)
     for share in shares:
         for batch in share.microbatches:
-            sums.add(batch, *_losses(engine, batch, objective))
-            local += _counts(batch, objective)
+            taught = objective.taught(batch)
+            sums.add(batch, *_losses(engine, batch, taught, objective))
+            local += _counts(batch, taught, objective)
     sums.values = engine.all_reduce(sums.values)
     named = sums.named(_Counts.of(engine.all_reduce(local)), objective.config.language_coefficient)
     return {key: value for key, value in named.items() if key not in ("tokens", "padding_fraction", "tokens_saved_fraction")}
