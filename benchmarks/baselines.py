@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 import common
-from rayward.evaluation.evaluate import SCORES_FILE, read_scores
-from rayward.evaluation.results import Estimate, Record
+from rayward.evaluation.records import Estimate, Record
+from rayward.evaluation.run import SCORES_FILE, read_scores
+from rayward.evaluation.statistics import spearman
 from rayward.evaluation.summary import summarise
-from rayward.metrics import spearman
 
 SAMPLES = 2000
 Floats = npt.NDArray[np.float64]

@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "platform"))
 
 if TYPE_CHECKING:
-    from rayward.data.manifest import PreparedData
-    from rayward.data.packing import EncodedComparison
+    from rayward.batch.comparison import EncodedComparison
+    from rayward.data.prepared import PreparedData
 
 RESULTS = HERE / "results"
 PACKAGES = ("rayward", "torch", "transformers", "deepspeed", "ray", "trl")
@@ -178,8 +178,9 @@ def prepare_pairs(sources: Sequence[str], *, tokenizer: str, max_tokens: int, da
     import ray
 
     from rayward.cluster import connect
-    from rayward.config import Config, parse_config
-    from rayward.data.prepare import prepare
+    from rayward.config.load import parse_config
+    from rayward.config.run import Config
+    from rayward.data.prepare.job import prepare
 
     config = parse_config(
         {
@@ -201,8 +202,8 @@ def read_pairs(prepared_directory: str, count: int | None = None) -> list[Encode
     """The first `count` prepared training comparisons, in training order."""
     import pyarrow.parquet as pq
 
-    from rayward.data.manifest import PreparedData
-    from rayward.data.shares import comparisons_from_table
+    from rayward.data.prepared import PreparedData
+    from rayward.data.stream.shares import comparisons_from_table
 
     comparisons: list[EncodedComparison] = []
     for path in PreparedData.load(prepared_directory).shard_paths("train"):

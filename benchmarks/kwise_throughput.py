@@ -20,7 +20,7 @@ import train_throughput
 from smollm2 import smollm2
 
 if TYPE_CHECKING:
-    from rayward.data.packing import EncodedComparison
+    from rayward.batch.comparison import EncodedComparison
 
 ALL_PAIRS = {"type": "bradley_terry", "balance": "pair", "margin": "none"}
 OURS = {
@@ -38,9 +38,8 @@ def rankings(prepared: str, num_rankings: int, size: int) -> list[EncodedCompari
     """K completions each; the shared prefix is that of the ids."""
     import numpy as np
 
-    from rayward.data.comparison import shared_prefix_length
-    from rayward.data.packing import EncodedComparison as Encoded
-    from rayward.data.packing import Labels
+    from rayward.batch.comparison import EncodedComparison as Encoded
+    from rayward.batch.comparison import Labels, shared_prefix_length
 
     pairs = common.read_pairs(prepared, num_rankings * size)
     result = []
@@ -60,8 +59,8 @@ def pairs_of(ranking: EncodedComparison) -> list[EncodedComparison]:
     """All C(K, 2) pairs, the better completion first."""
     import numpy as np
 
-    from rayward.data.packing import EncodedComparison as Encoded
-    from rayward.data.packing import Labels
+    from rayward.batch.comparison import EncodedComparison as Encoded
+    from rayward.batch.comparison import Labels
 
     label = Labels(ranks=np.array([0, 1], dtype=np.float32))
     both = combinations(ranking.branch_ids, 2)

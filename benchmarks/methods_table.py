@@ -45,9 +45,9 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
     os.environ["RAY_ADDRESS"] = "local"
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.chdir(spec["directory"])
-    from rayward.config import load_config
-    from rayward.data.prepare import prepare
-    from rayward.pipeline import train_pipeline
+    from rayward.config.load import load_config
+    from rayward.data.prepare.job import prepare
+    from rayward.workflows.train import train_pipeline
 
     recipe, settings, _ = METHODS[spec["side"]]
     files = [RECIPES / "demo.yaml", *([RECIPES / "methods" / f"{recipe}.yaml"] if recipe else [])]
@@ -66,8 +66,8 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
 
 def judge(export: Path) -> dict[str, Any]:
     """Pairs and taus against the true reward on new prompts, by prompt."""
-    from rayward.data.world import generate, true_reward
-    from rayward.metrics import kendall_tau, pair_differences
+    from rayward.demo.world import generate, true_reward
+    from rayward.evaluation.statistics import kendall_tau, pair_differences
     from rayward.scoring.scorer import ScoreItem, Scorer
 
     rows = list(generate(NUM_TEST, TEST_SEED))
@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train all methods one after the other; write table and plot."""
     args = parse()
-    from rayward.data.world_files import write_demo
+    from rayward.demo.files import write_demo
 
     machine = common.describe_machine()
     runs: dict[str, dict[str, Any]] = {}
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def _estimates(run: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    from rayward.metrics import bootstrap_ratio
+    from rayward.evaluation.statistics import bootstrap_ratio
 
     accuracy = bootstrap_ratio(run["correct"], run["pairs"])
     tau = bootstrap_ratio(run["tau"], [1.0] * len(run["tau"]), bounds=(-1.0, 1.0))

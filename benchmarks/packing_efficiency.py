@@ -18,7 +18,7 @@ from convert import convert
 from smollm2 import smollm2
 
 if TYPE_CHECKING:
-    from rayward.data.packing import EncodedComparison
+    from rayward.batch.comparison import EncodedComparison
 
 PADDED_BATCH = 8
 WORLD_SIZES = (1, 8)
@@ -26,14 +26,15 @@ WORLD_SIZES = (1, 8)
 
 def padded_tokens(comparisons: Sequence[EncodedComparison]) -> int:
     """Tokens of the yardstick."""
-    from rayward.data.packing import microbatch_tokens
+    from rayward.batch.planner import microbatch_tokens
 
     return sum(microbatch_tokens(comparisons[i : i + PADDED_BATCH], "padded") for i in range(0, len(comparisons), PADDED_BATCH))
 
 
 def measure(comparisons: Sequence[EncodedComparison], *, pairs_per_step: int, budget: int) -> dict[str, Any]:
     """Token counts over whole optimizer steps, planned and packed as in training."""
-    from rayward.data.packing import pack, plan_step
+    from rayward.batch.layout import pack
+    from rayward.batch.planner import plan_step
 
     result: dict[str, Any] = {
         "comparisons": len(comparisons),
@@ -61,7 +62,7 @@ def measure(comparisons: Sequence[EncodedComparison], *, pairs_per_step: int, bu
 
 def parse() -> argparse.Namespace:
     """Command line."""
-    from rayward.config import TrainingConfig
+    from rayward.config.training import TrainingConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_data_argument(parser)

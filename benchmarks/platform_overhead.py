@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import common
 
 if TYPE_CHECKING:
-    from rayward.config import Config
-    from rayward.data.shares import StepShare
+    from rayward.config.run import Config
+    from rayward.data.stream.shares import StepShare
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4},
@@ -36,7 +36,7 @@ NUM_PROMPTS = 4000
 
 def world_data() -> tuple[Path, Path]:
     """(pairs, tokenizer directory) of the generated world, written once."""
-    from rayward.data.world_files import write_demo
+    from rayward.demo.files import write_demo
 
     directory = common.cache_directory() / f"world-{NUM_PROMPTS}"
     if not (directory / "done").exists():
@@ -47,7 +47,8 @@ def world_data() -> tuple[Path, Path]:
 
 def make_config(size: str, spec: dict[str, Any]) -> Config:
     """The configuration of the full job; the other sides take model and training settings from it."""
-    from rayward.config import Config, parse_config
+    from rayward.config.load import parse_config
+    from rayward.config.run import Config
 
     pairs, tokenizer = world_data()
     shape = SIZES[size]
@@ -90,11 +91,13 @@ def run_bare(spec: dict[str, Any]) -> dict[str, Any]:
     """The loop in one process: engine by the side, shares read from the prepared shards."""
     import torch
 
-    from rayward.contract import Contract
-    from rayward.data.manifest import PreparedData
-    from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
-    from rayward.objectives import Objective
-    from rayward.training.engine import build_engine, init_process_group, initialize, pretrained
+    from rayward.contract.contract import Contract
+    from rayward.data.prepared import PreparedData
+    from rayward.model.build import build_reward_model, resolve_hf_config
+    from rayward.model.weights import weight_source
+    from rayward.objectives.table import Objective
+    from rayward.training.engines.build import build_engine, initialize, pretrained
+    from rayward.training.engines.deepspeed import init_process_group
     from rayward.training.loop import Schedule, run_steps
 
     torch.set_num_threads(spec["threads"])
@@ -128,7 +131,7 @@ def _shares(paths: list[str], spec: dict[str, Any], pad_token_id: int) -> Iterat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from rayward.data.shares import STREAM_COLUMNS, plan_block, read_share
+    from rayward.data.stream.shares import STREAM_COLUMNS, plan_block, read_share
 
     rows = pa.concat_tables([pq.read_table(path, columns=STREAM_COLUMNS) for path in paths])
     size = spec["pairs_per_step"]
@@ -151,7 +154,7 @@ def _profile(engine: Any, config: Config, spec: dict[str, Any], paths: list[str]
     import cProfile
     import pstats
 
-    from rayward.objectives import Objective
+    from rayward.objectives.table import Objective
     from rayward.training.loop import train_step
 
     share = next(_shares(paths, {**spec, "steps": 1}, pad_token_id))
@@ -169,7 +172,7 @@ def run_full(spec: dict[str, Any]) -> dict[str, Any]:
     import ray
 
     from rayward.cluster import connect
-    from rayward.data.manifest import PreparedData
+    from rayward.data.prepared import PreparedData
     from rayward.training.trainer import train
 
     connect()
@@ -217,7 +220,7 @@ def main() -> None:
     import ray
 
     from rayward.cluster import connect
-    from rayward.data.prepare import prepare
+    from rayward.data.prepare.job import prepare
 
     args = parse()
     scratch = Path(tempfile.mkdtemp(prefix="rayward-bench-"))

@@ -20,8 +20,8 @@ import common
 from smollm2 import smollm2
 
 if TYPE_CHECKING:
-    from rayward.data.packing import EncodedComparison
-    from rayward.data.shares import StepShare
+    from rayward.batch.comparison import EncodedComparison
+    from rayward.data.stream.shares import StepShare
 
 LEARNING_RATE = 1e-5
 BETAS = (0.9, 0.95)
@@ -141,11 +141,14 @@ def run_ours(spec: dict[str, Any], comparisons: list[EncodedComparison], objecti
     """Rayward's loop in one process without Ray, in one of the layouts of `OURS`, `comparisons_per_step` of them a step, in order."""
     import torch
 
-    from rayward.config import Config, parse_config
-    from rayward.contract import Contract
-    from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
-    from rayward.objectives import Objective
-    from rayward.training.engine import build_engine, init_process_group, initialize, pretrained
+    from rayward.config.load import parse_config
+    from rayward.config.run import Config
+    from rayward.contract.contract import Contract
+    from rayward.model.build import build_reward_model, resolve_hf_config
+    from rayward.model.weights import weight_source
+    from rayward.objectives.table import Objective
+    from rayward.training.engines.build import build_engine, initialize, pretrained
+    from rayward.training.engines.deepspeed import init_process_group
     from rayward.training.loop import Schedule, run_steps
 
     torch.set_num_threads(spec["threads"])
@@ -205,8 +208,9 @@ def _shares(
     comparisons: list[EncodedComparison], spec: dict[str, Any], layout: Any, microbatches: str, pad_token_id: int
 ) -> Iterator[StepShare]:
     # Planned and packed when the loop asks for it, so that its cost is inside the step.
-    from rayward.data.packing import pack, plan_step
-    from rayward.data.shares import StepShare
+    from rayward.batch.layout import pack
+    from rayward.batch.planner import plan_step
+    from rayward.data.stream.shares import StepShare
 
     size = spec["comparisons_per_step"]
     for step in range(spec["steps"]):
@@ -232,7 +236,7 @@ def unshared(comparison: EncodedComparison) -> EncodedComparison:
     """The same conversations without a common prefix."""
     import numpy as np
 
-    from rayward.data.packing import EncodedComparison as Encoded
+    from rayward.batch.comparison import EncodedComparison as Encoded
 
     branches = tuple(np.concatenate([comparison.prefix_ids, branch]) for branch in comparison.branch_ids)
     return Encoded(comparison.id, comparison.prefix_ids[:0], branches, comparison.labels)

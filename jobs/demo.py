@@ -17,10 +17,11 @@ NUM_SHOWN, NEW_SEED = 4, 12345
 
 def main() -> None:
     from rayward.cli import load
-    from rayward.config import ScoringConfig
-    from rayward.data.world import generate, true_reward
-    from rayward.demo import demo_settings
-    from rayward.pipeline import console, train_pipeline
+    from rayward.config.scoring import ScoringConfig
+    from rayward.demo.settings import demo_settings
+    from rayward.demo.world import generate, true_reward
+    from rayward.workflows.console import console
+    from rayward.workflows.train import train_pipeline
 
     started = time.monotonic()
     os.chdir(ROOT)
@@ -32,7 +33,7 @@ def main() -> None:
     from ray import serve
 
     from rayward import RewardClient
-    from rayward.scoring.app import serve_model
+    from rayward.serving.app import serve_model
 
     model = f"{result.location}/export"
     url = serve_model(ScoringConfig(model=model, cpus_per_replica=0.5), port=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayward.scoring.client import AsyncRewardClient, RewardClient
+    from rayward.client.client import AsyncRewardClient, RewardClient
 
 __version__ = "0.1.0"
 __all__ = ["AsyncRewardClient", "RewardClient", "__version__"]
@@ -16,7 +16,7 @@ __all__ = ["AsyncRewardClient", "RewardClient", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in ("AsyncRewardClient", "RewardClient"):
-        from rayward.scoring import client
+        from rayward.client import client
 
         return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,8 @@ import typer
 from rayward.errors import ConfigError, RaywardError
 
 if TYPE_CHECKING:
-    from rayward.config import Config
+    from rayward.config.run import Config
+
 
 app = typer.Typer(
     name="rayward",
@@ -28,6 +29,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[FILE.yaml]... [section.key=value]...", help="YAML files, left to right, and dotted overrides."),
 ]
+
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
@@ -38,7 +40,7 @@ Verify = Annotated[bool, typer.Option(help="Check an exported model against its 
 
 def load(settings: list[str] | None) -> Config:
     """Resolve `FILE.yaml … section.key=value …`."""
-    from rayward.config import load_config
+    from rayward.config.load import load_config
 
     given = settings or []
     return anchored(load_config([s for s in given if "=" not in s], [s for s in given if "=" in s]))
@@ -59,7 +61,7 @@ def anchored(config: Config) -> Config:
 @app.command()
 def config(settings: Settings = None) -> None:
     """Print the fully resolved configuration."""
-    from rayward.config import dump_config
+    from rayward.config.load import dump_config
 
     typer.echo(dump_config(load(settings)))
 
@@ -68,7 +70,7 @@ def config(settings: Settings = None) -> None:
 def prepare(settings: Settings = None) -> None:
     """Read, check, split and tokenize preference data; report what is wrong with it."""
     resolved = load(settings)
-    from rayward.data.prepare import prepare as run
+    from rayward.data.prepare.job import prepare as run
 
     prepared = run(resolved)
     manifest = prepared.manifest
@@ -90,11 +92,11 @@ def train(
 ) -> None:
     """Prepare, train, export and evaluate; the same command continues an interrupted run. Without settings: the demo."""
     if not settings:
-        from rayward.demo import demo_settings
+        from rayward.demo.settings import demo_settings
 
         settings = demo_settings()
     resolved = load(settings)
-    from rayward.pipeline import train_pipeline
+    from rayward.workflows.train import train_pipeline
 
     train_pipeline(resolved, export_to=export_to, evaluation=evaluation)
 
@@ -107,7 +109,7 @@ def export(
 ) -> None:
     """Write a committed checkpoint of a run as a Transformers model with its scoring contract."""
     resolved = load(settings)
-    from rayward.pipeline import export_pipeline
+    from rayward.workflows.export import export_pipeline
 
     typer.echo(f"model: {export_pipeline(resolved, output, which=checkpoint)}")
 
@@ -132,8 +134,9 @@ def evaluate(
     temperature: Temperature = 0.0,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
-    from rayward.config import DataConfig, parse_config
-    from rayward.evaluation.benchmarks import choose
+    from rayward.config.data import DataConfig
+    from rayward.config.load import parse_config
+    from rayward.evaluation.suites.suite import choose
 
     if counts is not None and benchmark is None:
         raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")
@@ -142,7 +145,7 @@ def evaluate(
     kept = attributes.split(",") if attributes else []
     data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
     _check_critiques(n_critiques, temperature)
-    from rayward.pipeline import evaluate_pipeline
+    from rayward.workflows.evaluate import evaluate_pipeline
 
     evaluate_pipeline(
         model,
@@ -179,7 +182,7 @@ def score(
     if normalise not in ("raw", "centred", "standardised"):
         raise ConfigError(f"--normalise is {normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
     _check_critiques(n_critiques, temperature)
-    from rayward.pipeline import score_lines
+    from rayward.workflows.score import score_lines
 
     stream = sys.stdin if items == "-" else _open(items)
     failed = 0
@@ -212,7 +215,7 @@ def normalise(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Store mean and deviation of a reference set's rewards with the model, for centred and standardised scores."""
-    from rayward.pipeline import normalise_pipeline
+    from rayward.workflows.normalise import normalise_pipeline
 
     stream = sys.stdin if items == "-" else _open(items)
     reference = "standard input" if items == "-" else Path(items).name
@@ -230,7 +233,7 @@ def merge(
     """Average or extrapolate the weights of exported models, shard by shard."""
     if expo is not None and (weights is not None or len(models) != 2):
         raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
-    from rayward.pipeline import merge_pipeline
+    from rayward.workflows.merge import merge_pipeline
 
     # ExPO (arXiv 2404.16792): start + alpha (trained - start).
     if expo is not None:
@@ -261,12 +264,12 @@ def _numbers(text: str, kind: type[Number], option: str) -> tuple[Number, ...]:
 @app.command()
 def mixture(settings: Settings = None) -> None:
     """Mixture of objectives on a frozen reward model (ArmoRM): ridge regression to ratings, then a gate on the prompt."""
-    from rayward.config import load_config
-    from rayward.mixture_config import MixtureConfig
+    from rayward.config.load import load_config
+    from rayward.config.mixture import MixtureConfig
 
     given = settings or []
     resolved = load_config([s for s in given if "=" not in s], [s for s in given if "=" in s], schema=MixtureConfig)
-    from rayward.mixture import fit_mixture
+    from rayward.workflows.mixture import fit_mixture
 
     typer.echo(f"model: {fit_mixture(resolved)}")
 
@@ -280,7 +283,7 @@ def import_armo(
     max_tokens: Annotated[int, typer.Option(help="Longest conversation.")] = 4096,
 ) -> None:
     """Write a published mixture-of-objectives checkpoint as an export with a contract."""
-    from rayward.mixture import import_armo as run_import
+    from rayward.workflows.import_armo import import_armo as run_import
 
     ids = _numbers(gate_ids, int, "--gate-ids")
     run_import(source, output, attributes=tuple(attributes.split(",")), gate_ids=ids, max_tokens=max_tokens)
@@ -302,7 +305,7 @@ def critique(
     """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
     _check_critiques(1, temperature)
     resolved = load(settings)
-    from rayward.critiques import Sampling, write_critiques
+    from rayward.workflows.critique import Sampling, write_critiques
 
     counts = write_critiques(
         model,
@@ -325,7 +328,8 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
 ) -> None:
     """Serve a model over HTTP until interrupted: POST /v1/score, GET /v1/models, GET /health."""
-    from rayward.config import ScoringConfig, load_config
+    from rayward.config.load import load_config
+    from rayward.config.scoring import ScoringConfig
 
     given = list(settings or [])
     files = [s for s in given if s.endswith((".yaml", ".yml"))]
@@ -333,7 +337,7 @@ def serve(
     models = [f"model={s}" for s in given if s not in files and s not in overrides]
     resolved = load_config(files, [*models, *overrides], schema=ScoringConfig)
     from rayward.cluster import connect
-    from rayward.scoring.app import serve_model
+    from rayward.serving.app import serve_model
 
     connect()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -354,7 +358,7 @@ def demo_data(
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write preference data of a small generated world with a known true reward, and a tokenizer for it."""
-    from rayward.data.world_files import write_demo
+    from rayward.demo.files import write_demo
 
     write_demo(directory, train_prompts, validation_prompts, seed)
     typer.echo(f"wrote {directory}")

@@ -19,7 +19,6 @@ WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-
 _started_here = False
 
 

@@ -169,3 +169,27 @@ class ServerError(ScoringError):
 
     retryable = True
     http_status = 502
+
+
+STATUS_BY_CODE = {
+    "invalid_json": 400,
+    "unknown_model": 404,
+    "body_too_large": 413,
+    "too_many_items": 413,
+    "too_many_completions": 413,
+    "text_too_long": 413,
+}
+"""HTTP status of a broken rule; every other rule is 422."""
+
+
+class RuleError(RequestError):
+    """A request that breaks a rule of this schema; knows its wire code and HTTP status."""
+
+    def __init__(self, code: str, problem: str, *, remedy: str, item: int | None = None) -> None:
+        super().__init__(problem, remedy=remedy, item=item)
+        self.code = code
+
+    @property
+    def status(self) -> int:
+        """HTTP status for the code."""
+        return STATUS_BY_CODE.get(self.code, 422)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayward.data.packing import EncodedComparison, Labels
+from rayward.batch.comparison import EncodedComparison, Labels
 
 VOCAB_SIZE = 97
 END_TOKEN_ID = 2

@@ -9,15 +9,19 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.tokenizer import make_tokenizer
 from tests.helpers.training import make_shares
 
-from rayward.config import Config, parse_config
-from rayward.contract import Contract, load_tokenizer
-from rayward.data.manifest import MANIFEST_FILE, Manifest, PreparedData
-from rayward.data.packing import EncodedComparison
-from rayward.data.shares import StepShare
-from rayward.encoder import Encoder
-from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
+from rayward.batch.comparison import EncodedComparison
+from rayward.config.load import parse_config
+from rayward.config.run import Config
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
+from rayward.data.prepared import MANIFEST_FILE, Manifest, PreparedData
+from rayward.data.stream.shares import StepShare
+from rayward.model.build import build_reward_model, resolve_hf_config
 from rayward.model.reward_model import RewardModel
-from rayward.training.engine import TorchEngine, initialize, pretrained
+from rayward.model.weights import weight_source
+from rayward.training.engines.build import initialize, pretrained
+from rayward.training.engines.torch import TorchEngine
 from rayward.training.session import Job, Session
 
 MAX_TOKENS = 256

@@ -12,10 +12,11 @@ import torch
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from rayward.contract import Contract, GoldenScore, file_sha256
-from rayward.data.comparison import Message
-from rayward.encoder import Encoder
-from rayward.model.loading import head_sha256
+from rayward.contract.contract import Contract, GoldenScore
+from rayward.contract.conversation import Message
+from rayward.contract.encoder import Encoder
+from rayward.model.weights import head_sha256
+from rayward.schema import file_sha256
 
 MAX_TOKENS = 192
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayward.data.packing import PackedBatch
+from rayward.batch.layout import PackedBatch
 from rayward.model.reward_model import RewardModel
-from rayward.training.engine import Partition, StateKind
+from rayward.training.engines.protocol import Partition, StateKind
 
 State = dict[tuple[str, StateKind], Tensor]
 T = TypeVar("T")

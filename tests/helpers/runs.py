@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rayward.config import Config, parse_config
-from rayward.data.world_files import write_demo
+from rayward.config.load import parse_config
+from rayward.config.run import Config
+from rayward.demo.files import write_demo
 
 NUM_TRAIN = 192
 COMPARISONS_PER_STEP = 8

@@ -10,15 +10,19 @@ import torch
 from tests.helpers.comparisons import VOCAB_SIZE
 from transformers import AutoConfig
 
-from rayward.config import TrainingConfig
-from rayward.data.packing import EncodedComparison, pack, plan_step
-from rayward.data.shares import StepShare
-from rayward.model.loading import RandomInit, build_reward_model
+from rayward.batch.comparison import EncodedComparison
+from rayward.batch.layout import pack
+from rayward.batch.planner import plan_step
+from rayward.config.training import TrainingConfig
+from rayward.contract.reading import Place
+from rayward.data.stream.shares import StepShare
+from rayward.model.build import build_reward_model
 from rayward.model.reward_model import RewardModel
-from rayward.objectives import Objective
-from rayward.reading import Place
-from rayward.training.checkpoint import CommitDraft
-from rayward.training.engine import TorchEngine, initialize
+from rayward.model.weights import RandomInit
+from rayward.objectives.table import Objective
+from rayward.training.checkpoints.store import CommitDraft
+from rayward.training.engines.build import initialize
+from rayward.training.engines.torch import TorchEngine
 from rayward.training.loop import Schedule, run_steps
 
 LLAMA: dict[str, Any] = {

@@ -14,13 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rayward.config import Config
-from rayward.contract import Contract, load_tokenizer
-from rayward.data.manifest import PreparedData
-from rayward.data.shares import plan_block, read_share
-from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
-from rayward.objectives import Objective
-from rayward.training.engine import build_engine, init_process_group, initialize, pretrained
+from rayward.config.run import Config
+from rayward.contract.contract import Contract
+from rayward.contract.tokenizer import load_tokenizer
+from rayward.data.prepared import PreparedData
+from rayward.data.stream.shares import plan_block, read_share
+from rayward.model.build import build_reward_model, resolve_hf_config
+from rayward.model.weights import weight_source
+from rayward.objectives.table import Objective
+from rayward.training.engines.build import build_engine, initialize, pretrained
+from rayward.training.engines.deepspeed import init_process_group
 from rayward.training.loop import Schedule, run_steps
 
 

@@ -11,10 +11,10 @@ import pytest
 from tests.helpers.models import make_export, make_model
 from tests.helpers.tokenizer import make_tokenizer
 
-from rayward.data.comparison import Comparison
+from rayward.data.record import Comparison
 from rayward.errors import ContractMismatchError, ScoringError
-from rayward.evaluation.evaluate import evaluate, read_scores
-from rayward.evaluation.results import Evaluation
+from rayward.evaluation.records import Evaluation
+from rayward.evaluation.run import evaluate, read_scores
 from rayward.evaluation.summary import summarise
 from rayward.scoring.scorer import ScoreItem, Scorer
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from tests.helpers.runs import NUM_STEPS, final_weights, losses, tiny_config, write_world
 
-from rayward.config import dump_config
+from rayward.config.load import dump_config
 from rayward.errors import TrainingError
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
@@ -41,7 +41,7 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_here(world: Path, storage: Path, **training: object) -> None:
-    from rayward.data.prepare import prepare
+    from rayward.data.prepare.job import prepare
     from rayward.training.trainer import train
 
     config = tiny_config(world, storage, "run", **{"num_workers": 2, **training})

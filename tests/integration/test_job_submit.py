@@ -19,7 +19,7 @@ import psutil
 import pytest
 from tests.helpers.runs import losses, tiny_config, write_world
 
-from rayward.config import dump_config
+from rayward.config.load import dump_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from rayward import RewardClient
-from rayward.config import Config, ScoringConfig, load_config
-from rayward.contract import Contract
-from rayward.data.world import generate, true_reward
-from rayward.data.world_files import write_demo
-from rayward.mixture_config import MixtureConfig
+from rayward.config.load import load_config
+from rayward.config.mixture import MixtureConfig
+from rayward.config.run import Config
+from rayward.config.scoring import ScoringConfig
+from rayward.contract.contract import Contract
+from rayward.demo.files import write_demo
+from rayward.demo.world import generate, true_reward
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
 
@@ -72,7 +74,7 @@ def recipe(name: str, *overrides: str) -> Config:
 
 
 def train(config: Config) -> Path:
-    from rayward.pipeline import train_pipeline
+    from rayward.workflows.train import train_pipeline
 
     train_pipeline(config, export_to=None, evaluation=True)
     return Path(config.run.storage_path, config.run.name, "export").resolve()
@@ -80,7 +82,7 @@ def train(config: Config) -> Path:
 
 def resumed(config: Config) -> Path:
     """Train, lose the last checkpoint as a machine that died would have, and run the same command again: the same weights."""
-    from rayward.pipeline import train_pipeline
+    from rayward.workflows.train import train_pipeline
 
     train_pipeline(config, export_to=None, evaluation=False)
     run = Path(config.run.storage_path, config.run.name)
@@ -97,7 +99,7 @@ def resumed(config: Config) -> Path:
 
 
 def over_http(export: Path, **options: Any) -> RewardClient:
-    from rayward.scoring.app import serve_model
+    from rayward.serving.app import serve_model
 
     # The same application each time: the model is replaced.
     return RewardClient(serve_model(ScoringConfig(model=str(export), cpus_per_replica=0.5), port=0, name="methods"), **options)
@@ -143,7 +145,7 @@ def test_a_method_from_recipe_to_endpoint(name: str) -> None:
 
 
 def test_critiques_are_learned_written_and_scored_after() -> None:
-    from rayward.critiques import write_critiques
+    from rayward.workflows.critique import write_critiques
 
     written = resumed(recipe("critique_sft"))
     demo = load_config([RECIPES / "demo.yaml"])
@@ -172,7 +174,7 @@ def test_critiques_are_learned_written_and_scored_after() -> None:
 
 
 def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:
-    from rayward.mixture import fit_mixture
+    from rayward.workflows.mixture import fit_mixture
 
     settings = ["model=runs/bradley_terry_pairs/export", "gate_steps=150"]
     if not Path("runs/bradley_terry_pairs/export").exists():  # the test runs alone
@@ -186,8 +188,8 @@ def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:
 
 
 def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_two() -> None:
-    from rayward.pipeline import merge_pipeline
-    from rayward.scoring.loading import load_scored_model
+    from rayward.scoring.load import load_scored_model
+    from rayward.workflows.merge import merge_pipeline
 
     start = train(recipe("regression", "run.name=correctness", "data.attributes=[correctness]", "objective.weights=null"))
     tuned = resumed(recipe("scaled_from_regression", "training.learning_rate=1e-3", "training.max_steps=20", "checkpoint.every_steps=10"))
@@ -201,7 +203,7 @@ def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_tw
         assert client.models()[0].outputs == ["0_expo", "1_export", "spread"]
         (result,) = client.score_items([{"prompt": "Hello", "completions": ["Hi."]}]).results
     members = [load_scored_model(path, device="cpu") for path in (merged, tuned)]
-    from rayward.scoring.wire import ScoreItem
+    from rayward.wire.items import ScoreItem
 
     item = ScoreItem(({"role": "user", "content": "Hello"},), ("Hi.",))
     alone = [member.score([item])[0].rewards[0] for member in members]  # type: ignore[index]

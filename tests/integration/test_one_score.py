@@ -18,10 +18,12 @@ import torch
 from tests.helpers.runs import tiny_config, write_world
 
 from rayward import RewardClient
-from rayward.config import ScoringConfig
-from rayward.contract import Contract, load_tokenizer
-from rayward.data.packing import EncodedComparison, Labels, pack
-from rayward.encoder import Encoder
+from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.layout import pack
+from rayward.config.scoring import ScoringConfig
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
 
@@ -50,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
     """A finished run and its export."""
-    from rayward.pipeline import train_pipeline
+    from rayward.workflows.train import train_pipeline
 
     storage = tmp_path_factory.mktemp("run")
     config = tiny_config(world, storage, "run", num_workers=2, max_steps=8)
@@ -85,8 +87,8 @@ def encoded(directory: Path, texts: list[Text]) -> list[EncodedComparison]:
 
 
 def test_the_training_forward_packed_and_unpacked(trained: tuple[Path, object], texts: list[Text], plain: list[float]) -> None:
-    from rayward.model.loading import build_reward_model, resolve_hf_config
-    from rayward.training.engine import TorchEngine
+    from rayward.model.build import build_reward_model, resolve_hf_config
+    from rayward.training.engines.torch import TorchEngine
     from rayward.training.trainer import TrainResult
 
     directory, result = trained
@@ -122,7 +124,7 @@ def test_the_command_line(trained: tuple[Path, object], texts: list[Text], plain
 def endpoint(trained: tuple[Path, object], ray_local: None) -> Iterator[str]:
     from ray import serve
 
-    from rayward.scoring.app import serve_model
+    from rayward.serving.app import serve_model
 
     yield serve_model(ScoringConfig(model=str(trained[0]), cpus_per_replica=0.5), port=0, name="one-score")
     serve.shutdown()

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from tests.helpers.tokenizer import CHATML, make_tokenizer
 
-from rayward.config import Config, load_config
-from rayward.contract import Contract, load_tokenizer
-from rayward.data.comparison import PREPARED_SCHEMA, BadRow
-from rayward.data.manifest import MANIFEST_FILE, PreparedData
-from rayward.data.prepare import prepare
-from rayward.encoder import Encoder
+from rayward.config.load import load_config
+from rayward.config.run import Config
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
+from rayward.data.prepare.job import prepare
+from rayward.data.prepared import MANIFEST_FILE, PREPARED_SCHEMA, PreparedData
+from rayward.data.record import BadRow
 from rayward.errors import DataError, TooManyBadRowsError
 
 # Ray Data 2.60 warns about its own deprecated settings whenever it copies its context.

@@ -18,7 +18,7 @@ import pytest
 from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export
 
 from rayward import RewardClient
-from rayward.config import ScoringConfig
+from rayward.config.scoring import ScoringConfig
 from rayward.errors import ContractMismatchError, OverloadedError, RequestError, TooLongError
 from rayward.scoring.scorer import ScoreItem, Scorer
 
@@ -38,7 +38,7 @@ def app(ray_local: None) -> Iterator[ModuleType]:
     """The module that imports ray.serve; Serve is gone afterwards."""
     from ray import serve
 
-    from rayward.scoring import app
+    from rayward.serving import app
 
     yield app
     serve.shutdown()

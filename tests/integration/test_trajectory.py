@@ -34,7 +34,7 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 
 def run_ranks(world: Path, storage: Path, *, world_size: int, budget: int, engine: str = "deepspeed") -> list[float]:
     """Losses of a run without Ray, one process per rank."""
-    from rayward.data.prepare import prepare
+    from rayward.data.prepare.job import prepare
 
     config = tiny_config(world, storage, "ranks", tokens_per_microbatch=budget, engine=engine)
     prepared = prepare(config)
@@ -72,7 +72,7 @@ def test_losses_do_not_depend_on_ranks_or_budget(world: Path, reference: list[fl
 
 @pytest.mark.parametrize(("world_size", "budget"), [(1, 2048), (2, 160), (3, 512)])
 def test_the_full_job_has_the_same_losses(world: Path, reference: list[float], tmp_path: Path, world_size: int, budget: int) -> None:
-    from rayward.data.prepare import prepare
+    from rayward.data.prepare.job import prepare
     from rayward.training.trainer import train
 
     config = tiny_config(world, tmp_path, "job", num_workers=world_size, tokens_per_microbatch=budget)

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rayward import cli
-from rayward.config import Config, parse_config
+from rayward.config.load import parse_config
+from rayward.config.run import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from rayward.config import Config, DataConfig, ScoringConfig, load_config, parse_config
-from rayward.data.comparison import BadRow, Comparison, validate
-from rayward.data.sources import FORMATS, choose_format
-from rayward.scoring.rules import Limits, parse_request
-from rayward.scoring.wire import STATUS_BY_CODE, ErrorReply, ScoreReply
+from rayward.config.data import DataConfig
+from rayward.config.load import load_config, parse_config
+from rayward.config.run import Config
+from rayward.config.scoring import ScoringConfig
+from rayward.data.formats.table import FORMATS, choose_format
+from rayward.data.record import BadRow, Comparison, validate
+from rayward.errors import STATUS_BY_CODE
+from rayward.wire.native import ErrorReply, ScoreReply
+from rayward.wire.rules import Limits, parse_request
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER, DOCS = ROOT / "cluster", ROOT / "docs"
@@ -241,7 +245,7 @@ def test_the_wire_examples_are_valid() -> None:
 
 def test_every_code_of_the_wire_is_listed_with_its_status() -> None:
     page = (DOCS / "serving.md").read_text(encoding="utf-8")
-    source = (ROOT / "platform" / "rayward" / "scoring" / "rules.py").read_text(encoding="utf-8")
+    source = (ROOT / "platform" / "rayward" / "wire" / "rules.py").read_text(encoding="utf-8")
     codes = {*re.findall(r"RuleError\(\s*\"(\w+)\"", source), *re.findall(r"\"(\w+_field|wrong_type)\"", source), *STATUS_BY_CODE}
     assert len(codes) > 15
     rows = re.findall(r"^\| ([\d, ]+) \| (.+?) \| ", page, re.MULTILINE)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rayward.evaluation.results import Estimate, Evaluation, Group
-from rayward.metrics import wilson_interval
+from rayward.evaluation.records import Estimate, Evaluation, Group
+from rayward.evaluation.statistics import wilson_interval
 
 BLUE, ORANGE, INK, GREY, PALE = "#2f6fb3", "#e0803a", "#22303c", "#8a97a3", "#dfe5ea"
 MAX_SOURCES = 20

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rayward.evaluation.results import BenchmarkScores, Calibration, Evaluation, Group
-from rayward.metrics import ELO_PER_REWARD
+from rayward.evaluation.records import BenchmarkScores, Calibration, Evaluation, Group
+from rayward.evaluation.statistics import ELO_PER_REWARD
 
 _CAPTIONS = {
     "rewards": "Left: rewards of the best-ranked completions against all others. Right: the margins that decide accuracy.",

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayward.errors import DataError
-from rayward.evaluation.results import (
+from rayward.evaluation.records import (
     Calibration,
     CalibrationBin,
     ErrorExample,
@@ -28,7 +28,7 @@ from rayward.evaluation.results import (
     Row,
     Spread,
 )
-from rayward.metrics import (
+from rayward.evaluation.statistics import (
     Floats,
     Interval,
     PairSums,
@@ -45,7 +45,6 @@ from rayward.metrics import (
 LENGTH_UNIT = "characters"
 HISTOGRAM_BINS = 40
 ERRORS_NAMED = 20
-
 Mask = npt.NDArray[np.bool_]
 
 

@@ -28,6 +28,7 @@ from rayward.errors import ModelLoadError
 
 SEGMENT_ATTENTION = "rayward_segments"
 
+
 # Below this many tokens one masked call over the whole comparison beats a call per span: kernel launches cost more
 # than the few masked entries.
 ONE_CALL_TOKENS = 320

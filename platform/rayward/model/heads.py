@@ -17,7 +17,7 @@ LOGIT_ROWS = 1024
 
 
 class LinearHead(nn.Linear):
-    """Linear map computed in fp32 whatever the backbone's type (bf16 rewards tie: METHODS of every peer suffer from it).
+    """Linear map computed in fp32 whatever the backbone's type (rewards rounded to bf16 tie).
 
     Stored under the name `score`, so that the export is a plain Transformers sequence-classification model.
     """

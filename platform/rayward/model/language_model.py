@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rayward.data.packing import Layout, PackedBatch, taught_tokens
+from rayward.batch.layout import Layout, PackedBatch, language_loss_tokens
 from rayward.errors import ModelLoadError
 from rayward.model.attention import SEGMENT_ATTENTION, why_not_shareable
 from rayward.model.heads import LOGIT_ROWS, capped, soft_cap, token_log_probs
@@ -67,9 +67,9 @@ class LanguageModel(nn.Module):
         backbone = cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
         positions = torch.from_numpy(batch.position_ids).to(device)
         hidden = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        taught = taught_tokens(batch, "all")
+        tokens = language_loss_tokens(batch, "all")
         rows, before, column, owner = (
-            torch.from_numpy(a).to(device) for a in (taught.row, taught.before, taught.column, taught.completion)
+            torch.from_numpy(a).to(device) for a in (tokens.row, tokens.before, tokens.column, tokens.completion)
         )
         log_probs = torch.empty(len(rows), dtype=torch.float32, device=device)
         for start in range(0, len(rows), LOGIT_ROWS):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rayward.data.packing import Layout, PackedBatch, TaughtTokens
+from rayward.batch.layout import LanguageLossTokens, Layout, PackedBatch
 from rayward.errors import ModelLoadError
 from rayward.model.attention import SEGMENT_ATTENTION, flex_mask, why_not_shareable
+from rayward.model.gate import Gating
 from rayward.model.heads import LanguageHead, LinearHead
-from rayward.model.mixture import Gating
 
 AttentionKind = Literal["segments", "flex"]
 
@@ -37,8 +37,8 @@ class BatchTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class TaughtTensors:
-    """`TaughtTokens` on a device: int64 [M], the weight float32 [M]."""
+class LanguageLossTensors:
+    """`LanguageLossTokens` on a device: int64 [M], the weight float32 [M]."""
 
     row: Tensor
     before: Tensor
@@ -46,10 +46,10 @@ class TaughtTensors:
     weight: Tensor
 
 
-def taught_tensors(taught: TaughtTokens, device: torch.device) -> TaughtTensors:
-    """Copy the table of taught tokens to a device."""
-    arrays = (taught.row, taught.before, taught.column, taught.weight)
-    return TaughtTensors(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+def language_loss_tensors(tokens: LanguageLossTokens, device: torch.device) -> LanguageLossTensors:
+    """Copy the table of language-loss tokens to a device."""
+    arrays = (tokens.row, tokens.before, tokens.column, tokens.weight)
+    return LanguageLossTensors(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
 def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
@@ -125,10 +125,10 @@ class RewardModel(nn.Module):
     def backbone(self) -> PreTrainedModel:
         return cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
 
-    def forward(self, batch: BatchTensors, taught: TaughtTensors | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, batch: BatchTensors, tokens: LanguageLossTensors | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Outputs, float32 [R, outputs], where the batch is read: completion by completion (R may be 0).
 
-        With `taught`, also the weighted sum of the negative log-probabilities of these tokens, a float32 scalar.
+        With `tokens`, also the weighted sum of the negative log-probabilities of these tokens, a float32 scalar.
         """
         if not self.has_linear_head:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
@@ -136,10 +136,10 @@ class RewardModel(nn.Module):
         hidden = self._hidden(batch)
         # An empty micro-batch selects no position, and its sum still reaches every parameter with a zero gradient.
         outputs = cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.read_row, batch.read_column]))
-        if taught is not None:
-            targets = batch.input_ids[taught.row, taught.column]
-            log_probs = cast(LanguageHead, self.model.lm_head)(hidden[taught.row, taught.before], targets)
-            return outputs, -(taught.weight * log_probs).sum()
+        if tokens is not None:
+            targets = batch.input_ids[tokens.row, tokens.column]
+            log_probs = cast(LanguageHead, self.model.lm_head)(hidden[tokens.row, tokens.before], targets)
+            return outputs, -(tokens.weight * log_probs).sum()
         if self.gate is None:
             return outputs
         assert batch.gate_column is not None

@@ -13,6 +13,7 @@ from rayward.errors import DataError
 if TYPE_CHECKING:
     from rayward.scoring.scorer import Device, ScoreItem
 
+
 ROWS_PER_CALL = 256
 """Rows given to one scorer call; it cuts them into micro-batches by tokens."""
 
@@ -23,7 +24,7 @@ class _ScoreRows:
     # One per actor of the pool: loads the model once.
 
     def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool, options: dict[str, Any]) -> None:
-        from rayward.scoring.loading import load_scored_model
+        from rayward.scoring.load import load_scored_model
 
         self._options = options
         self._scorer = load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
@@ -44,7 +45,7 @@ class _FeatureRows:
         self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        from rayward.scoring.wire import ItemError
+        from rayward.wire.items import ItemError
 
         ends: list[Any] = []
         gates: list[Any] = []

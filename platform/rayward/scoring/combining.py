@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from rayward.contract import Normaliser
+from rayward.contract.contract import Normaliser
 from rayward.errors import ModelLoadError
+from rayward.schema import Frozen
 
 
-class ScoringRule(BaseModel):
+class ScoringRule(Frozen):
     """Content of a rule's file.
 
     Attributes:
         normaliser: statistics for centred and standardised rewards.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     file: ClassVar[str]
     normaliser: Normaliser | None = None
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from rayward.data.comparison import Message, digest
-from rayward.encoder import Encoder
+from rayward.contract.conversation import Message
+from rayward.contract.encoder import Encoder
 from rayward.errors import ContractError, TooLongError
 from rayward.model.generation import Opening, generate
 from rayward.model.reward_model import RewardModel
-from rayward.scoring.wire import ItemError, ScoreItem
+from rayward.schema import digest
+from rayward.wire.items import ItemError, ScoreItem
 
 MAX_CRITIQUE_TOKENS = 1024
 CLOSING_TOKENS = 8

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Self
 
 from rayward.scoring.combining import EnsembleRule
-from rayward.scoring.facts import Device, ModelFacts
+from rayward.scoring.scored_model import Device, ModelFacts
 from rayward.scoring.scorer import Scorer
-from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 SPREAD = "spread"
 

@@ -16,16 +16,19 @@ from typing import Self, cast
 import numpy as np
 import torch
 
-from rayward.contract import Contract, load_tokenizer, tokenizer_fingerprint
-from rayward.data.comparison import Message
-from rayward.data.packing import EncodedComparison, Labels, group_by_budget, pack
-from rayward.encoder import Encoder
+from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.layout import pack
+from rayward.batch.planner import group_by_budget
+from rayward.contract.contract import Contract
+from rayward.contract.conversation import Message
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.language_model import LanguageModel
-from rayward.scoring.artifacts import pick_device
 from rayward.scoring.combining import ImplicitRule
-from rayward.scoring.facts import Device, ModelFacts
-from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
+from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.verify import pick_device
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 OUTPUTS = ("policy_log_prob", "reference_log_prob")
 

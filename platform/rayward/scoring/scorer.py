@@ -15,21 +15,24 @@ from typing import Self, cast
 
 import torch
 
-from rayward.contract import CONTRACT_FILE, Contract, GoldenScore, load_tokenizer
-from rayward.data.comparison import Message, shared_prefix_length
-from rayward.data.packing import EncodedComparison, group_by_budget, pack
-from rayward.encoder import Encoder, Encoding, comparison_of, gate_position
+from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
+from rayward.batch.layout import pack
+from rayward.batch.planner import group_by_budget
+from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
+from rayward.contract.conversation import Message
+from rayward.contract.encoder import Encoder, Encoding, gate_position
+from rayward.contract.reading import place_of
+from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractError, ModelLoadError, TooLongError
-from rayward.model.loading import head_sha256, load_reward_model
+from rayward.model.build import load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
-from rayward.reading import place_of
-from rayward.scoring.artifacts import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
+from rayward.model.weights import head_sha256
 from rayward.scoring.critiques import CritiqueWriter
-from rayward.scoring.facts import Device, ModelFacts
-from rayward.scoring.wire import ItemError, ItemResult, ScoreItem
+from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
-
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rayward.data.packing import PackedBatch, TaughtTokens
-from rayward.data.shares import StepShare
+from rayward.batch.layout import LanguageLossTokens, PackedBatch
+from rayward.data.stream.shares import StepShare
 from rayward.errors import NonFiniteError, StreamOrderError
-from rayward.objectives import Objective
-from rayward.ranking import METRIC_SUMS, ranking_metrics
-from rayward.training.engine import Engine
+from rayward.objectives.sums import METRIC_SUMS, ranking_metrics
+from rayward.objectives.table import Objective
+from rayward.training.engines.protocol import Engine
 
 NUM_IDS_IN_MESSAGE = 8
 
@@ -44,7 +44,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class _Losses:
-    """Loss sums of a micro-batch: of the objective, and of the taught tokens."""
+    """Loss sums of a micro-batch: of the objective, and of the language-loss tokens."""
 
     reward: torch.Tensor
     language: torch.Tensor
@@ -89,8 +89,8 @@ class _Sums:
         loss = reward / counts.reward
         named = {"loss": loss}
         if coefficient:
-            taught = language / counts.language
-            named = {"loss": loss + coefficient * taught, "reward_loss": loss, "language_loss": taught}
+            tokens = language / counts.language
+            named = {"loss": loss + coefficient * tokens, "reward_loss": loss, "language_loss": tokens}
         return {
             **named,
             **ranking_metrics(ranking),
@@ -101,16 +101,16 @@ class _Sums:
         }
 
 
-def _counts(batch: PackedBatch, taught: TaughtTokens | None, objective: Objective) -> torch.Tensor:
-    weights = 0.0 if taught is None else float(taught.weight.sum(dtype="float64"))
+def _counts(batch: PackedBatch, tokens: LanguageLossTokens | None, objective: Objective) -> torch.Tensor:
+    weights = 0.0 if tokens is None else float(tokens.weight.sum(dtype="float64"))
     return torch.tensor([objective.count(batch.labels), weights], dtype=torch.float64)
 
 
-def _losses(engine: Engine, batch: PackedBatch, taught: TaughtTokens | None, objective: Objective) -> tuple[_Losses, torch.Tensor]:
-    if taught is None:
+def _losses(engine: Engine, batch: PackedBatch, tokens: LanguageLossTokens | None, objective: Objective) -> tuple[_Losses, torch.Tensor]:
+    if tokens is None:
         outputs, language = engine.forward(batch), torch.zeros((), device=engine.device)
     else:
-        outputs, language = engine.forward_taught(batch, taught)
+        outputs, language = engine.forward_with_language_loss(batch, tokens)
     out = objective.loss(outputs, batch.labels)
     return _Losses(out.loss_sum, language), out.metrics
 
@@ -125,14 +125,17 @@ def train_step(engine: Engine, share: StepShare, objective: Objective, learning_
         NonFiniteError: on every rank, when a loss or gradient of any rank is NaN or Inf. The weights in memory must not
             be saved afterwards.
     """
-    batches, coefficient = [(batch, objective.taught(batch)) for batch in share.microbatches], objective.config.language_coefficient
+    batches, coefficient = (
+        [(batch, objective.language_tokens(batch)) for batch in share.microbatches],
+        objective.config.language_coefficient,
+    )
     local = sum((_counts(*each, objective) for each in batches), torch.zeros(2, dtype=torch.float64))
     counts = _Counts.of(engine.all_reduce(local))
     sums = _Sums.zeros(engine.device)
     totals = []
     last = len(batches) - 1
-    for index, (batch, taught) in enumerate(batches):
-        losses, metrics = _losses(engine, batch, taught, objective)
+    for index, (batch, tokens) in enumerate(batches):
+        losses, metrics = _losses(engine, batch, tokens, objective)
         loss = losses.reward / counts.reward
         if coefficient:
             loss = loss + coefficient * losses.language / counts.language
@@ -168,9 +171,9 @@ def validate(engine: Engine, shares: Iterable[StepShare], objective: Objective) 
     local = torch.zeros(2, dtype=torch.float64)
     for share in shares:
         for batch in share.microbatches:
-            taught = objective.taught(batch)
-            sums.add(batch, *_losses(engine, batch, taught, objective))
-            local += _counts(batch, taught, objective)
+            tokens = objective.language_tokens(batch)
+            sums.add(batch, *_losses(engine, batch, tokens, objective))
+            local += _counts(batch, tokens, objective)
     sums.values = engine.all_reduce(sums.values)
     named = sums.named(_Counts.of(engine.all_reduce(local)), objective.config.language_coefficient)
     return {key: value for key, value in named.items() if key not in ("tokens", "padding_fraction", "tokens_saved_fraction")}

@@ -9,27 +9,26 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.fs as pafs
 import torch
 
 from rayward import storage
-from rayward.config import Config
-from rayward.contract import Contract, GoldenScore
-from rayward.data.packing import pack
-from rayward.data.shares import StepShare
-from rayward.encoder import Encoder, comparison_of
+from rayward.batch.comparison import comparison_of
+from rayward.batch.layout import pack
+from rayward.config.run import Config
+from rayward.contract.contract import Contract, GoldenScore
+from rayward.contract.encoder import Encoder
+from rayward.contract.golden import GOLDEN_CONVERSATIONS, GOLDEN_CRITIQUE
+from rayward.contract.reading import place_of
+from rayward.data.stream.shares import StepShare
 from rayward.errors import CheckpointError, ConfigError, ContractError
-from rayward.golden import GOLDEN_CONVERSATIONS, GOLDEN_CRITIQUE
-from rayward.objectives import Objective
-from rayward.reading import place_of
-from rayward.training.checkpoint import CheckpointStore, CommitDraft, CommittedCheckpoint
-from rayward.training.engine import Engine
+from rayward.objectives.table import Objective
+from rayward.training.checkpoints.format import CommittedCheckpoint
+from rayward.training.checkpoints.store import CheckpointStore, CommitDraft
+from rayward.training.engines.protocol import Engine
 from rayward.training.loop import Schedule, run_steps, validate
+from rayward.training.tracking import GAP_WARNING_NATS, MetricsLog, over_fitting
 
 logger = logging.getLogger(__name__)
-
-GAP_WARNING_NATS = 0.1
-"""Validation loss above the training loss since the last validation by more than this, and by more than then: the gap has opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,80 +91,6 @@ def resume_point(job: Job) -> CommittedCheckpoint | None:
             remedy="choose another run.name, restore the settings, or delete the run's directory",
         )
     return checkpoint
-
-
-class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of a run, written by rank 0.
-
-    Lines of steps that will be trained again after a resume are dropped, so the file tells one trajectory. Locally a line is on
-    disk when `write` returns; on remote storage the file is written when a checkpoint is. A full disk never stops training:
-    lines wait until they can be written.
-    """
-
-    def __init__(self, location: str, *, first_step: int, tensorboard: bool) -> None:
-        self._filesystem, root = storage.resolve(location)
-        self._path = f"{root}/metrics.jsonl"
-        self._local = isinstance(self._filesystem, pafs.LocalFileSystem)
-        self._filesystem.create_dir(root)
-        self._lines = self._kept(first_step)  # written as a whole: all of them remotely, those still waiting locally
-        self._rewrite()
-        self._events = None
-        if tensorboard and self._local:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(f"{root}/tensorboard", purge_step=first_step)
-
-    def _kept(self, first_step: int) -> list[str]:
-        if not storage.exists(self._filesystem, self._path):
-            return []
-        kept = []
-        for line in storage.read_text(self._filesystem, self._path).splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # the line that a killed writer left half written
-        return kept
-
-    def _rewrite(self) -> None:
-        storage.write_text(self._filesystem, self._path, "".join(line + "\n" for line in self._lines))
-        if self._local:
-            self._lines.clear()
-
-    def note(self, step: int, message: str) -> None:
-        """A line for people, shown by the driver."""
-        self._append({"step": step, "kind": "note", "message": message})
-
-    def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
-        self._append({"step": step, "kind": kind, **metrics})
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(record))
-        if not self._local:
-            return
-        try:
-            with open(self._path, "a", encoding="utf-8") as stream:
-                stream.write("".join(line + "\n" for line in self._lines))
-            self._lines.clear()
-        except OSError as exc:
-            logger.warning("%s cannot be written (%s); %d lines wait", self._path, exc, len(self._lines))
-
-    def flush(self) -> None:
-        """Bring remote storage up to date."""
-        if self._local:
-            return
-        try:
-            self._rewrite()
-        except OSError as exc:
-            logger.warning("%s cannot be written (%s); the next checkpoint tries again", self._path, exc)
-
-    def close(self) -> None:
-        self.flush()
-        if self._events is not None:
-            self._events.close()
 
 
 def golden_scores(engine: Engine, encoder: Encoder) -> tuple[GoldenScore, ...]:
@@ -312,15 +237,6 @@ class Session:
                 )
         if self._report is not None:
             self._report({"step": step, **metrics, **{f"validation_{key}": value for key, value in validation.items()}})
-
-
-def over_fitting(step: int, validation_loss: float, train_loss: float) -> str:
-    """The warning that the gap between training and validation loss has opened."""
-    return (
-        f"warning: at step {step} the validation loss {validation_loss:.4f} is {validation_loss - train_loss:.4f} above the training loss "
-        f"since the last validation, {train_loss:.4f}: the model begins to over-fit; take the checkpoint before "
-        "(rayward export --checkpoint best), or train less (training.num_epochs, training.max_steps)"
-    )
 
 
 def schedule_of(job: Job) -> Schedule:

@@ -23,21 +23,22 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayward import storage
+from rayward.batch.layout import Layout
 from rayward.cluster import started_here
-from rayward.config import Config, dump_config
-from rayward.contract import Contract, load_tokenizer
-from rayward.data.manifest import PreparedData
-from rayward.data.packing import Layout
-from rayward.data.shares import StepShare, read_share
-from rayward.data.stream import StepShares, dataset_factory
-from rayward.encoder import Encoder
+from rayward.config.load import dump_config
+from rayward.config.run import Config
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
+from rayward.data.prepared import PreparedData
+from rayward.data.stream.shares import StepShare, read_share
+from rayward.data.stream.stream import StepShares, dataset_factory
 from rayward.errors import ConfigError, DataError, RaywardError, TrainingError
-from rayward.training.checkpoint import CommittedCheckpoint
-from rayward.training.progress import follow
+from rayward.training.checkpoints.format import CommittedCheckpoint
 from rayward.training.session import Job, Session, resume_point
+from rayward.training.tracking import follow
 
 logger = logging.getLogger(__name__)
-
 FAILURE_FILE = "failure.json"
 
 
@@ -69,7 +70,8 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     """
     from accelerate import init_empty_weights
 
-    from rayward.model.loading import build_reward_model, check_language_head, head_row, resolve_hf_config, resolve_model_dir
+    from rayward.model.build import build_reward_model, resolve_hf_config
+    from rayward.model.weights import check_language_head, head_row, resolve_model_dir
 
     # Workers run in other directories than the driver.
     local = {key: os.path.abspath(path) for key in ("path", "tokenizer") if (path := getattr(config.model, key)) and os.path.isdir(path)}
@@ -281,8 +283,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _run_session(settings: dict[str, Any]) -> None:
     import torch
 
-    from rayward.model.loading import build_reward_model, resolve_hf_config, weight_source
-    from rayward.training.engine import build_engine, initialize, pretrained
+    from rayward.model.build import build_reward_model, resolve_hf_config
+    from rayward.model.weights import weight_source
+    from rayward.training.engines.build import build_engine, initialize, pretrained
 
     config = Config.model_validate(settings["config"])
     contract = Contract.model_validate_json(settings["contract"])

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 from tests.helpers.tokenizer import CHATML, make_tokenizer
 
-from rayward.config import load_config
-from rayward.contract import Contract
-from rayward.data import steps
-from rayward.data.encoding import encode
-from rayward.data.sources import SourceOptions
-from rayward.data.tally import Tally
-from rayward.encoder import Encoder
+from rayward.config.load import load_config
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.data.formats.table import SourceOptions
+from rayward.data.prepare.encode import encode
+from rayward.data.prepare.judge import Policy, judge
+from rayward.data.prepare.rows import READ_SCHEMA, Adaptation, adapt
+from rayward.data.prepare.tally import Tally
 from rayward.errors import ConfigError
 
 MAX_TOKENS = 100
@@ -36,15 +37,13 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
 
 def prepared(rows: list[dict[str, Any]], encoders: Encoders, *, buckets: int = 1, role: str = "train", **policy: Any) -> pa.Table:
     """The rows after all steps; each bucket is judged on its own, and encoded row by row."""
-    rule = steps.Policy(0, policy.pop("fraction", 0.0), "truncate", **{"group_tokens": 2 * MAX_TOKENS, **policy})
+    rule = Policy(0, policy.pop("fraction", 0.0), "truncate", **{"group_tokens": 2 * MAX_TOKENS, **policy})
     raw = [{"kind": "row", "role": role, "file": "f", "number": i, "raw": json.dumps(row)} for i, row in enumerate(rows, 1)]
-    read = pa.Table.from_pylist(
-        [*raw, {"kind": "total", "role": role, "file": "f", "number": len(raw), "raw": ""}], schema=steps.READ_SCHEMA
-    )
-    adapted = steps.adapt(read, steps.Adaptation({"f": ("trl", SourceOptions("set", "prompt"))}, rule.ties, buckets))
+    read = pa.Table.from_pylist([*raw, {"kind": "total", "role": role, "file": "f", "number": len(raw), "raw": ""}], schema=READ_SCHEMA)
+    adapted = adapt(read, Adaptation({"f": ("trl", SourceOptions("set", "prompt"))}, rule.ties, buckets))
     numbers = adapted.column("bucket").to_pylist()
     parts = [adapted.take([i for i, number in enumerate(numbers) if number == bucket]) for bucket in range(buckets)]
-    judged = pa.concat_tables([steps.judge(part, rule) for part in parts])
+    judged = pa.concat_tables([judge(part, rule) for part in parts])
     return pa.concat_tables([encode(judged.slice(i, 1), *encoders, rule) for i in range(judged.num_rows)])
 
 
@@ -101,12 +100,10 @@ def test_what_cannot_join_stays_as_its_rows_and_is_counted(encoders: Encoders) -
 
 def test_ties_take_part_where_they_are_kept(encoders: Encoders) -> None:
     rows = [{"prompt": "p", "completions": list(texts), "ranks": ranks} for texts, ranks in (("ab", [0, 0]), ("bc", [0, 1]))]
-    rule = steps.Policy(0, 0.0, "truncate", ties="keep", group_tokens=NO_LIMIT)
+    rule = Policy(0, 0.0, "truncate", ties="keep", group_tokens=NO_LIMIT)
     raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(row)} for i, row in enumerate(rows, 1)]
-    adapted = steps.adapt(
-        pa.Table.from_pylist(raw, schema=steps.READ_SCHEMA), steps.Adaptation({"f": ("ranking", SourceOptions("set"))}, "keep", 1)
-    )
-    (group,) = used(encode(steps.judge(adapted, rule), *encoders, rule))
+    adapted = adapt(pa.Table.from_pylist(raw, schema=READ_SCHEMA), Adaptation({"f": ("ranking", SourceOptions("set"))}, "keep", 1))
+    (group,) = used(encode(judge(adapted, rule), *encoders, rule))
     assert (json.loads(group["completions_json"]), group["ranks"]) == (["a", "b", "c"], [0, 0, 1])
 
 

@@ -8,9 +8,9 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from rayward.data.comparison import Comparison, Message
-from rayward.data.joining import Left, join, weak_order
-from rayward.data.records import dump_record
+from rayward.contract.conversation import Message
+from rayward.data.prepare.join import Left, join, weak_order
+from rayward.data.record import Comparison, dump_record
 
 PROMPT = (Message(role="user", content="p"),)
 

@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayward.config import DataConfig
-from rayward.data import steps
-from rayward.data.comparison import BadRow, RowRejected, validate
-from rayward.data.sources import FORMATS, SourceOptions, choose_format
-from rayward.data.tally import Tally
+from rayward.config.data import DataConfig
+from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.data.prepare.judge import Policy, judge
+from rayward.data.prepare.rows import READ_SCHEMA, Adaptation, adapt
+from rayward.data.prepare.tally import Tally
+from rayward.data.record import BadRow, RowRejected, load_record, validate
 
 PLAIN = SourceOptions("set")
 HELPSTEER2 = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -144,9 +145,9 @@ def test_a_bad_row_is_rejected_with_its_reason(name: str, options: SourceOptions
 
 def judged(rows: list[dict[str, Any]], options: SourceOptions, **policy: Any) -> list[dict[str, Any]]:
     raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(row)} for i, row in enumerate(rows, 1)]
-    table = pa.Table.from_pylist(raw, schema=steps.READ_SCHEMA)
-    adapted = steps.adapt(table, steps.Adaptation({"f": ("helpsteer2", options)}, "quarantine", 1))
-    result: list[dict[str, Any]] = steps.judge(adapted, steps.Policy(0, 0.0, "truncate", **policy)).to_pylist()
+    table = pa.Table.from_pylist(raw, schema=READ_SCHEMA)
+    adapted = adapt(table, Adaptation({"f": ("helpsteer2", options)}, "quarantine", 1))
+    result: list[dict[str, Any]] = judge(adapted, Policy(0, 0.0, "truncate", **policy)).to_pylist()
     return [row for row in result if row["kind"] in ("row", "merged")]
 
 
@@ -161,7 +162,7 @@ def test_rated_rows_of_one_prompt_become_one_comparison() -> None:
     rows = judged([row("p", "a", 4), row("q", "x", 2), row("p", "b", 1, 3), row("p", "c", 3)], TWO, merge_prompts=True)
     assert sorted(r["kind"] for r in rows) == ["merged", "merged", "row", "row"]
     assert all((r["split"] == "train") == (r["kind"] == "row") for r in rows)
-    comparisons = {c.prompt[0]["content"]: c for c in (steps.load_record(r["record"]) for r in rows if r["kind"] == "row")}
+    comparisons = {c.prompt[0]["content"]: c for c in (load_record(r["record"]) for r in rows if r["kind"] == "row")}
     found = dict(zip(comparisons["p"].completions, comparisons["p"].attributes or (), strict=True))
     assert found == {"a": (4.0, 1.0), "b": (1.0, 3.0), "c": (3.0, 1.0)}
     assert comparisons["p"].ranks is None
@@ -170,7 +171,7 @@ def test_rated_rows_of_one_prompt_become_one_comparison() -> None:
 
 def test_merged_rows_are_ranked_by_an_attribute() -> None:
     rows = judged([row("p", "a", 4), row("p", "b", 1)], TWO, merge_prompts=True, rank_by=(0, "helpfulness"))
-    (record,) = [steps.load_record(r["record"]) for r in rows if r["kind"] == "row"]
+    (record,) = [load_record(r["record"]) for r in rows if r["kind"] == "row"]
     assert record.ranks is not None
     assert dict(zip(record.completions, record.ranks, strict=True)) == {"a": -4.0, "b": -1.0}
     assert record.strength == 3.0
@@ -204,9 +205,9 @@ def test_a_duplicate_is_dropped_before_rows_are_merged() -> None:
 def test_counts_add_up_with_merged_rows() -> None:
     rows = [row("p", "a", 4), row("p", "b", 1), row("p", "b", 1), row("q", "x", 2)]
     raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(r)} for i, r in enumerate(rows, 1)]
-    table = pa.Table.from_pylist([*raw, {"kind": "total", "role": "train", "file": "f", "number": 4, "raw": ""}], schema=steps.READ_SCHEMA)
-    adapted = steps.adapt(table, steps.Adaptation({"f": ("helpsteer2", TWO)}, "quarantine", 1))
-    judged_rows = steps.judge(adapted, steps.Policy(0, 0.0, "truncate", merge_prompts=True))
+    table = pa.Table.from_pylist([*raw, {"kind": "total", "role": "train", "file": "f", "number": 4, "raw": ""}], schema=READ_SCHEMA)
+    adapted = adapt(table, Adaptation({"f": ("helpsteer2", TWO)}, "quarantine", 1))
+    judged_rows = judge(adapted, Policy(0, 0.0, "truncate", merge_prompts=True))
     columns = judged_rows.select(["kind", "split", "reason", "source", "number", "detail"])
     tally = Tally.merged([Tally.of(columns)])
     assert (tally.read, tally.num_merged, tally.splits.total(), tally.quarantined.total()) == (4, 1, 2, 1)

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 from tests.helpers.comparisons import make_comparison, random_comparisons
 
-from rayward.data.comparison import PREPARED_SCHEMA
-from rayward.data.packing import EncodedComparison, Labels, Layout
-from rayward.data.shares import SHARE_SCHEMA, STREAM_COLUMNS, StepShare, comparisons_from_table, plan_block, read_share
+from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.layout import Layout
+from rayward.data.prepared import PREPARED_SCHEMA
+from rayward.data.stream.shares import SHARE_SCHEMA, STREAM_COLUMNS, StepShare, comparisons_from_table, plan_block, read_share
 from rayward.errors import StreamOrderError
 
 

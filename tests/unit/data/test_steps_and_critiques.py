@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from rayward.config import DataConfig
-from rayward.data.comparison import BadRow, RowRejected, validate
-from rayward.data.records import dump_record, joined, load_record
-from rayward.data.sources import FORMATS, SourceOptions, choose_format
+from rayward.config.data import DataConfig
+from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.data.record import BadRow, RowRejected, dump_record, joined, load_record, validate
 
 PLAIN = SourceOptions("set")
 CRITICISED = SourceOptions("set", critiques=True)

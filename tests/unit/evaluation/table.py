@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayward.evaluation.results import Evaluation, Record
+from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.summary import summarise
 
 

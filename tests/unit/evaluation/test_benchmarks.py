@@ -14,11 +14,13 @@ import pyarrow as pa
 import pytest
 from tests.helpers.fixtures import FIXTURES
 
-from rayward import cli, pipeline
-from rayward.config import DataConfig
+from rayward import cli
+from rayward.config.data import DataConfig
 from rayward.errors import ConfigError, DataError
-from rayward.evaluation import evaluate as job
-from rayward.evaluation.benchmark_rules import (
+from rayward.evaluation import run as job
+from rayward.evaluation.held_out import read_raw
+from rayward.evaluation.records import BenchmarkScores, Evaluation, Record
+from rayward.evaluation.suites.rules import (
     JUDGEBENCH_GROUPS,
     PRIOR_SETS,
     REWARDBENCH2_ROWS,
@@ -32,9 +34,8 @@ from rayward.evaluation.benchmark_rules import (
     ties_score,
     total_with_prior,
 )
-from rayward.evaluation.benchmarks import Benchmark, choose
-from rayward.evaluation.evaluate import read_raw
-from rayward.evaluation.results import BenchmarkScores, Evaluation, Record
+from rayward.evaluation.suites.suite import Benchmark, choose
+from rayward.workflows import evaluate as workflow
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -351,7 +352,7 @@ def scored_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(tables))
         return _Scored(tables)
 
-    monkeypatch.setattr(pipeline, "connect", lambda: None)
+    monkeypatch.setattr(workflow, "connect", lambda: None)
     monkeypatch.setattr(job, "_score", score)
     return calls
 

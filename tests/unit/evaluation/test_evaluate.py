@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from tests.unit.evaluation.table import evaluation_of, make_records, pair
 
-from rayward.config import DataConfig
+from rayward.config.data import DataConfig
 from rayward.errors import ConfigError, DataError, DataFormatError, ModelLoadError, ScoringError
-from rayward.evaluation.evaluate import HeldOut, evaluate, merge, read_prepared, read_raw, read_scores, to_record, write_scores
+from rayward.evaluation.held_out import HeldOut, read_prepared, read_raw
+from rayward.evaluation.run import evaluate, merge, read_scores, to_record, write_scores
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> str:

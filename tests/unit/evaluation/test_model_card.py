@@ -13,13 +13,14 @@ import yaml
 from tests.helpers.models import make_export
 from tests.unit.evaluation.table import evaluation_of, make_records
 
-from rayward.config import Config, dump_config
-from rayward.contract import Contract
+from rayward.config.load import dump_config
+from rayward.config.run import Config
+from rayward.contract.contract import Contract
+from rayward.contract.reading import RewardReadout
 from rayward.errors import ConfigError
-from rayward.evaluation.model_card import write_model_card
+from rayward.evaluation.card import write_model_card
 from rayward.evaluation.plots import write_plots
-from rayward.evaluation.results import Evaluation
-from rayward.reading import Reading
+from rayward.evaluation.records import Evaluation
 from rayward.scoring.scorer import ScoreItem, Scorer
 
 MANIFEST: dict[str, Any] = {
@@ -164,8 +165,12 @@ def test_the_card_of_a_mixture_says_what_plain_transformers_cannot(export: Path)
     ("changes", "objective", "said"),
     [
         ({"critique_lead_in": "Judge:"}, "bradley_terry", "writes a critique of the answer, and the reward is read after it"),
-        ({"reading": Reading(at="steps", separator="|", aggregate="product")}, "process", "read at all steps of the answer and combined"),
-        ({"reading": Reading(at="tokens", aggregate="last")}, "outcome", "calls it right"),
+        (
+            {"reading": RewardReadout(at="steps", separator="|", aggregate="product")},
+            "process",
+            "read at all steps of the answer and combined",
+        ),
+        ({"reading": RewardReadout(at="tokens", aggregate="last")}, "outcome", "calls it right"),
     ],
 )
 def test_a_card_says_where_the_reward_is_read(export: Path, changes: dict[str, Any], objective: str, said: str) -> None:

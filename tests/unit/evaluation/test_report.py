@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from tests.unit.evaluation.table import evaluation_of, make_records, pair
 
-from rayward.evaluation.evaluate import write_results
 from rayward.evaluation.plots import write_plots
+from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.report import print_table, verdict, write_report
-from rayward.evaluation.results import Evaluation, Record
+from rayward.evaluation.run import write_results
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from tests.unit.evaluation.table import evaluation_of, make_records, pair
 
 from rayward.errors import DataError
-from rayward.evaluation.results import Evaluation, Record
+from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.summary import summarise
 
 

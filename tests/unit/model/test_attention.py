@@ -7,7 +7,7 @@ from tests.helpers.architectures import make_architecture
 from tests.helpers.comparisons import make_comparison, random_comparisons
 from torch import nn
 
-from rayward.data.packing import PackedBatch, pack
+from rayward.batch.layout import PackedBatch, pack
 from rayward.errors import ModelLoadError
 from rayward.model.attention import ONE_CALL_TOKENS, flex_mask, segment_attention, why_not_shareable
 

@@ -7,9 +7,9 @@ import torch
 from tests.helpers.training import LLAMA
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rayward.data.packing import Layout
+from rayward.batch.layout import Layout
+from rayward.model.build import build_reward_model
 from rayward.model.generation import REPETITION_PENALTY, Opening, generate
-from rayward.model.loading import build_reward_model
 from rayward.model.reward_model import RewardModel
 
 OPENINGS = [[5, 9, 11], [7], [3, 3, 40, 41, 42, 43, 44], [80, 81], [12, 13, 14]]

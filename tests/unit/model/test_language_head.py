@@ -12,16 +12,22 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.training import LLAMA, tiny_engine, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rayward.config import ModelConfig, TrainingConfig
-from rayward.correctness import LanguageObjective
-from rayward.data.packing import EncodedComparison, Layout, pack, plan_step, taught_tokens
-from rayward.data.shares import StepShare
+from rayward.batch.comparison import EncodedComparison
+from rayward.batch.layout import Layout, language_loss_tokens, pack
+from rayward.batch.planner import plan_step
+from rayward.config.model import ModelConfig
+from rayward.config.training import TrainingConfig
+from rayward.data.stream.shares import StepShare
 from rayward.errors import ModelLoadError
 from rayward.model import heads
-from rayward.model.loading import RandomInit, build_reward_model, check_language_head, load_reward_model, weight_source
-from rayward.model.reward_model import RewardModel, taught_tensors, to_tensors
-from rayward.objectives import BradleyTerryObjective, Objective
-from rayward.training.engine import TorchEngine, initialize
+from rayward.model.build import build_reward_model, load_reward_model
+from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
+from rayward.model.weights import RandomInit, check_language_head, weight_source
+from rayward.objectives.language import LanguageObjective
+from rayward.objectives.pairs import BradleyTerryObjective
+from rayward.objectives.table import Objective
+from rayward.training.engines.build import initialize
+from rayward.training.engines.torch import TorchEngine
 from rayward.training.loop import train_step
 
 CPU = torch.device("cpu")
@@ -46,7 +52,7 @@ def reward_model(directory: Path, layout: Layout) -> RewardModel:
 
 
 def expected_loss(model: LlamaForCausalLM, comparisons: list[EncodedComparison], which: str) -> torch.Tensor:
-    """Weighted sum over the taught tokens, one unpadded conversation at a time."""
+    """Weighted sum over the language-loss tokens, one unpadded conversation at a time."""
     total = torch.zeros(())
     for comparison in comparisons:
         assert comparison.text_starts is not None
@@ -72,8 +78,8 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
     comparisons = random_comparisons(5, seed=3)
     model = reward_model(tmp_path, layout)
     batch = pack(comparisons, layout=layout)
-    taught = taught_tokens(batch, which)
-    outputs, loss = model(to_tensors(batch, CPU), taught_tensors(taught, CPU))
+    language_tokens = language_loss_tokens(batch, which)
+    outputs, loss = model(to_tensors(batch, CPU), language_loss_tensors(language_tokens, CPU))
     assert torch.equal(outputs, model(to_tensors(batch, CPU)))
     reference = expected_loss(plain, comparisons, which)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
@@ -88,8 +94,8 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
 def test_an_empty_micro_batch_still_reaches_the_head() -> None:
     model = tiny_engine(with_language=True).reward_model
     batch = pack([])
-    taught = taught_tokens(batch, "all")
-    outputs, loss = model(to_tensors(batch, CPU), taught_tensors(taught, CPU))
+    language_tokens = language_loss_tokens(batch, "all")
+    outputs, loss = model(to_tensors(batch, CPU), language_loss_tensors(language_tokens, CPU))
     assert loss.item() == 0.0
     (outputs.sum() + loss).backward()
     gradient = dict(model.model.named_parameters())["lm_head.weight"].grad
@@ -140,8 +146,8 @@ def test_the_published_joint_losses(coefficient: float, expected: float) -> None
         def forward(self, batch: Any) -> torch.Tensor:
             return torch.tensor([[1.5], [0.0]], requires_grad=True)
 
-        def forward_taught(self, batch: Any, taught: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.forward(batch), torch.tensor(2.0 * len(taught.weight), requires_grad=True)
+        def forward_with_language_loss(self, batch: Any, language_tokens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.forward(batch), torch.tensor(2.0 * len(language_tokens.weight), requires_grad=True)
 
         def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
             self.loss = loss.item()

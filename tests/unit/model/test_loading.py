@@ -11,22 +11,11 @@ from tests.helpers.comparisons import VOCAB_SIZE
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from rayward.config import ModelConfig
-from rayward.contract import Contract
+from rayward.config.model import ModelConfig
+from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
-from rayward.model.loading import (
-    INDEX_FILE,
-    INIT_CHUNK,
-    SINGLE_FILE,
-    RandomInit,
-    WeightSource,
-    build_reward_model,
-    head_sha256,
-    load_reward_model,
-    resolve_hf_config,
-    resolve_model_dir,
-    weight_source,
-)
+from rayward.model.build import build_reward_model, load_reward_model, resolve_hf_config, resolve_model_dir
+from rayward.model.weights import INDEX_FILE, INIT_CHUNK, SINGLE_FILE, RandomInit, WeightSource, head_sha256, weight_source
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ from tests.helpers.architectures import make_architecture
 from tests.helpers.comparisons import make_comparison, random_comparisons
 from torch import Tensor
 
-from rayward.data.packing import EncodedComparison, Layout, pack
+from rayward.batch.comparison import EncodedComparison
+from rayward.batch.layout import Layout, pack
 from rayward.model.attention import ONE_CALL_TOKENS
 from rayward.model.reward_model import RewardModel, to_tensors
 

@@ -14,14 +14,15 @@ from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_model, plain_re
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from rayward.contract import Contract, GoldenScore, load_tokenizer
-from rayward.encoder import Encoder
+from rayward.contract.contract import Contract, GoldenScore
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError
-from rayward.model.loading import head_sha256
+from rayward.model.weights import head_sha256
 from rayward.scoring.ensemble import Ensemble
-from rayward.scoring.loading import load_scored_model
+from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem, Scorer
-from rayward.scoring.wire import build_reply
+from rayward.wire.native import build_reply
 
 ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), ("Red.", "Blue, because the sky is blue."))
 

@@ -13,9 +13,9 @@ from tests.helpers.models import make_export
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.ensemble import Ensemble
-from rayward.scoring.loading import load_scored_model
+from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem, Scorer
-from rayward.scoring.startup import check_model
+from rayward.serving.preflight import check_model
 
 ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), ("Red.", "Blue, because the sky is blue.", "42"))
 TOO_LONG = ScoreItem(({"role": "user", "content": "long"},), ("word " * 200,))

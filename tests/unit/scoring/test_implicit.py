@@ -9,17 +9,19 @@ import torch
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rayward.contract import Contract, load_tokenizer
-from rayward.data.packing import EncodedComparison, Labels, pack
-from rayward.encoder import Encoder
+from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.layout import pack
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ModelLoadError
 from rayward.model.language_model import LanguageModel
-from rayward.pipeline import normalise_pipeline
 from rayward.scoring.combining import ImplicitRule
 from rayward.scoring.implicit import ImplicitScorer
-from rayward.scoring.loading import load_scored_model
+from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem
-from rayward.scoring.startup import check_model
+from rayward.serving.preflight import check_model
+from rayward.workflows.normalise import normalise_pipeline
 
 BETA = 0.3
 ITEMS = [

@@ -9,12 +9,13 @@ import pytest
 from tests.helpers.models import make_export, plain_outputs
 from transformers import LlamaForSequenceClassification
 
-from rayward.contract import Contract, Normaliser, load_tokenizer
-from rayward.encoder import Encoder
+from rayward.contract.contract import Contract, Normaliser
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
+from rayward.contract.weight_sets import WEIGHT_SETS
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
-from rayward.scoring.wire import build_reply
-from rayward.section import WEIGHT_SETS
+from rayward.wire.native import build_reply
 
 OUTPUTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 WEIGHTS = (0.2, 0.5, 0.0, 0.0, -0.3)

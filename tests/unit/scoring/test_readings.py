@@ -11,11 +11,12 @@ import torch
 from tests.helpers.models import make_export
 from transformers import LlamaForSequenceClassification
 
-from rayward.contract import Contract, load_tokenizer
-from rayward.encoder import Encoder
-from rayward.reading import Aggregate, Reading
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.reading import Aggregate, RewardReadout
+from rayward.contract.tokenizer import load_tokenizer
 from rayward.scoring.scorer import ScoreItem, Scorer
-from rayward.scoring.wire import build_reply
+from rayward.wire.native import build_reply
 
 ITEMS = [
     ScoreItem(({"role": "user", "content": "How?"},), ("First this.|Then that.|Done.", "At once.", "One|two")),
@@ -23,7 +24,7 @@ ITEMS = [
 ]
 
 
-def export_with(directory: Path, reading: Reading) -> Path:
+def export_with(directory: Path, reading: RewardReadout) -> Path:
     make_export(directory)
     contract = Contract.load(directory)
     # The golden scores were those of the end token.
@@ -34,7 +35,7 @@ def export_with(directory: Path, reading: Reading) -> Path:
 @pytest.mark.parametrize("tokens_per_batch", [64, 8192])
 @pytest.mark.parametrize("aggregate", ["last", "mean", "minimum", "product"])
 def test_steps_are_read_at_their_ends(tmp_path: Path, tokens_per_batch: int, aggregate: Aggregate) -> None:
-    directory = export_with(tmp_path / "model", Reading(at="steps", separator="|", aggregate=aggregate))
+    directory = export_with(tmp_path / "model", RewardReadout(at="steps", separator="|", aggregate=aggregate))
     scorer = Scorer.load(directory, device="cpu", tokens_per_batch=tokens_per_batch)
     model = LlamaForSequenceClassification.from_pretrained(directory).eval()
     encoder = Encoder(Contract.load(directory), load_tokenizer(str(directory)))
@@ -58,7 +59,7 @@ def test_steps_are_read_at_their_ends(tmp_path: Path, tokens_per_batch: int, agg
 
 
 def test_every_token_of_the_completion_is_read(tmp_path: Path) -> None:
-    directory = export_with(tmp_path / "model", Reading(at="tokens", aggregate="mean_logit"))
+    directory = export_with(tmp_path / "model", RewardReadout(at="tokens", aggregate="mean_logit"))
     scorer = Scorer.load(directory, device="cpu")
     model = LlamaForSequenceClassification.from_pretrained(directory).eval()
     encoder = Encoder(Contract.load(directory), load_tokenizer(str(directory)))

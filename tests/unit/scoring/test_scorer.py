@@ -11,8 +11,9 @@ from tests.helpers.models import make_export, make_model, plain_reward
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from rayward.contract import Contract, load_tokenizer
-from rayward.encoder import Encoder
+from rayward.contract.contract import Contract
+from rayward.contract.encoder import Encoder
+from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
 

@@ -15,11 +15,15 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.ranks import Group, PartitionedEngine, State
 from tests.helpers.training import draft, make_shares, steps_in, tiny_engine, train
 
-from rayward.contract import GoldenScore
+from rayward.contract.contract import GoldenScore
 from rayward.errors import CheckpointError
-from rayward.objectives import BradleyTerryObjective, Objective
-from rayward.training.checkpoint import COMMIT_FILE, CheckpointReader, CheckpointStore, Commit, CommitDraft
-from rayward.training.engine import STATE_KINDS, TorchEngine
+from rayward.objectives.pairs import BradleyTerryObjective
+from rayward.objectives.table import Objective
+from rayward.training.checkpoints.format import COMMIT_FILE, Commit
+from rayward.training.checkpoints.reader import CheckpointReader
+from rayward.training.checkpoints.store import CheckpointStore, CommitDraft
+from rayward.training.engines.protocol import STATE_KINDS
+from rayward.training.engines.torch import TorchEngine
 
 OBJECTIVE = Objective(BradleyTerryObjective())
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (7, 5), "vector": (11,), "one": (1,), "score.weight": (1, 32), "two": (2, 1)}

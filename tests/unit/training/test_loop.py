@@ -8,10 +8,11 @@ import torch
 from tests.helpers.comparisons import random_comparisons
 from tests.helpers.training import SCHEDULE, make_shares, tiny_engine, train
 
-from rayward.data.packing import EncodedComparison
-from rayward.data.shares import StepShare
+from rayward.batch.comparison import EncodedComparison
+from rayward.data.stream.shares import StepShare
 from rayward.errors import NonFiniteError, StreamOrderError
-from rayward.objectives import BradleyTerryObjective, Objective
+from rayward.objectives.pairs import BradleyTerryObjective
+from rayward.objectives.table import Objective
 from rayward.training.loop import Schedule, run_steps, train_step, validate
 
 OBJECTIVE = Objective(BradleyTerryObjective())

@@ -12,15 +12,17 @@ import torch
 from tests.helpers.jobs import STEPS, encoder_of, make_engine, make_job, make_prepared, run_session, train_comparisons
 from tests.helpers.training import make_shares, steps_in
 
-from rayward.config import Config, parse_config
-from rayward.data.manifest import PreparedData
-from rayward.data.packing import EncodedComparison, Labels
-from rayward.data.shares import StepShare
+from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.config.load import parse_config
+from rayward.config.run import Config
+from rayward.contract.golden import GOLDEN_CONVERSATIONS
+from rayward.data.prepared import PreparedData
+from rayward.data.stream.shares import StepShare
 from rayward.errors import CheckpointError, ConfigError, StreamOrderError
-from rayward.golden import GOLDEN_CONVERSATIONS
-from rayward.objectives import OBJECTIVES
-from rayward.training.checkpoint import CheckpointStore
-from rayward.training.engine import STATE_KINDS, TorchEngine
+from rayward.objectives.table import OBJECTIVES
+from rayward.training.checkpoints.store import CheckpointStore
+from rayward.training.engines.protocol import STATE_KINDS
+from rayward.training.engines.torch import TorchEngine
 from rayward.training.session import Job, Session, golden_scores, resume_point
 
 

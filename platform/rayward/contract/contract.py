@@ -1,0 +1,238 @@
+"""The scoring contract: what turns a conversation into a number, written down once.
+
+Training, evaluation, export and serving all encode through `encoder.Encoder`, so the text, the token ids and the pooled position
+cannot drift apart. The rules:
+
+- *Template.* The chat template's text is frozen into the contract. A tokenizer without one gets `PLAIN_TEMPLATE`.
+- *Special tokens.* The rendered text is tokenized with `add_special_tokens=False`: the template alone decides about BOS.
+- *End token.* Whatever white space a template prints after the last end token is cut; a template that prints no end
+  token gets one appended. Hence the last id is always `end_token_id`, and the reward is read at that last position.
+- *Pad token.* Always another id than the end token, because plain Transformers pools at the right-most non-pad id.
+- *Length.* A conversation over `max_tokens` loses its oldest turns (never the system turn, never the last user turn, never a
+  part of the completion). If that does not suffice it is an error. The rule looks at one completion at a time: a
+  score never depends on the other completions of the request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+
+from pydantic import Field, ValidationError, model_validator
+
+from rayward.contract.conversation import Message
+from rayward.contract.reading import RewardReadout
+from rayward.contract.tokenizer import bos_for_plain, pick_pad, pick_template
+from rayward.contract.weight_sets import WEIGHT_SETS
+from rayward.errors import ContractError, ContractMismatchError
+from rayward.schema import Frozen, file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+CONTRACT_FILE = "contract.json"
+CONTRACT_VERSION = 1
+FROZEN_DATE = "26 Jul 2024"
+Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
+"""What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
+
+
+class GoldenScore(Frozen):
+    """One conversation with the ids and the reward it had in the training forward."""
+
+    prompt: tuple[Message, ...]
+    completion: str
+    critique: str | None = None
+    token_ids: tuple[int, ...]
+    reward: tuple[float, ...]
+
+
+class Normaliser(Frozen):
+    """Mean and population standard deviation of the rewards of a reference set; Bradley-Terry rewards have no zero of their own.
+
+    Attributes:
+        reference: what the rewards are of, in words.
+    """
+
+    mean: float
+    std: float
+    num_rewards: int
+    reference: str
+
+    def apply(self, reward: float, scale: Normalise) -> float:
+        """The reward minus the mean, divided by the deviation when `standardised` (arXiv 2203.02155 section 3.5, 2406.08673)."""
+        centred = reward - self.mean
+        return centred / self.std if scale == "standardised" else centred
+
+
+class Contract(Frozen):
+    """Everything that decides a score besides the weights themselves; saved as `contract.json`.
+
+    Attributes:
+        template: Jinja text of the chat template; template_kwargs are passed to it.
+        end_token: text and id of the token whose hidden state is scored.
+        pad_token: text and id; never equal to the end token.
+        max_tokens: longest conversation, prompt and completion together.
+        outputs: names of the head's outputs, in order.
+        reward_weights: the reward is the sum of the outputs times these.
+        weight_sets: other published weights for the same outputs, by name; a request may choose one.
+        gate: of a mixture of objectives, the token ids whose last occurrence in the prompt begins where the gate reads; empty: the prompt's
+            last token. None: the head has no gate.
+        reading: of outcome and process rewards, where the output is read instead of the end, and how the readings become one.
+        critique_lead_in: of a model that writes a critique first: text of the user turn that follows the completion, before the critique;
+            the reward is read at the end of that turn.
+        normaliser: statistics of a reference set, applied on request only; not part of the version.
+        dtype: parameter type of the backbone that the golden scores were computed with; the head is always fp32.
+        golden_tolerance: largest accepted |difference| to a golden reward, relative to max(1, |reward|).
+        files: sha256 of each file of the export, by name; head_sha256 is that of the head's own tensors.
+    """
+
+    version: int = CONTRACT_VERSION
+    template: str
+    template_source: str
+    template_kwargs: dict[str, str] = Field(default_factory=dict)
+    bos_token: str | None = None
+    end_token: str
+    end_token_id: int
+    pad_token: str
+    pad_token_id: int
+    max_tokens: int
+    outputs: tuple[str, ...] = ("reward",)
+    reward_weights: tuple[float, ...] = (1.0,)
+    weight_sets: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    gate: tuple[int, ...] | None = None
+    reading: RewardReadout | None = None
+    critique_lead_in: str | None = None
+    normaliser: Normaliser | None = None
+    dtype: str = "float32"
+    golden: tuple[GoldenScore, ...] = ()
+    golden_tolerance: float = 1e-4
+    files: dict[str, str] = Field(default_factory=dict)
+    head_sha256: str | None = None
+
+    @classmethod
+    def from_tokenizer(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        template_kwargs: Mapping[str, str] | None = None,
+        critique_lead_in: str | None = None,
+    ) -> Self:
+        """Decide template, end token and pad token for a tokenizer; may add a pad token to it.
+
+        Raises:
+            ContractError: the tokenizer has no end token, or its template depends on the date.
+        """
+        if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
+            raise ContractError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so no position can be scored",
+                remedy="set eos_token in its tokenizer_config.json",
+            )
+        template, source = pick_template(tokenizer)
+        kwargs = dict(template_kwargs or {})
+        if "strftime_now" in template and "date_string" not in kwargs:
+            if "date_string" not in template:
+                raise ContractError(
+                    "the chat template prints the current date (strftime_now), so the same text would score differently tomorrow",
+                    remedy="save the tokenizer with a template without strftime_now",
+                )
+            kwargs["date_string"] = FROZEN_DATE
+        pad_token, pad_token_id = pick_pad(tokenizer)
+        return cls(
+            template=template,
+            template_source=source,
+            template_kwargs=kwargs,
+            bos_token=bos_for_plain(tokenizer) if source == "plain" else None,
+            end_token=tokenizer.eos_token,
+            end_token_id=tokenizer.eos_token_id,
+            pad_token=pad_token,
+            pad_token_id=pad_token_id,
+            max_tokens=max_tokens,
+            critique_lead_in=critique_lead_in,
+        )
+
+    @model_validator(mode="after")
+    def _one_weight_per_output(self) -> Self:
+        for name, weights in {"reward_weights": self.reward_weights, **self.weight_sets}.items():
+            if len(weights) != len(self.outputs):
+                raise ValueError(f"{name} has {len(weights)} weights for {len(self.outputs)} outputs")
+        return self
+
+    def for_head(self, outputs: tuple[str, ...], reward_weights: tuple[float, ...], reading: RewardReadout | None = None) -> Self:
+        """The same rules for a head with these outputs, with the published weight sets that fit them."""
+        sets = {
+            name: tuple(weights.get(output, 0.0) for output in outputs)
+            for name, weights in WEIGHT_SETS.items()
+            if set(weights) <= set(outputs)
+        }
+        return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets, "reading": reading})
+
+    def model_version(self) -> str:
+        """Twelve hex digits that identify the exported model: everything here but the normaliser."""
+        return hashlib.sha256(self.model_dump_json(exclude={"normaliser"}).encode()).hexdigest()[:12]
+
+    def save(self, directory: Path) -> None:
+        """Write `contract.json`."""
+        (directory / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read `contract.json`.
+
+        Raises:
+            ContractError: the file is missing, damaged or of another version.
+        """
+        path = directory / CONTRACT_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as exc:
+            raise ContractError(
+                f"{path} cannot be read ({exc.strerror})", remedy="point at a directory that `rayward export` wrote"
+            ) from exc
+        try:
+            contract = cls.model_validate_json(text)
+        except ValidationError as exc:
+            raise ContractError(f"{path} is not a valid contract: {exc}", remedy="export the model again") from exc
+        if contract.version != CONTRACT_VERSION:
+            raise ContractError(
+                f"{path} has contract version {contract.version}; this Rayward reads version {CONTRACT_VERSION}",
+                remedy="export the model again with this version",
+            )
+        return contract
+
+    def fingerprint(self) -> str:
+        """Hash of the rules that turn text into ids and a position (not of weights, files or golden scores)."""
+        rules = self.model_dump(
+            include={"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens", "critique_lead_in"}
+        )
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def verify_files(contract: Contract, directory: Path) -> None:
+    """Check that the artifacts beside a contract are the ones it was written for (the head is checked where it is loaded).
+
+    Raises:
+        ContractMismatchError: saying which part was changed.
+    """
+    for name, expected in contract.files.items():
+        path = directory / name
+        part = _part_of(name)
+        if not path.is_file():
+            raise ContractMismatchError(f"{part}: {path} is missing", remedy="export the model again")
+        if file_sha256(path) != expected:
+            raise ContractMismatchError(
+                f"{part}: {path} is not the file that the contract was written for", remedy="restore it or export the model again"
+            )
+
+
+def _part_of(name: str) -> str:
+    if "template" in name:
+        return "template"
+    if "token" in name or name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        return "tokenizer"
+    return "weights" if "safetensors" in name else "model config"

@@ -1,0 +1,214 @@
+"""What every adapter is made of: typed access to the columns of a row, and the last step to a `Comparison`.
+
+A row that does not fit raises `RowRejected` and is quarantined. No Ray and no tokenizer here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayward.contract.conversation import ROLES, Message
+from rayward.data.record import BadRow, Comparison, RowRejected, check_text, ranked_by
+from rayward.schema import digest
+
+Row = Mapping[str, Any]
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """What an adapter needs to know besides the row.
+
+    Attributes:
+        source: value of `Comparison.source` for rows without a `source` column.
+        prompt_key: column of the prompt, for `trl` and `openrlhf`; None means that the prompt stands inside both texts.
+        chosen_key, rejected_key: columns of the better and the worse completion, for `trl` and `openrlhf`.
+        attributes: ratings to keep, by name and in this order; attribute_range: smallest and largest.
+        rank_by: the attribute that ranks completions without a ranking.
+        preference: which of the two judgements of `safe_rlhf` orders the completions.
+        step_separator: text between two steps of a completion; None: labels of steps are ignored outside format `stepwise`.
+        critiques: whether critiques are kept; a row without them is then rejected.
+    """
+
+    source: str
+    prompt_key: str | None = None
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    attributes: tuple[str, ...] = ()
+    attribute_range: tuple[float, float] | None = None
+    rank_by: str | None = None
+    preference: str = "better"
+    step_separator: str | None = None
+    critiques: bool = False
+
+
+def required(row: Row, key: str) -> Any:
+    """The value of a column.
+
+    Raises:
+        RowRejected: it is absent or null.
+    """
+    value = row.get(key)
+    if value is None:
+        raise RowRejected(BadRow.MISSING_FIELD, f"field {key!r} is {'null' if key in row else 'missing'}")
+    return value
+
+
+def as_text(value: Any, key: str) -> str:
+    """The value as a text; rejected when it is none."""
+    if not isinstance(value, str):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a text")
+    return value
+
+
+def as_number(value: Any, key: str) -> float:
+    """The value as a float that fp32 can hold (else infinite); rejected when it is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a number")
+    try:
+        number = float(value)
+    except OverflowError as exc:
+        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is an integer too large for a float") from exc
+    # The shards hold fp32: what does not fit is infinite there, and must be refused as such here.
+    return number if math.isnan(number) or abs(number) <= _FLOAT32_MAX else math.copysign(math.inf, number)
+
+
+def as_list(value: Any, key: str) -> list[Any]:
+    """The value as a list; rejected when it is none."""
+    if not isinstance(value, list):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a list")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {"str": "a text", "list": "a list", "dict": "an object", "bool": "true or false", "NoneType": "null"}
+    return names.get(type(value).__name__, "a number" if isinstance(value, int | float) else f"of type {type(value).__name__}")
+
+
+def as_messages(value: Any, key: str) -> tuple[Message, ...]:
+    """The value as turns; rejected when it is no list of them."""
+    turns: list[Message] = []
+    for index, turn in enumerate(as_list(value, key)):
+        where = f"{key}[{index}]"
+        if not isinstance(turn, dict):
+            raise RowRejected(BadRow.WRONG_TYPE, f"{where} is {kind_of(turn)}; the rule is an object with role and content")
+        role, content = as_text(required(turn, "role"), f"{where}.role"), as_text(required(turn, "content"), f"{where}.content")
+        if role not in ROLES:
+            raise RowRejected(BadRow.UNKNOWN_ROLE, f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+        turns.append(Message(role=role, content=content))
+    return tuple(turns)
+
+
+def as_prompt(value: Any, key: str) -> tuple[Message, ...]:
+    """A text as one user turn, or the turns themselves."""
+    if isinstance(value, str):
+        return (Message(role="user", content=value),)
+    if not isinstance(value, list):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a text or a list of messages")
+    return require_user_last(as_messages(value, key), key)
+
+
+def require_user_last(turns: tuple[Message, ...], key: str) -> tuple[Message, ...]:
+    """The turns, if they end with a user or tool turn."""
+    # A completion is an answer: templates print two assistant turns in a row in ways nobody trained on.
+    if turns and turns[-1]["role"] == "assistant":
+        raise RowRejected(BadRow.WRONG_TYPE, f"the prompt in {key!r} ends with an assistant turn; the rule is a user or tool turn")
+    return turns
+
+
+def as_completion(value: Any, key: str, prompt: tuple[Message, ...]) -> str:
+    """Text, one assistant message, or the whole conversation with the prompt repeated."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a text or a list of messages")
+    turns = as_messages(value, key)
+    before, text = split_last(turns, key)
+    if before and before != prompt:
+        raise RowRejected(BadRow.NO_SHARED_PROMPT, f"{key!r} holds {len(turns)} turns that do not repeat the prompt")
+    return text
+
+
+def split_last(turns: tuple[Message, ...], key: str) -> tuple[tuple[Message, ...], str]:
+    """The turns before the last answer, and the answer."""
+    if not turns:
+        raise RowRejected(BadRow.EMPTY_COMPLETION, f"{key!r} holds no turn")
+    if turns[-1]["role"] != "assistant":
+        raise RowRejected(BadRow.EMPTY_COMPLETION, f"the last turn of {key!r} is a {turns[-1]['role']} turn, so there is no completion")
+    return turns[:-1], turns[-1]["content"]
+
+
+def optional(row: Row, key: str) -> float | None:
+    """A number, or None where the column is absent or null."""
+    return None if row.get(key) is None else as_number(row[key], key)
+
+
+def build_comparison(
+    row: Row,
+    options: SourceOptions,
+    prompt: tuple[Message, ...],
+    completions: Sequence[str],
+    *,
+    ranks: tuple[float, ...] | None,
+    margin: float | None = None,
+    strength: float | None = None,
+    ratings: Sequence[Mapping[str, Any]] | None = None,
+    step_labels: tuple[tuple[float, ...], ...] | None = None,
+    critiques: Sequence[Any] | None = None,
+) -> Comparison:
+    """The comparison, with the columns that every format may carry: `id`, `source`, `weight`.
+
+    Args:
+        ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
+        critiques: one text per completion; kept where `data.critique_lead_in` is set.
+    """
+    weight = optional(row, "weight")
+    name, source = row.get("id"), row.get("source")
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    kept = None
+    if ratings is not None and options.attributes:
+        kept = tuple(_ratings(given, options, f"completion {index}") for index, given in enumerate(ratings))
+    comparison = Comparison(
+        id="" if name is None else as_text(name, "id"),
+        source=options.source if source is None else as_text(source, "source"),
+        prompt=prompt,
+        completions=tuple(completions),
+        ranks=ranks,
+        margin=margin,
+        strength=strength,
+        weight=1.0 if weight is None else weight,
+        attributes=kept,
+        step_labels=step_labels,
+        critiques=_critiques(critiques, len(completions)) if options.critiques else None,
+    )
+    if ranks is None and options.rank_by is not None and len(completions) > 1:
+        comparison = ranked_by(comparison, options.attributes.index(options.rank_by), options.rank_by)
+    check_text(comparison.id)
+    check_text(comparison.source)
+    return comparison if comparison.id else replace(comparison, id=digest([comparison.content_key(), comparison.judgement_key()]))
+
+
+def _ratings(given: Mapping[str, Any], options: SourceOptions, where: str) -> tuple[float, ...]:
+    ratings = []
+    for name in options.attributes:
+        value = given.get(name)
+        rating = math.nan if value is None else as_number(value, f"{where}: {name}")
+        low, high = options.attribute_range or (-_FLOAT32_MAX, _FLOAT32_MAX)
+        if not (math.isnan(rating) or low <= rating <= high):
+            rule = f"the rule (data.attribute_range) is {low:g} to {high:g}" if options.attribute_range else "the rule is a finite number"
+            raise RowRejected(BadRow.BAD_RATING, f"{where}: {name} is {rating:g}; {rule}")
+        ratings.append(rating)
+    return tuple(ratings)
+
+
+def _critiques(given: Sequence[Any] | None, num_completions: int) -> tuple[str, ...]:
+    if given is None or None in given:
+        raise RowRejected(BadRow.NO_CRITIQUE, "data.critique_lead_in is set, and a completion of the row has no critique")
+    if len(given) != num_completions:
+        raise RowRejected(BadRow.NO_CRITIQUE, f"{len(given)} critiques for {num_completions} completions")
+    return tuple(as_text(value, f"critique {index}") for index, value in enumerate(given))

@@ -1,0 +1,124 @@
+"""Formats of pairs: chosen and rejected under various names, and transcripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rayward.contract.conversation import Message
+from rayward.data.formats.fields import (
+    Row,
+    SourceOptions,
+    as_completion,
+    as_messages,
+    as_number,
+    as_prompt,
+    as_text,
+    build_comparison,
+    optional,
+    require_user_last,
+    required,
+    split_last,
+)
+from rayward.data.record import BadRow, Comparison, RowRejected
+
+TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def pair(row: Row, options: SourceOptions) -> Comparison:
+    """TRL and OpenRLHF: chosen and rejected, texts or messages, prompt in its own column or inside both.
+
+    Critiques stand in `chosen_feedback` and `rejected_feedback` (arXiv 2408.11791).
+    """
+    chosen, rejected = required(row, options.chosen_key), required(row, options.rejected_key)
+    if options.prompt_key is not None:
+        prompt = as_prompt(required(row, options.prompt_key), options.prompt_key)
+        texts = [as_completion(chosen, options.chosen_key, prompt), as_completion(rejected, options.rejected_key, prompt)]
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, texts = _split_common_text(chosen, rejected)
+    else:
+        prompt, texts = _split_common_turns(
+            as_messages(chosen, options.chosen_key), as_messages(rejected, options.rejected_key), options.chosen_key, options.rejected_key
+        )
+    return build_comparison(
+        row,
+        options,
+        prompt,
+        texts,
+        ranks=(0.0, 1.0),
+        margin=optional(row, "margin"),
+        strength=optional(row, "strength"),
+        critiques=[row.get("chosen_feedback"), row.get("rejected_feedback")],
+    )
+
+
+def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[str]]:
+    if chosen == rejected:
+        raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "chosen and rejected are the same text")
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    # Back to the last white space: otherwise `cat` and `car` would leave the completions `t` and `r`.
+    while common and not chosen[common - 1].isspace():
+        common -= 1
+    prompt = chosen[:common].strip()
+    if not prompt:
+        raise RowRejected(BadRow.NO_SHARED_PROMPT, "chosen and rejected do not begin with the same words")
+    return (Message(role="user", content=prompt),), [chosen[common:].strip(), rejected[common:].strip()]
+
+
+def _split_common_turns(
+    chosen: tuple[Message, ...], rejected: tuple[Message, ...], chosen_key: str, rejected_key: str
+) -> tuple[tuple[Message, ...], list[str]]:
+    prompt, better = split_last(chosen, chosen_key)
+    other, worse = split_last(rejected, rejected_key)
+    if prompt != other:
+        raise RowRejected(BadRow.NO_SHARED_PROMPT, "the turns before the last answer differ between chosen and rejected")
+    return require_user_last(prompt, chosen_key), [better, worse]
+
+
+def transcript(value: Any, key: str) -> tuple[Message, ...]:
+    parts = TRANSCRIPT.split(as_text(value, key))
+    if len(parts) < 3 or parts[0].strip():
+        raise RowRejected(BadRow.UNPARSABLE, f"{key!r} does not begin with 'Human:' or 'Assistant:'")
+    return tuple(
+        Message(role=_TRANSCRIPT_ROLES[speaker], content=text.strip()) for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
+    )
+
+
+def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
+    """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
+    chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
+    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
+    return build_comparison(
+        row, options, prompt, texts, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength")
+    )
+
+
+def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
+    """UltraFeedback binarized: the strength is the score gap; equal scores are a tie, a negative gap is an error of the row."""
+    chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
+    as_text(required(row, "prompt"), "prompt")
+    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
+    scores = optional(row, "score_chosen"), optional(row, "score_rejected")
+    if scores[0] is None or scores[1] is None:
+        return build_comparison(row, options, prompt, texts, ranks=(0.0, 1.0))
+    gap = scores[0] - scores[1]
+    if gap < 0:
+        raise RowRejected(BadRow.BAD_RANKING, f"score_chosen {scores[0]} is below score_rejected {scores[1]}")
+    return build_comparison(row, options, prompt, texts, ranks=(0.0, float(gap != 0)), strength=gap)
+
+
+def helpsteer_preference(prompt_key: str, first_key: str, second_key: str, strength_key: str) -> Callable[[Row, SourceOptions], Comparison]:
+    """HelpSteer2 and 3 preference: a signed strength, below 0 the first is better, 0 a tie."""
+
+    def adapt(row: Row, options: SourceOptions) -> Comparison:
+        prompt = as_prompt(required(row, prompt_key), prompt_key)
+        texts = [as_completion(required(row, key), key, prompt) for key in (first_key, second_key)]
+        strength = as_number(required(row, strength_key), strength_key)
+        ranks = (float(strength > 0), float(strength < 0))
+        return build_comparison(row, options, prompt, texts, ranks=ranks, strength=abs(strength))
+
+    return adapt

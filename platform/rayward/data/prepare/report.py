@@ -1,0 +1,247 @@
+"""The data report: `report.json` for programs, `report.html` (self-contained) for people."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rayward.data.prepared import Grouping, SplitStats
+from rayward.data.record import BadRow
+
+EXAMPLES_PER_REASON = 3
+
+MEANING: dict[BadRow, str] = {
+    BadRow.UNPARSABLE: "the line is not JSON, not UTF-8, or not a transcript",
+    BadRow.MISSING_FIELD: "a column is absent or null",
+    BadRow.WRONG_TYPE: "a value has the wrong type",
+    BadRow.EMPTY_PROMPT: "the prompt holds no text",
+    BadRow.EMPTY_COMPLETION: "a completion holds no text",
+    BadRow.IDENTICAL_COMPLETIONS: "two completions are the same text or the same tokens",
+    BadRow.NO_SHARED_PROMPT: "chosen and rejected answer different prompts",
+    BadRow.TIE: "no completion is better (data.ties: keep would train it)",
+    BadRow.NON_FINITE_MARGIN: "the margin is NaN or infinite",
+    BadRow.UNKNOWN_ROLE: "a turn's role is not system, user, assistant or tool",
+    BadRow.BAD_RANKING: "ranks do not fit the completions, contradict the scores, or are missing",
+    BadRow.BAD_RATING: "a rating lies outside data.attribute_range, is no number, or does not fit the completions",
+    BadRow.NO_RATING: "there is no ranking, and every rating is missing",
+    BadRow.BAD_TEXT: "a text holds a NUL byte or a lone surrogate",
+    BadRow.TOO_LONG: "the conversation does not fit model.max_tokens",
+    BadRow.TEMPLATE_REJECTED: "the chat template refuses the conversation",
+    BadRow.DUPLICATE: "the same comparison with the same judgement stands elsewhere; one copy was kept",
+    BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
+    BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
+}
+
+
+def build_report(
+    *,
+    fingerprint: str,
+    num_input_rows: int,
+    quarantined: Mapping[str, int],
+    quarantined_by_source: Mapping[str, int],
+    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    train: SplitStats,
+    validation: SplitStats,
+    files: Sequence[str],
+    ignored_files: Sequence[str],
+    formats: Mapping[str, int],
+    overlap: int,
+    num_merged: int = 0,
+    grouping: Grouping | None = None,
+) -> dict[str, Any]:
+    """Collect what `report.json` says.
+
+    Args:
+        examples: by reason, some quarantine records.
+        formats: number of files by format.
+        overlap: prompts that stand in train and in validation.
+        num_merged: rows whose completions stand in another row's comparison.
+        grouping: what `data.group_pairs` did.
+    """
+    both = SplitStats.merged([train, validation])
+    return {
+        "fingerprint": fingerprint,
+        "num_input_rows": num_input_rows,
+        "num_train": train.num_rows,
+        "num_validation": validation.num_rows,
+        "num_merged": num_merged,
+        "grouping": (grouping or Grouping()).model_dump(),
+        "num_quarantined": dict(sorted(quarantined.items())),
+        "unranked": both.num_unranked,
+        "unrated": both.num_unrated,
+        "duplicates": quarantined.get(BadRow.DUPLICATE, 0),
+        "contradictions": quarantined.get(BadRow.CONTRADICTION, 0),
+        "ties_quarantined": quarantined.get(BadRow.TIE, 0),
+        "tied_pairs_kept": both.tied_pairs,
+        "train_validation_prompt_overlap": overlap,
+        "rows_truncated": both.truncated,
+        "longer_wins": _longer_wins(both),
+        "tokens": both.tokens,
+        "tokens_without_sharing": both.tokens_unshared,
+        "tokens_saved_by_sharing": 1.0 - both.tokens / both.tokens_unshared if both.tokens_unshared else 0.0,
+        "sources": {
+            name: {
+                "train": train.sources.get(name, 0),
+                "validation": validation.sources.get(name, 0),
+                "quarantined": quarantined_by_source.get(name, 0),
+            }
+            for name in sorted({*train.sources, *validation.sources, *quarantined_by_source})
+        },
+        "formats": dict(sorted(formats.items())),
+        "files": list(files),
+        "ignored_files": list(ignored_files),
+        "quarantine_examples": {reason: list(records) for reason, records in sorted(examples.items())},
+        "train": train.model_dump(),
+        "validation": validation.model_dump(),
+    }
+
+
+def _longer_wins(stats: SplitStats) -> dict[str, float | int | None]:
+    decided = stats.longer_wins + stats.shorter_wins
+    return {
+        "longer": stats.longer_wins,
+        "shorter": stats.shorter_wins,
+        "equal_length": stats.equal_length,
+        "share": stats.longer_wins / decided if decided else None,
+    }
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """One HTML page without outside references; every text of the data is escaped."""
+    quarantined = sum(report["num_quarantined"].values())
+    share = report["longer_wins"]["share"]
+    cards = [
+        ("rows read", f"{report['num_input_rows']:,}", ""),
+        ("train", f"{report['num_train']:,}", "comparisons"),
+        ("validation", f"{report['num_validation']:,}", "comparisons"),
+        *([("merged", f"{report['num_merged']:,}", "rows into comparisons of their prompt")] if report["num_merged"] else []),
+        ("quarantined", f"{quarantined:,}", f"{quarantined / max(1, report['num_input_rows']):.1%} of the rows"),
+        ("longer wins", "none" if share is None else f"{share:.1%}", "of pairs of unequal length; 50% is no bias"),
+        ("tokens", f"{report['tokens']:,}", f"{report['tokens_saved_by_sharing']:.1%} saved by sharing the prompt"),
+    ]
+    merged = SplitStats.merged([SplitStats.model_validate(report["train"]), SplitStats.model_validate(report["validation"])])
+    plots = [
+        ("Whole comparison, prompt once", merged.lengths, "comparisons"),
+        ("Shared prompt", merged.prompt_lengths, "comparisons"),
+        ("One completion", merged.completion_lengths, "completions"),
+    ]
+    body = [
+        "<h1>Data report</h1>",
+        f"<p class='dim'>fingerprint <code>{html.escape(report['fingerprint'])}</code> · formats: "
+        + ", ".join(f"{html.escape(name)} ({count} files)" for name, count in report["formats"].items())
+        + "</p>",
+        "<div class='cards'>" + "".join(f"<div><b>{v}</b><span>{k}</span><small>{n}</small></div>" for k, v, n in cards) + "</div>",
+        "<h2>Lengths in tokens</h2>",
+        "<div class='plots'>" + "".join(_histogram(*plot) for plot in plots if plot[1]) + "</div>",
+        "<h2>Checks</h2>" + _checks(report),
+        "<h2>Sources</h2>" + _sources(report["sources"]),
+        "<h2>Quarantine</h2>" + _quarantine(report),
+        _files(report),
+    ]
+    return _PAGE.replace("{{body}}", "\n".join(body))
+
+
+def _checks(report: Mapping[str, Any]) -> str:
+    wins = report["longer_wins"]
+    groups = Grouping.model_validate(report["grouping"])
+    rows = [
+        ("prompts in train and in validation", f"{report['train_validation_prompt_overlap']:,}", "0 by construction"),
+        ("duplicates", f"{report['duplicates']:,}", "one copy of each was kept"),
+        ("contradictions", f"{report['contradictions']:,}", "same completions, other judgement: none was kept"),
+        ("ties quarantined", f"{report['ties_quarantined']:,}", "data.ties: keep trains them towards one half"),
+        ("tied pairs kept", f"{report['tied_pairs_kept']:,}", "inside rankings, or by data.ties: keep"),
+        ("rows that lost turns", f"{report['rows_truncated']:,}", "oldest turns dropped to fit model.max_tokens"),
+        (
+            "pairs won by the longer / the shorter / of equal length",
+            f"{wins['longer']:,} / {wins['shorter']:,} / {wins['equal_length']:,}",
+            "length in tokens",
+        ),
+        ("rows joined / groups made of them", f"{groups.joined:,} / {groups.groups:,}", "data.group_pairs"),
+        *([("rows that did not join", groups.left(), "each stays a comparison of its own")] if groups.left() else []),
+        ("longest comparison", f"{max(report['train']['longest_comparison'], report['validation']['longest_comparison']):,}", "tokens"),
+    ]
+    return _table(("check", "value", "note"), rows)
+
+
+def _sources(sources: Mapping[str, Mapping[str, int]]) -> str:
+    ordered = sorted(sources.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+    rows = [(name, f"{c['train']:,}", f"{c['validation']:,}", f"{c['quarantined']:,}") for name, c in ordered[:50]]
+    more = f"<p class='dim'>and {len(ordered) - 50} more in report.json</p>" if len(ordered) > 50 else ""
+    return _table(("source", "train", "validation", "quarantined"), rows) + more
+
+
+def _quarantine(report: Mapping[str, Any]) -> str:
+    counts = Counter(report["num_quarantined"])
+    if not counts:
+        return "<p>Every row was used.</p>"
+    parts = []
+    for reason, count in counts.most_common():
+        shown = "".join(
+            f"<pre><em>{html.escape(str(record['file']))}:{record['row']}</em> {html.escape(str(record['detail']))}\n"
+            f"{html.escape(str(record['raw'])[:400])}</pre>"
+            for record in report["quarantine_examples"].get(reason, ())
+        )
+        meaning = MEANING.get(BadRow(reason), "")
+        summary = f"<b>{count:,}</b> {html.escape(reason)} <span class='dim'>{html.escape(meaning)}</span>"
+        parts.append(f"<details><summary>{summary}</summary>{shown}</details>")
+    return "".join(parts)
+
+
+def _files(report: Mapping[str, Any]) -> str:
+    lists = [("files read", report["files"]), ("files passed over because of their suffix", report["ignored_files"])]
+    return "".join(
+        f"<details><summary>{len(names)} {title}</summary><pre>{html.escape(chr(10).join(names))}</pre></details>"
+        for title, names in lists
+        if names
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return "<table><tr>" + "".join(f"<th>{title}</th>" for title in head) + f"</tr>{cells}</table>"
+
+
+def _histogram(title: str, bins: Mapping[int, int], unit: str) -> str:
+    # Figure without pyplot: no global state, no display, safe in any thread.
+    from matplotlib.figure import Figure
+
+    width = max(1, max(bins) // 40)
+    grouped: Counter[int] = Counter()
+    for upper, count in bins.items():
+        grouped[-(-upper // width) * width] += count
+    figure = Figure(figsize=(4.6, 2.7), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.bar([upper - width / 2 for upper in grouped], list(grouped.values()), width=width * 0.92, color="#3b6fb6")
+    axes.set(title=title, xlabel="tokens", ylabel=unit)
+    axes.title.set_fontsize(10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return f"<img alt='{html.escape(title)}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Rayward data report</title>
+<style>
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#f6f7f9;max-width:1080px;margin:2rem auto;padding:0 1rem}
+h1{margin-bottom:0}h2{margin-top:2.2rem;font-size:1.15rem}.dim{color:#6a7482}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(155px,1fr));gap:.8rem;margin-top:1.2rem}
+.cards div{background:#fff;border-radius:10px;padding:.9rem 1rem;box-shadow:0 1px 3px #0001;display:flex;flex-direction:column}
+.cards b{font-size:1.5rem}.cards span{font-weight:600;color:#3b6fb6}.cards small{color:#6a7482}
+.plots{display:flex;flex-wrap:wrap;gap:.8rem}
+.plots img{width:340px;max-width:100%;background:#fff;border-radius:10px;box-shadow:0 1px 3px #0001}
+table{border-collapse:collapse;background:#fff;border-radius:10px;box-shadow:0 1px 3px #0001;width:100%}
+th,td{text-align:left;padding:.45rem .9rem;border-bottom:1px solid #eceff3}th{color:#6a7482;font-weight:600}
+details{background:#fff;border-radius:10px;box-shadow:0 1px 3px #0001;margin:.5rem 0;padding:.6rem .9rem}summary{cursor:pointer}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f7f9;border-radius:6px;padding:.6rem;font-size:12.5px}em{color:#3b6fb6;font-style:normal}
+</style></head><body>
+{{body}}
+</body></html>
+"""

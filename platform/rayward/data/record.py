@@ -1,0 +1,244 @@
+"""The record that everything is made of: one prompt, K >= 1 completions, and what is known about them.
+
+`Comparison` is the text form that adapters produce and `prepare` validates. `PREPARED_SCHEMA` is its tokenized form
+in the Parquet shards. Ranks follow one convention everywhere: lower is better, equal ranks are ties.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal, TypeVar
+
+from rayward.contract.conversation import ROLES, Message
+from rayward.schema import digest
+
+
+class BadRow(StrEnum):
+    """Why a row was quarantined. The values are stable: reports and tests count by them."""
+
+    UNPARSABLE = "unparsable"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    EMPTY_PROMPT = "empty_prompt"
+    EMPTY_COMPLETION = "empty_completion"
+    IDENTICAL_COMPLETIONS = "identical_completions"
+    NO_SHARED_PROMPT = "no_shared_prompt"
+    TIE = "tie"
+    NON_FINITE_MARGIN = "non_finite_margin"
+    UNKNOWN_ROLE = "unknown_role"
+    BAD_RANKING = "bad_ranking"
+    BAD_RATING = "bad_rating"
+    NO_RATING = "no_rating"
+    BAD_STEPS = "bad_steps"
+    NO_CRITIQUE = "no_critique"
+    BAD_TEXT = "bad_text"
+    TOO_LONG = "too_long"
+    TEMPLATE_REJECTED = "template_rejected"
+    DUPLICATE = "duplicate"
+    CONTRADICTION = "contradiction"
+    IN_VALIDATION = "in_validation"
+
+
+class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error
+    """Raised by adapters and `validate`; `prepare` turns it into a quarantined row."""
+
+    def __init__(self, reason: BadRow, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt and its judged completions, as text.
+
+    Attributes:
+        id: stable within a data set; a content hash when the source has none.
+        source: where the row came from (file or data set name), kept for per-source metrics.
+        prompt: the shared turns, ending with a user (or tool) turn; never empty.
+        completions: K final assistant turns.
+        ranks: K numbers, lower is better, equal numbers tie; None when only attributes are known.
+        margin: gap that the data asks of a pair (Llama 2, arXiv 2307.09288 section 3.2.2), else None.
+        strength: how strong the preference of a pair is, in the source's own scale (HelpSteer: 1 slightly .. 3 much better), else None.
+        weight: weight of the comparison in the loss.
+        attributes: K rows of ratings in the order of `data.attributes` (NaN = missing), else None.
+        step_labels: for each completion one label per step, the probability that it is right (NaN = missing), else None.
+        critiques: K texts that judge the completions in words, else None.
+    """
+
+    id: str
+    source: str
+    prompt: tuple[Message, ...]
+    completions: tuple[str, ...]
+    ranks: tuple[float, ...] | None = None
+    margin: float | None = None
+    strength: float | None = None
+    weight: float = 1.0
+    attributes: tuple[tuple[float, ...], ...] | None = None
+    step_labels: tuple[tuple[float, ...], ...] | None = None
+    critiques: tuple[str, ...] | None = None
+
+    def prompt_key(self) -> str:
+        """Hash of the prompt alone: rows with one key never fall on both sides of a split."""
+        return digest([[m["role"], m["content"]] for m in self.prompt])
+
+    def content_key(self) -> str:
+        """Hash of prompt and the set of completions, in whatever order: equal keys are duplicates or contradictions."""
+        return digest([self.prompt_key(), sorted(self.completions)])
+
+    def judgement_key(self) -> str:
+        """Hash of the judgement with completions in canonical order: tells a duplicate from a contradiction."""
+        order = sorted(range(len(self.completions)), key=lambda i: self.completions[i])
+        ranks = None if self.ranks is None else dense_ranks([self.ranks[i] for i in order])
+        attributes = None if self.attributes is None else [[str(v) for v in self.attributes[i]] for i in order]
+        if self.step_labels is None:
+            return digest([ranks, attributes])
+        return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
+
+
+def dense_ranks(ranks: Sequence[float]) -> list[int]:
+    """Ranks renumbered 0, 1, 2, … without gaps; ties keep a common number."""
+    levels = {value: index for index, value in enumerate(sorted(set(ranks)))}
+    return [levels[value] for value in ranks]
+
+
+def ranked_by(comparison: Comparison, column: int, name: str) -> Comparison:
+    """The comparison with its completions ranked by one attribute, the highest rating first.
+
+    Raises:
+        RowRejected: a completion has no such rating, or there is nothing to rank.
+    """
+    if len(comparison.completions) < 2:
+        raise RowRejected(BadRow.BAD_RANKING, f"one completion alone cannot be ranked by {name!r} (data.rank_by)")
+    if comparison.attributes is None:
+        raise RowRejected(BadRow.NO_RATING, f"the row has no ratings, and data.rank_by is {name!r}")
+    ratings = [row[column] for row in comparison.attributes]
+    if any(math.isnan(rating) for rating in ratings):
+        raise RowRejected(BadRow.BAD_RANKING, f"a completion has no rating {name!r}, by which data.rank_by ranks")
+    gap = abs(ratings[0] - ratings[1]) if len(ratings) == 2 else comparison.strength
+    return replace(comparison, ranks=tuple(-rating for rating in ratings), strength=gap)
+
+
+def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
+    """Check one record against the rules that need no tokenizer.
+
+    Raises:
+        RowRejected: with the first rule that the record breaks.
+    """
+    if not comparison.prompt:
+        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt has no turn")
+    for turn in comparison.prompt:
+        if turn["role"] not in ROLES:
+            raise RowRejected(BadRow.UNKNOWN_ROLE, f"role {turn['role']!r} is not one of {', '.join(ROLES)}")
+    if not any(turn["content"].strip() for turn in comparison.prompt if turn["role"] != "system"):
+        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt holds no text")
+    for text in (*(t["content"] for t in comparison.prompt), *comparison.completions, *(comparison.critiques or ())):
+        check_text(text)
+    for index, completion in enumerate(comparison.completions):
+        if not completion.strip():
+            raise RowRejected(BadRow.EMPTY_COMPLETION, f"completion {index} is empty")
+    if len(set(comparison.completions)) != len(comparison.completions):
+        raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
+    _validate_judgement(comparison, ties=ties)
+
+
+def check_text(text: str) -> None:
+    """Reject text that no tokenizer round-trips: NUL bytes and lone surrogates.
+
+    Raises:
+        RowRejected: with reason BAD_TEXT.
+    """
+    if "\x00" in text:
+        raise RowRejected(BadRow.BAD_TEXT, "the text holds a NUL byte")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise RowRejected(BadRow.BAD_TEXT, "the text holds a lone surrogate")
+
+
+def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
+    num_completions = len(comparison.completions)
+    if comparison.margin is not None and not math.isfinite(comparison.margin):
+        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin {comparison.margin} is not finite")
+    if not (math.isfinite(comparison.weight) and comparison.weight >= 0):
+        raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
+    if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
+        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
+    for index, critique in enumerate(comparison.critiques or ()):
+        if not critique.strip():
+            raise RowRejected(BadRow.NO_CRITIQUE, f"the critique of completion {index} is empty")
+    for number, label in enumerate(label for labels in comparison.step_labels or () for label in labels):
+        if not (math.isnan(label) or 0.0 <= label <= 1.0):
+            raise RowRejected(BadRow.BAD_STEPS, f"the label of step {number} is {label:g}; the rule is 0 to 1, or null")
+    ranks = comparison.ranks
+    if ranks is None:
+        if comparison.attributes is None and (comparison.step_labels or comparison.critiques):
+            return
+        if comparison.attributes is None:
+            raise RowRejected(BadRow.MISSING_FIELD, "neither a ranking nor attribute ratings are given")
+        if all(math.isnan(rating) for ratings in comparison.attributes for rating in ratings):
+            raise RowRejected(BadRow.NO_RATING, "there is no ranking, and every rating of data.attributes is missing")
+        return
+    if len(ranks) != num_completions or not all(math.isfinite(rank) for rank in ranks):
+        raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions, or one is not finite")
+    if num_completions < 2:
+        raise RowRejected(BadRow.BAD_RANKING, "a ranking needs at least two completions")
+    if len(set(ranks)) == 1 and ties == "quarantine":
+        raise RowRejected(BadRow.TIE, "all completions are ranked equal and data.ties is 'quarantine'")
+
+
+Value = TypeVar("Value")
+
+
+def dump_record(comparison: Comparison) -> str:
+    """The comparison as JSON, for the way between two steps."""
+    fields = (comparison.id, comparison.source, comparison.prompt, comparison.completions, comparison.ranks)
+    numbers = (comparison.margin, comparison.strength, comparison.weight, comparison.attributes, comparison.step_labels)
+    return json.dumps([*fields, *numbers, comparison.critiques])
+
+
+def load_record(text: str) -> Comparison:
+    """Inverse of `dump_record`."""
+    name, source, prompt, completions, ranks, margin, strength, weight, *others = json.loads(text)
+    attributes, step_labels, critiques = others
+    return Comparison(
+        id=name,
+        source=source,
+        prompt=tuple(prompt),
+        completions=tuple(completions),
+        ranks=None if ranks is None else tuple(ranks),
+        margin=margin,
+        strength=strength,
+        weight=weight,
+        attributes=_rows(attributes),
+        step_labels=_rows(step_labels),
+        critiques=None if critiques is None else tuple(critiques),
+    )
+
+
+def _rows(values: list[list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if values is None else tuple(tuple(row) for row in values)
+
+
+def joined(comparisons: Sequence[Comparison]) -> Comparison:
+    """Unranked comparisons of one prompt as one: all completions and what is known of them, the first one's id and source, the mean weight.
+
+    What only some of them have is missing in the whole.
+    """
+    first = comparisons[0]
+    if len(comparisons) == 1:
+        return first
+    return replace(
+        first,
+        completions=tuple(text for c in comparisons for text in c.completions),
+        attributes=_all([c.attributes for c in comparisons]),
+        step_labels=_all([c.step_labels for c in comparisons]),
+        critiques=_all([c.critiques for c in comparisons]),
+        weight=sum(c.weight for c in comparisons) / len(comparisons),
+    )
+
+
+def _all(parts: Sequence[tuple[Value, ...] | None]) -> tuple[Value, ...] | None:
+    return None if None in parts else tuple(value for part in parts for value in part or ())

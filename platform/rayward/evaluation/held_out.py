@@ -1,0 +1,161 @@
+"""What is evaluated: the validation rows of a prepared directory, or raw files of any format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayward import storage
+from rayward.config.data import DataConfig
+from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.data.record import BadRow, Comparison, RowRejected, validate
+from rayward.data.sources.find import SourceFile, find_files
+from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
+from rayward.data.sources.read import RawRow, plan_units, read_unit, sample_rows
+from rayward.errors import DataError
+from rayward.evaluation.records import Record
+
+ROWS_PER_BLOCK = 256
+
+INPUT_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        pa.field("id", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("prompt_key", pa.string()),
+        pa.field("ranks", pa.list_(pa.float32())),
+        pa.field("prompt_json", pa.string()),
+        pa.field("completions_json", pa.string()),
+    ]
+)
+"""What goes through Ray Data: these columns of a prepared directory, or the same made of raw files.
+
+The driver reads both. Read tasks would wait for ever on a cluster whose CPUs are all held by the scorers, and a held-out set is small.
+"""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What to score, and what cannot be: together every given row.
+
+    Attributes:
+        tables: blocks in INPUT_SCHEMA, small enough that several scorers share the work.
+        rejected: position and record of the rows that are no valid comparison.
+        num_rows: rows given, both kinds together.
+    """
+
+    tables: tuple[pa.Table, ...]
+    rejected: dict[int, Record]
+    num_rows: int
+
+
+def read_prepared(prepared: str) -> HeldOut:
+    """The validation shards of a prepared directory.
+
+    Raises:
+        DataError: there is no manifest, it holds no validation rows, or a shard cannot be read.
+    """
+    filesystem, path = storage.resolve(prepared)
+    try:
+        with filesystem.open_input_stream(f"{path}/manifest.json") as stream:
+            manifest = json.loads(stream.read())
+        shards = [(str(shard["file"]), int(shard["num_rows"])) for shard in manifest["validation_shards"]]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataError(
+            f"{prepared} has no readable manifest.json ({type(exc).__name__}: {exc})", remedy="point at a directory that `prepare` wrote"
+        ) from exc
+    if not sum(num_rows for _, num_rows in shards):
+        raise DataError(
+            f"{prepared} holds no validation rows", remedy="prepare with data.validation_fraction above 0, or evaluate raw files with data"
+        )
+    tables: list[pa.Table] = []
+    for file, num_rows in shards:
+        try:
+            with filesystem.open_input_file(f"{path}/{file}") as stream:
+                table = pq.read_table(stream, columns=INPUT_SCHEMA.names) if num_rows else INPUT_SCHEMA.empty_table()
+        except (OSError, pa.ArrowException) as exc:
+            raise DataError(f"{prepared}/{file} cannot be read ({exc})", remedy="prepare again") from exc
+        tables += [table.slice(start, ROWS_PER_BLOCK) for start in range(0, table.num_rows, ROWS_PER_BLOCK)]
+    return HeldOut(tables=tuple(tables), rejected={}, num_rows=sum(num_rows for _, num_rows in shards))
+
+
+def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) -> HeldOut:
+    """Raw files of any format as blocks of comparisons; rows that are none are kept as records with the reason.
+
+    Raises:
+        DataError: a location does not exist or is damaged.
+        DataFormatError: the format of a file cannot be decided.
+    """
+    rejected: dict[int, Record] = {}
+    rows: list[dict[str, Any]] = []
+    position = 0
+    for file in _files(locations, download_to):
+        sample, _ = sample_rows(file)
+        # Without one readable row there is no format to choose, and every row is rejected for its own reason.
+        chosen = choose_format(sample, config, where=file.uri, source=file.source) if sample else None
+        for unit in plan_units(file):
+            for raw in read_unit(unit):
+                try:
+                    rows.append(_input_row(position, _adapt(raw, chosen)))
+                except RowRejected as exc:
+                    rejected[position] = _rejected(file, raw, exc)
+                position += 1
+    if position == 0:
+        raise DataError(f"{', '.join(locations)}: the files hold no rows", remedy="check the paths")
+    starts = range(0, len(rows), ROWS_PER_BLOCK)
+    tables = tuple(pa.Table.from_pylist(rows[start : start + ROWS_PER_BLOCK], INPUT_SCHEMA) for start in starts)
+    return HeldOut(tables=tables, rejected=rejected, num_rows=position)
+
+
+def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:
+    local = [location for location in locations if not location.startswith(HUB_PREFIX)]
+    for location in locations:
+        if location.startswith(HUB_PREFIX):
+            yield download(parse_hub_name(location, "validation"), download_to, "validation")
+    if local:
+        yield from find_files(local, "validation")[0]
+
+
+def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:
+    if raw.reason is not None:
+        raise RowRejected(raw.reason, raw.detail)
+    try:
+        value = json.loads(raw.raw)
+    except (ValueError, RecursionError) as exc:
+        raise RowRejected(BadRow.UNPARSABLE, f"the row is not JSON: {exc}") from exc
+    if not isinstance(value, dict) or chosen is None:
+        raise RowRejected(BadRow.UNPARSABLE, "the row is not a JSON object")
+    name, options = chosen
+    comparison = FORMATS[name].adapt(value, options)
+    validate(comparison, ties="keep")
+    return comparison
+
+
+def _input_row(position: int, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "row": position,
+        "id": comparison.id,
+        "source": comparison.source,
+        "prompt_key": comparison.prompt_key(),
+        "ranks": comparison.ranks,
+        "prompt_json": json.dumps(comparison.prompt, ensure_ascii=False),
+        "completions_json": json.dumps(comparison.completions, ensure_ascii=False),
+    }
+
+
+def _rejected(file: SourceFile, raw: RawRow, exc: RowRejected) -> Record:
+    return Record(
+        id=f"{file.source}:{raw.number}",
+        source=file.source,
+        prompt_key="",
+        ranks=None,
+        lengths=(),
+        rewards=None,
+        error_code=exc.reason.value,
+        error=exc.detail,
+    )

@@ -1,0 +1,244 @@
+"""The evaluation job: held-out comparisons -> scores (Ray Data, with the scorer that serving uses) -> numbers and report.
+
+Every given row comes back as one `Record`, scored or with the reason why not; a row that is lost on the way is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from rayward.config.data import DataConfig
+from rayward.config.load import parse_config
+from rayward.contract.contract import CONTRACT_FILE, Contract
+from rayward.errors import ConfigError, ContractError, ContractMismatchError, DataError, ModelLoadError, RaywardError, ScoringError
+from rayward.evaluation.held_out import ROWS_PER_BLOCK, HeldOut, read_prepared, read_raw
+from rayward.evaluation.plots import write_plots
+from rayward.evaluation.records import Evaluation, Record
+from rayward.evaluation.report import write_report
+from rayward.evaluation.suites.suite import Benchmark
+from rayward.evaluation.summary import summarise
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from rayward.scoring.scorer import Device
+
+
+SCORES_FILE, METRICS_FILE, REPORT_FILE, PLOT_FOLDER = "scores.jsonl", "metrics.json", "report.html", "plots"
+
+
+def evaluate(
+    *,
+    model: str,
+    output: str,
+    data: Sequence[str] | None = None,
+    prepared: str | None = None,
+    data_config: DataConfig | None = None,
+    device: Device = "auto",
+    concurrency: int = 1,
+    tokens_per_batch: int = 8192,
+    gpus_per_actor: float = 0.0,
+    verify: bool = True,
+    weights: str | None = None,
+    benchmark: Benchmark | None = None,
+    n_critiques: int = 1,
+    temperature: float = 0.0,
+    bootstrap_samples: int = 2000,
+    seed: int = 0,
+) -> Evaluation:
+    """Score held-out comparisons and write `scores.jsonl`, `metrics.json`, `report.html` and `plots/*.png`.
+
+    Args:
+        model: directory of an export, or of any Hugging Face sequence-classification reward model.
+        output: local directory for the results; created, older results in it are replaced.
+        data: raw files, globs, directories, URIs or `hf:` names, in any format that `prepare` reads.
+        prepared: a prepared directory, whose validation shards are used; exactly one of the two is given.
+        data_config: format and column names for `data`.
+        device: where each scorer computes.
+        concurrency: scorers that run side by side.
+        tokens_per_batch: token budget of one forward.
+        gpus_per_actor: GPUs that each scorer reserves.
+        verify: check an export against its contract first.
+        weights: weight set for a model with several outputs; None: the model's own.
+        benchmark: add the figures of a published benchmark (`benchmarks.choose`), whose subset is each row's `source`.
+        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
+        bootstrap_samples: resamples of prompts behind each interval.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: not exactly one of `data` and `prepared` is given, or `output` is not local.
+        DataError: the data cannot be read, holds no scored pair, or is not that of the benchmark.
+        ModelLoadError, ContractError: the model cannot be loaded or is not the one of its contract.
+        ScoringError: rows were lost on the way.
+    """
+    if bool(data) == bool(prepared):
+        raise ConfigError(
+            f"data is {data!r} and prepared is {prepared!r}; the rule is exactly one of them",
+            remedy="give raw files with data, or a prepared directory with prepared",
+        )
+    directory = _local_directory(output)
+    version = _version(model)
+    raw_config = data_config or parse_config({}, DataConfig)
+    held_out = read_prepared(prepared) if prepared else read_raw(data or (), raw_config, download_to=str(directory / "downloads"))
+    if benchmark is not None:
+        benchmark.check((row["id"], row["source"], row["ranks"]) for row in _judged(held_out))
+    scored: dict[int, Record] = {}
+    if held_out.tables:
+        dataset = _score(
+            held_out.tables,
+            model=str(Path(model).resolve()),
+            device=device,
+            concurrency=concurrency,
+            tokens_per_batch=tokens_per_batch,
+            gpus_per_actor=gpus_per_actor,
+            verify=verify,
+            weights=weights,
+            n_critiques=n_critiques,
+            temperature=temperature,
+        )
+        scored = dict(_records(dataset))
+    records = merge(held_out, scored)
+    write_scores(records, directory / SCORES_FILE)
+    where = (prepared,) if prepared else tuple(data or ())
+    evaluation = summarise(records, model=model, model_version=version, data=where, bootstrap_samples=bootstrap_samples, seed=seed)
+    if benchmark is not None:
+        evaluation = evaluation.model_copy(update={"benchmark": benchmark.aggregate(records)})
+    write_results(evaluation, directory)
+    return evaluation
+
+
+def _local_directory(output: str) -> Path:
+    if "://" in output:
+        raise ConfigError(f"output {output!r} is a URI; reports are written to a local directory", remedy="give a local path")
+    Path(output).mkdir(parents=True, exist_ok=True)
+    return Path(output)
+
+
+def write_results(evaluation: Evaluation, directory: Path) -> tuple[Path, ...]:
+    """Write `metrics.json`, the plots and `report.html`; returns the plots."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / METRICS_FILE).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    plots = write_plots(evaluation, directory / PLOT_FOLDER)
+    write_report(evaluation, directory / REPORT_FILE, plots)
+    return plots
+
+
+def write_scores(records: Iterable[Record], path: Path) -> None:
+    """Write one JSON line per record."""
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(record.model_dump_json() + "\n")
+
+
+def read_scores(path: Path) -> list[Record]:
+    """Read what `write_scores` wrote; `summarise` makes every table of it again.
+
+    Raises:
+        DataError: the file cannot be read or a line is not a record.
+    """
+    records = []
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    records.append(Record.model_validate_json(line))
+                except ValidationError as exc:
+                    raise DataError(f"{path}, line {number}, is not a scored comparison: {exc}", remedy="evaluate again") from exc
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read ({exc.strerror})", remedy="point at scores.jsonl of an evaluation") from exc
+    return records
+
+
+def merge(held_out: HeldOut, scored: dict[int, Record]) -> list[Record]:
+    """All records in the order of the given rows.
+
+    Raises:
+        ScoringError: not every row came back, or one came back that was not sent.
+    """
+    positions = sorted([*scored, *held_out.rejected])
+    if len(positions) != held_out.num_rows:
+        raise ScoringError(
+            f"{held_out.num_rows} rows were given, {len(scored)} came back from scoring and {len(held_out.rejected)} were rejected; "
+            "the rule is that the counts add up",
+            remedy="the prepared directory changed or lost a shard: prepare again",
+        )
+    return [scored[position] if position in scored else held_out.rejected[position] for position in positions]
+
+
+def to_record(row: dict[str, Any]) -> Record:
+    """One scored row of the dataset as a record: the texts go, their lengths stay."""
+    code, _, message = (row["error"] or "").partition(": ")
+    return Record(
+        id=row["id"],
+        source=row["source"],
+        prompt_key=row["prompt_key"],
+        ranks=None if row["ranks"] is None else tuple(row["ranks"]),
+        lengths=tuple(len(text) for text in json.loads(row["completions_json"])),
+        rewards=None if row["rewards"] is None else tuple(row["rewards"]),
+        error_code=code or None,
+        error=message or None,
+    )
+
+
+def _version(model: str) -> str:
+    directory = Path(model)
+    if not directory.is_dir():
+        raise ModelLoadError(f"{model} is not a directory", remedy="point at an exported or downloaded model")
+    contract = directory / CONTRACT_FILE
+    return Contract.load(directory).model_version() if contract.is_file() else "unverified"
+
+
+def _judged(held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    for table in held_out.tables:
+        yield from table.select(["id", "source", "ranks"]).to_pylist()
+
+
+def _score(tables: tuple[pa.Table, ...], **options: Any) -> ray.data.Dataset:
+    import ray.data
+
+    from rayward.scoring.batch import score_dataset
+
+    return score_dataset(ray.data.from_arrow(list(tables)), **options)
+
+
+def _records(dataset: ray.data.Dataset) -> Iterator[tuple[int, Record]]:
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    seen: set[int] = set()
+    try:
+        batches: Any = dataset.iter_batches(batch_size=ROWS_PER_BLOCK, batch_format="pyarrow")
+        for batch in batches:
+            for row in batch.to_pylist():
+                position = row["row"]
+                if position in seen:
+                    raise ScoringError(f"row {position} was scored twice", remedy="the shards repeat rows: prepare again")
+                seen.add(position)
+                yield position, to_record(row)
+    except RayTaskError as exc:
+        # The user is told what went wrong in the worker, not where it was noticed.
+        if isinstance(exc.cause, RaywardError):
+            raise exc.cause from exc
+        raise
+    except ActorDiedError as exc:
+        error = _error_in(str(exc))
+        if error is not None:
+            raise error from exc
+        raise
+
+
+def _error_in(text: str) -> RaywardError | None:
+    # An actor that fails while it loads the model leaves only the text of its traceback.
+    found = re.findall(r"^rayward\.errors\.(\w+): (.*?)\n  remedy: (.*?)$", text, flags=re.MULTILINE | re.DOTALL)
+    if not found:
+        return None
+    name, problem, remedy = found[-1]
+    kinds: dict[str, type[RaywardError]] = {k.__name__: k for k in (ModelLoadError, ContractError, ContractMismatchError)}
+    kind = kinds.get(name, ScoringError)
+    return kind(problem, remedy=remedy)

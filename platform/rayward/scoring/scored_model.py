@@ -1,0 +1,61 @@
+"""What callers may know of something that scores, and what it refuses. Needs neither torch nor Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from rayward.contract.contract import Normaliser
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a caller may know of something that scores; `GET /v1/models` shows it.
+
+    Attributes:
+        outputs: names of the outputs of a completion.
+        max_tokens: longest conversation.
+        weight_sets: names that a request may give as `weights`.
+        normaliser: statistics for centred and standardised rewards, or None.
+        writes_critiques: every completion is criticised in words before it is scored.
+    """
+
+    outputs: tuple[str, ...]
+    max_tokens: int
+    weight_sets: tuple[str, ...]
+    normaliser: Normaliser | None
+    writes_critiques: bool = False
+
+    def refusal(self, item: ScoreItem) -> ItemError | None:
+        """Why the item asks for what this model has not (`unknown_weights`, `no_normaliser`, `no_critiques`), or None."""
+        if item.weights is not None and item.weights not in self.weight_sets:
+            known = ", ".join(self.weight_sets) or "none"
+            return ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not known; known: {known}")
+        if item.normalise != "raw" and self.normaliser is None:
+            return ItemError("no_normaliser", f"{item.normalise} rewards need the statistics of a reference set; the model has none")
+        if (item.n_critiques > 1 or item.temperature > 0) and not self.writes_critiques:
+            return ItemError("no_critiques", "n_critiques and temperature are for models that write critiques; this one writes none")
+        return None
+
+    def normalised(self, rewards: Iterable[float], item: ScoreItem) -> tuple[float, ...]:
+        """The rewards on the scale that the item asks for."""
+        if item.normalise == "raw":
+            return tuple(rewards)
+        assert self.normaliser is not None
+        return tuple(self.normaliser.apply(reward, item.normalise) for reward in rewards)
+
+
+class ScoredModel(Protocol):
+    """What serving, evaluation and the command line need of something that scores."""
+
+    facts: ModelFacts
+    model_id: str
+    version: str
+
+    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
+        """Rewards or an error for each item, in order."""
+        ...

@@ -1,0 +1,61 @@
+"""Checks before the scoring server starts, and the typed error when it does not. No Serve here."""
+
+from __future__ import annotations
+
+import re
+import socket
+from contextlib import closing
+from pathlib import Path
+
+from rayward import errors
+from rayward.contract.contract import CONTRACT_FILE, Contract
+from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError
+from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
+
+
+def check_model(directory: Path) -> None:
+    """Catch the usual mistakes before anything starts.
+
+    Raises:
+        ModelLoadError: the directory is not there, or holds no model.
+        ContractError: its contract cannot be read.
+    """
+    if not directory.is_dir():
+        raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
+    rule = rule_kind(directory)
+    if rule is EnsembleRule:
+        for member in EnsembleRule.load(directory).members:
+            check_model(directory / member)
+    elif rule is ImplicitRule:
+        return
+    elif (directory / CONTRACT_FILE).exists():
+        Contract.load(directory)
+    elif not (directory / "config.json").is_file():
+        raise ModelLoadError(f"{directory} has neither {CONTRACT_FILE} nor config.json", remedy="point at an exported or downloaded model")
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if it can be bound, any free one for 0.
+
+    Raises:
+        ConfigError: it is taken or not allowed.
+    """
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            raise ConfigError(f"port {port} on {host} cannot be used ({exc.strerror})", remedy="choose another port") from exc
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def startup_error(message: str) -> RaywardError:
+    """The typed error inside the status message of a failed application."""
+    found = re.findall(r"rayward\.errors\.(\w+): (.*?)\n\s*remedy: ([^\n]*)", message, flags=re.DOTALL)
+    for class_name, problem, remedy in reversed(found):
+        kind = getattr(errors, class_name, None)
+        if kind is not None and kind.__init__ is RaywardError.__init__:
+            error: RaywardError = kind(problem, remedy=remedy)
+            return error
+    return ServerError(f"the application did not start: {message}", remedy="read the scorer's log under the Ray session directory")

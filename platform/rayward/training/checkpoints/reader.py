@@ -1,0 +1,50 @@
+"""Ranged reads from a committed checkpoint."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import torch
+from torch import Tensor
+
+from rayward.errors import CheckpointError
+from rayward.training.checkpoints.format import CommittedCheckpoint
+from rayward.training.engines.protocol import StateKind
+
+
+class CheckpointReader:
+    """Ranged reads from a committed checkpoint; a `WeightSource`."""
+
+    def __init__(self, filesystem: pafs.FileSystem, checkpoint: CommittedCheckpoint) -> None:
+        self._filesystem = filesystem
+        self._directory = checkpoint.directory
+        self.commit = checkpoint.commit
+        self._files: dict[int, tuple[pa.NativeFile, int, dict[str, Any]]] = {}
+
+    def read(self, name: str, shape: tuple[int, ...], start: int, stop: int, kind: StateKind = "weight") -> Tensor:
+        """Elements [start, stop) of a parameter or of one of its moments, whatever ranks hold them."""
+        entry = self.commit.parameters.get(name)
+        if entry is None or entry.shape != shape:
+            raise CheckpointError(
+                f"checkpoint {self._directory} has {name} with shape {entry and entry.shape}; the model needs {shape}",
+                remedy="resume with the configuration that the run was started with, or use another run.name",
+            )
+        size = entry.partition_size
+        pieces = []
+        for rank in range(start // size, -(-stop // size)) if stop > start else ():
+            first, last = max(start, rank * size), min(stop, (rank + 1) * size)
+            pieces.append(self._elements(rank, f"{kind}/{name}", first - rank * size, last - rank * size))
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def _elements(self, rank: int, key: str, first: int, last: int) -> Tensor:
+        if rank not in self._files:
+            file = self._filesystem.open_input_file(f"{self._directory}/rank_{rank:05d}.safetensors")
+            (length,) = struct.unpack("<Q", file.read_at(8, 0))
+            self._files[rank] = (file, 8 + length, json.loads(bytes(file.read_at(length, 8))))
+        file, base, header = self._files[rank]
+        offset = base + header[key]["data_offsets"][0] + 4 * first
+        return torch.frombuffer(bytearray(file.read_at(4 * (last - first), offset)), dtype=torch.float32)

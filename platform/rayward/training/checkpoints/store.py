@@ -1,0 +1,198 @@
+"""The checkpoints of one run: which are committed, writing one with all ranks, loading one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.fs as pafs
+from pydantic import ValidationError
+
+from rayward import storage
+from rayward.contract.contract import GoldenScore
+from rayward.errors import CheckpointError
+from rayward.training.checkpoints.format import COMMIT_FILE, DAMAGED_FILE, Commit, CommittedCheckpoint, FileEntry, ParameterEntry
+from rayward.training.checkpoints.reader import CheckpointReader
+from rayward.training.checkpoints.writer import sha256_of, write_rank_file
+from rayward.training.engines.protocol import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        location: local path or URI of the `checkpoints` directory.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.filesystem, self.root = storage.resolve(location)
+
+    def committed(self) -> list[CommittedCheckpoint]:
+        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message."""
+        if not storage.exists(self.filesystem, self.root):
+            return []
+        directories = [
+            info.path
+            for info in self.filesystem.get_file_info(pafs.FileSelector(self.root))
+            if info.type == pafs.FileType.Directory and info.base_name.startswith("step_")
+        ]
+        checkpoints = (self._read(directory) for directory in sorted(directories, reverse=True))
+        return [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+
+    def latest(self) -> CommittedCheckpoint | None:
+        """The newest usable checkpoint."""
+        found = self.committed()
+        return found[0] if found else None
+
+    def _read(self, directory: str) -> CommittedCheckpoint | None:
+        problem = None
+        try:
+            if storage.exists(self.filesystem, f"{directory}/{DAMAGED_FILE}"):
+                problem = "its content was found damaged"
+            else:
+                commit = Commit.model_validate_json(storage.read_text(self.filesystem, f"{directory}/{COMMIT_FILE}"))
+                for name, entry in commit.files.items():
+                    info = self.filesystem.get_file_info(f"{directory}/{name}")
+                    if info.size != entry.num_bytes:
+                        problem = f"{name} has {info.size} bytes instead of {entry.num_bytes}"
+        except FileNotFoundError:
+            problem = "it was never committed"
+        except (ValidationError, UnicodeDecodeError) as exc:
+            problem = f"its {COMMIT_FILE} is damaged ({type(exc).__name__})"
+        if problem is not None:
+            logger.warning("skipping checkpoint %s: %s", directory, problem)
+            return None
+        return CommittedCheckpoint(directory, commit)
+
+    def save(self, engine: Engine, commit: CommitDraft) -> str | None:
+        """Write and commit a checkpoint; called by all ranks.
+
+        Returns:
+            None when committed; else the reason why nothing was written (the earlier checkpoints are untouched).
+        """
+        directory = f"{self.root}/step_{commit.step:08d}"
+        name = f"rank_{engine.rank:05d}.safetensors"
+        problem: str | None = None
+        entry: FileEntry | None = None
+        try:
+            if engine.rank == 0:
+                storage.delete_dir(self.filesystem, directory)
+                self.filesystem.create_dir(directory)
+        except OSError as exc:
+            problem = f"rank 0: {exc}"
+        if not any(engine.all_gather_object(problem)):
+            try:
+                entry = write_rank_file(self.filesystem, f"{directory}/{name}", engine)
+            except OSError as exc:
+                problem = f"rank {engine.rank}: {exc}"
+        results = engine.all_gather_object((name, entry, problem))
+        problems = [p for _, _, p in results if p]
+        if engine.rank == 0 and not problems:
+            try:
+                self._commit(directory, commit, engine, {n: e for n, e, _ in results})
+            except OSError as exc:
+                problems = [f"rank 0: {exc}"]
+        problems = engine.all_gather_object(problems)[0]
+        if problems:
+            if engine.rank == 0:
+                self._discard(directory)
+            return "; ".join(problems)
+        if engine.rank == 0:
+            self._prune(commit.keep_last)
+        return None
+
+    def _commit(self, directory: str, draft: CommitDraft, engine: Engine, files: dict[str, FileEntry]) -> None:
+        parameters = {
+            p.name: ParameterEntry(shape=p.shape, partition_size=-(-math.prod(p.shape) // engine.world_size)) for p in engine.partitions()
+        }
+        commit = Commit(
+            step=draft.step,
+            total_steps=draft.total_steps,
+            world_size=engine.world_size,
+            files=files,
+            parameters=parameters,
+            trajectory=draft.trajectory,
+            golden=draft.golden,
+            dtype=draft.dtype,
+            validation_accuracy=draft.validation_accuracy,
+            metrics=draft.metrics,
+        )
+        storage.write_text(self.filesystem, f"{directory}/{COMMIT_FILE}", commit.model_dump_json())
+
+    def _discard(self, directory: str) -> None:
+        try:
+            storage.delete_dir(self.filesystem, directory)
+        except OSError as exc:
+            logger.warning("the unfinished checkpoint %s could not be removed: %s", directory, exc)
+
+    def _prune(self, keep_last: int) -> None:
+        # The newest, and the one with the best validation accuracy. Uncommitted directories are left for their writers.
+        checkpoints = self.committed()
+        judged = [c for c in checkpoints if c.commit.validation_accuracy is not None]
+        best = max(judged, key=lambda c: (c.commit.validation_accuracy, c.commit.step), default=None)
+        for checkpoint in checkpoints[keep_last:]:
+            if best is None or checkpoint.directory != best.directory:
+                self._discard(checkpoint.directory)
+
+    def load(self, engine: Engine, checkpoint: CommittedCheckpoint) -> None:
+        """Load a checkpoint written at any world size; called by all ranks.
+
+        Raises:
+            CheckpointError: a file's content is not what was committed. The checkpoint is then marked, so that the next
+                attempt takes the one before it.
+        """
+        commit = checkpoint.commit
+        names = sorted(commit.files)[engine.rank :: engine.world_size]
+        damaged = [n for n in names if sha256_of(self.filesystem, f"{checkpoint.directory}/{n}") != commit.files[n].sha256]
+        damaged = [n for per_rank in engine.all_gather_object(damaged) for n in per_rank]
+        if damaged:
+            if engine.rank == 0:
+                storage.write_text(self.filesystem, f"{checkpoint.directory}/{DAMAGED_FILE}", json.dumps(damaged))
+            raise CheckpointError(
+                f"checkpoint {checkpoint.directory}: the content of {', '.join(damaged)} is not what was committed",
+                remedy="the run restarts from the checkpoint before it; check the storage",
+            )
+        reader = CheckpointReader(self.filesystem, checkpoint)
+        engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
+
+
+@dataclass(frozen=True, slots=True)
+class CommitDraft:
+    """What the caller knows about a checkpoint to be written."""
+
+    step: int
+    total_steps: int
+    trajectory: dict[str, Any]
+    keep_last: int
+    dtype: str = "float32"
+    golden: tuple[GoldenScore, ...] = ()
+    validation_accuracy: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def choose_checkpoint(store: CheckpointStore, which: str) -> CommittedCheckpoint:
+    """`last`, `best` (validation accuracy), or a step number.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    committed = store.committed()
+    chosen: CommittedCheckpoint | None = None
+    if which == "last":
+        chosen = committed[0] if committed else None
+    elif which == "best":
+        judged = [c for c in committed if c.commit.validation_accuracy is not None]
+        chosen = max(judged, key=lambda c: (c.commit.validation_accuracy, c.commit.step), default=None)
+    else:
+        chosen = next((c for c in committed if str(c.commit.step) == which), None)
+    if chosen is None:
+        steps = ", ".join(str(c.commit.step) for c in committed) or "none"
+        raise CheckpointError(
+            f"no checkpoint {which!r} in {store.root}; committed steps: {steps}", remedy="choose last, best or one of these steps"
+        )
+    return chosen

@@ -1,0 +1,26 @@
+"""The engine of a run, its initial weights, and what both engines share."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from rayward.config.training import TrainingConfig
+from rayward.model.weights import WeightSource
+from rayward.training.engines.deepspeed import DeepSpeedEngine
+from rayward.training.engines.protocol import Engine, ModelBuilder
+from rayward.training.engines.torch import TorchEngine
+
+
+def initialize(engine: Engine, source: WeightSource) -> None:
+    """Fill the weights of a fresh engine from a source."""
+    engine.load_state(lambda p, _kind: source.read(p.name, p.shape, p.start, p.stop), optimizer_steps=0)
+
+
+def build_engine(build: ModelBuilder, config: TrainingConfig) -> Engine:
+    """The engine that `training.engine` names."""
+    return TorchEngine(build, config) if config.engine == "torch" else DeepSpeedEngine(build, config)
+
+
+def pretrained(engine: Engine) -> PreTrainedModel:
+    """The Transformers model inside an engine."""
+    return engine.reward_model.model

@@ -1,0 +1,76 @@
+"""What the loop needs of a training engine, and the two that exist: DeepSpeed ZeRO-3 and plain torch.
+
+An engine owns the model, the optimizer and the collectives. It exposes its state as flat partitions per parameter, which
+is all that initialisation, checkpoints and resharding need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from rayward.batch.layout import LanguageLossTokens, PackedBatch
+from rayward.model.reward_model import RewardModel
+
+StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
+STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+ModelBuilder = Callable[[torch.dtype], RewardModel]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """This rank's share of one parameter: elements [start, stop) of the flattened tensor (possibly none)."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Engine(Protocol):
+    """The verbs of the training loop; every method is called by all ranks in the same order."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    reward_model: RewardModel
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Outputs where the batch is read, float32 [R, outputs]."""
+        ...
+
+    def forward_with_language_loss(self, batch: PackedBatch, tokens: LanguageLossTokens) -> tuple[Tensor, Tensor]:
+        """The outputs, and the summed language-model loss of these tokens."""
+        ...
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Accumulate gradients; the gradient of the step is the sum over micro-batches and ranks."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, apply, clear; returns the global gradient norm before clipping (inf or NaN: nothing usable was applied)."""
+        ...
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        ...
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; also a barrier."""
+        ...
+
+    def partitions(self) -> list[Partition]:
+        """This rank's share of every parameter, in model order."""
+        ...
+
+    def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
+        """Flat fp32 values of one partition."""
+        ...
+
+    def load_state(self, read: Callable[[Partition, StateKind], Tensor], *, optimizer_steps: int) -> None:
+        """Overwrite weights and, when optimizer_steps > 0, the moments."""
+        ...

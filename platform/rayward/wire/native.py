@@ -1,0 +1,205 @@
+"""The native wire schema of `POST /v1/score`.
+
+    request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}, ...], "model"?: str, "weights"?: str,
+               "normalise"?: "raw" | "centred" | "standardised", "n_critiques"?: int, "temperature"?: float}
+    reply     {"id", "model", "version", "results": [{"rewards": [float, ...], "outputs"?: [[float, ...], ...],
+               "steps"?: [[float, ...], ...], "critiques"?: [[str, ...], ...], "reward_std"?: [float, ...]}
+               | {"error": {"code", "message"}}, ...], "usage"}
+    error     {"error": {"code", "message", "remedy", "item"}} with a 4xx or 5xx status
+
+`results` has the order of `items`, `rewards` the order of `completions`. A result holds finite rewards or an error, never both, never a
+placeholder. For each completion, `outputs` holds the values of a model with several outputs (`GET /v1/models` names them); `steps`, of a
+process reward model, the probability that each step is right; `critiques`, of a model that criticises before it scores, its `n_critiques`
+texts, over which the reward is the mean and `reward_std` the deviation.
+
+A request that breaks a rule is refused as a whole, naming item and rule; an item that only turns out to be unscorable when it is tokenized
+(too long for the contract), or that asks for weights, statistics or critiques which the model has not, is an error of that item in a 200
+reply.
+
+Shared by server and client: pydantic and the standard library only. The rules a request must keep: `rayward.wire.rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from rayward.contract.contract import Normalise
+from rayward.errors import RaywardError, RequestError, RuleError
+from rayward.wire.items import ItemResult
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class WireMessage(_Wire):
+    """One turn."""
+
+    role: str
+    content: str
+
+
+def _kind(value: object) -> str | None:
+    return "text" if isinstance(value, str) else "messages" if isinstance(value, list) else None
+
+
+TextOrMessages = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[WireMessage], Tag("messages")],
+    Discriminator(_kind, custom_error_type="text_or_messages", custom_error_message="Input should be a string or a list of messages"),
+]
+
+
+class WireItem(_Wire):
+    """A prompt (text, or turns ending with a user or tool turn) and its completions (text, or one assistant turn each)."""
+
+    prompt: TextOrMessages
+    completions: list[TextOrMessages]
+
+
+class ScoreRequest(_Wire):
+    """Body of `POST /v1/score`."""
+
+    items: list[WireItem]
+    model: str | None = None
+    weights: str | None = None
+    normalise: Normalise = "raw"
+    n_critiques: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+
+
+class WireItemError(_Wire):
+    """Error of one item in a 200 reply."""
+
+    code: str
+    message: str
+
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class WireResult(_Wire):
+    """Result of one item: `rewards` or `error`, exactly one of them."""
+
+    rewards: list[FiniteFloat] | None = None
+    outputs: list[list[FiniteFloat]] | None = None
+    steps: list[list[FiniteFloat]] | None = None
+    critiques: list[list[str]] | None = None
+    reward_std: list[FiniteFloat] | None = None
+    error: WireItemError | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.rewards is None) == (self.error is None):
+            raise ValueError("a result holds either rewards or an error")
+        return self
+
+
+class Usage(_Wire):
+    """Tokens of the conversations asked for, and tokens computed for them (shared prefixes once)."""
+
+    tokens: int
+    tokens_computed: int
+
+
+class ScoreReply(_Wire):
+    """Body of a 200 reply."""
+
+    id: str
+    model: str
+    version: str
+    results: list[WireResult]
+    usage: Usage
+
+
+class ErrorDetail(_Wire):
+    """What went wrong, the rule, the remedy, and the index of the item if one is at fault."""
+
+    code: str
+    message: str
+    remedy: str = ""
+    item: int | None = None
+
+
+class ErrorReply(_Wire):
+    """Body of every 4xx and 5xx reply."""
+
+    error: ErrorDetail
+
+
+class WireNormaliser(_Wire):
+    """Statistics of the reference set that `centred` and `standardised` use."""
+
+    mean: float
+    std: float
+    num_rewards: int
+    reference: str
+
+
+class ModelInfo(_Wire):
+    """One entry of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    version: str
+    max_tokens: int
+    outputs: list[str]
+    weight_sets: list[str] = []
+    normaliser: WireNormaliser | None = None
+    writes_critiques: bool = False
+
+
+class ModelList(_Wire):
+    """Body of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class Health(_Wire):
+    """Body of `GET /health` while the server can score."""
+
+    status: Literal["ok"] = "ok"
+    model: str
+    version: str
+
+
+def build_reply(reply_id: str, model: str, version: str, results: Sequence[ItemResult]) -> ScoreReply:
+    """The reply for results in the order of the request's items."""
+    return ScoreReply(
+        id=reply_id,
+        model=model,
+        version=version,
+        results=[
+            WireResult(
+                rewards=None if result.rewards is None else list(result.rewards),
+                outputs=_lists(result.outputs),
+                steps=_lists(result.steps),
+                critiques=_lists(result.critiques),
+                reward_std=None if result.reward_std is None else list(result.reward_std),
+            )
+            if result.error is None
+            else WireResult(error=WireItemError(code=result.error.code, message=result.error.message))
+            for result in results
+        ],
+        usage=Usage(tokens=sum(r.tokens for r in results), tokens_computed=sum(r.tokens_computed for r in results)),
+    )
+
+
+Value = TypeVar("Value")
+
+
+def _lists(rows: Sequence[Sequence[Value]] | None) -> list[list[Value]] | None:
+    return None if rows is None else [list(row) for row in rows]
+
+
+def error_reply(error: RaywardError, code: str | None = None) -> tuple[int, ErrorReply]:
+    """HTTP status and body for an error; `code` names errors that are no rule violation."""
+    if isinstance(error, RuleError):
+        code, status = error.code, error.status
+    else:
+        status = error.http_status
+    item = error.item if isinstance(error, RequestError) else None
+    return status, ErrorReply(error=ErrorDetail(code=code or "internal", message=error.problem, remedy=error.remedy, item=item))

@@ -1,0 +1,239 @@
+"""The rules that a request must keep before anything is tokenized; every refusal names the item and the rule.
+
+Pydantic and the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from rayward.contract.conversation import ROLES
+from rayward.errors import RuleError
+from rayward.wire.items import ScoreItem
+from rayward.wire.native import ScoreRequest, WireItem, WireMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may hold."""
+
+    max_items: int = 1024
+    max_completions_per_item: int = 256
+    max_chars_per_text: int = 200_000
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_critiques: int = 16
+
+
+def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | None]:
+    """Read a request body and apply every rule that needs no tokenizer.
+
+    Returns:
+        The items, and the model name asked for.
+
+    Raises:
+        RuleError: with the first rule that is broken, and the item.
+    """
+    if len(body) > limits.max_body_bytes:
+        body_too_large(len(body), limits)
+    raw = _decode(body)
+    _check_sizes(raw, limits)
+    if b"\\u0000" in body or b"\\ud" in body.lower():
+        # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
+        _check_characters(raw)
+    try:
+        request = ScoreRequest.model_validate(raw)
+    except ValidationError as exc:
+        _raise_schema_violation(exc)
+    _check_critiques(request, limits)
+    return [_to_item(index, item, request, limits) for index, item in enumerate(request.items)], request.model
+
+
+def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
+    """Refuse a body by its size.
+
+    Raises:
+        RuleError: always.
+    """
+    raise RuleError(
+        "body_too_large",
+        f"the body has {num_bytes} bytes or more; the limit is {limits.max_body_bytes}",
+        remedy="split the items over several requests",
+    )
+
+
+def _decode(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
+    except RecursionError:
+        problem = "the nesting is too deep"
+    except ValueError as exc:  # UnicodeDecodeError, JSONDecodeError, and integers with thousands of digits
+        problem = str(exc)
+    raise RuleError("invalid_json", f"the body is not JSON in UTF-8: {problem}", remedy="send one JSON object in UTF-8")
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_sizes(raw: Any, limits: Limits) -> None:
+    # Before the schema: a schema error is reported per item, and there may be millions.
+    items = raw.get("items") if isinstance(raw, dict) else None
+    if not isinstance(items, list):
+        return
+    if not items:
+        raise RuleError("empty_items", "items is empty; the rule is at least one item", remedy="send an item")
+    if len(items) > limits.max_items:
+        raise RuleError(
+            "too_many_items", f"{len(items)} items; the limit is {limits.max_items}", remedy="split the items over several requests"
+        )
+    for index, item in enumerate(items):
+        completions = item.get("completions") if isinstance(item, dict) else None
+        if isinstance(completions, list) and len(completions) > limits.max_completions_per_item:
+            raise RuleError(
+                "too_many_completions",
+                f"item {index}: {len(completions)} completions; the limit is {limits.max_completions_per_item}",
+                remedy="repeat the prompt in several items",
+                item=index,
+            )
+
+
+def _check_characters(raw: Any) -> None:
+    items = raw.get("items") if isinstance(raw, dict) else None
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        for text in _strings(item):
+            _check_text(text, f"item {index}", index)
+    for text in _strings({k: v for k, v in raw.items() if k != "items"} if isinstance(raw, dict) else raw):
+        _check_text(text, "the request", None)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    # No recursion: the JSON decoder's own depth limit is higher than what is left of the stack here.
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, str):
+            yield current
+        elif isinstance(current, dict):
+            pending += [*current.keys(), *current.values()]
+        elif isinstance(current, list):
+            pending += current
+
+
+def _check_text(text: str, where: str, item: int | None) -> None:
+    if "\x00" in text:
+        raise RuleError("nul_byte", f"{where}: a text holds a NUL byte", remedy="remove it from the text", item=item)
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise RuleError(
+            "lone_surrogate",
+            f"{where}: a text holds a lone surrogate, which is no character",
+            remedy="send a surrogate pair, or remove it",
+            item=item,
+        )
+
+
+_SCHEMA_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+
+
+def _raise_schema_violation(exc: ValidationError) -> NoReturn:
+    first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+    loc = [part for part in first["loc"] if part not in ("text", "messages")]
+    item = loc[1] if len(loc) > 1 and loc[0] == "items" and isinstance(loc[1], int) else None
+    code = _SCHEMA_CODES.get(first["type"], "wrong_type")
+    where = ".".join(str(part) for part in loc)[:200] or "the body"
+    rule = "an object" if first["type"] in ("model_type", "model_attributes_type") else first["msg"]
+    raise RuleError(
+        code,
+        f"{where}: {rule}" if rule == first["msg"] else f"{where}: Input should be {rule}",
+        remedy='the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}], "model"?: str, '
+        '"weights"?: str, "normalise"?: "raw" | "centred" | "standardised", "n_critiques"?: int >= 1, "temperature"?: 0 to 2}',
+        item=item,
+    )
+
+
+def _to_item(index: int, item: WireItem, request: ScoreRequest, limits: Limits) -> ScoreItem:
+    if not item.completions:
+        raise RuleError(
+            "empty_completions", f"item {index}: completions is empty; the rule is at least one", remedy="send a completion", item=index
+        )
+    prompt = _prompt_turns(index, item.prompt)
+    completions = tuple(_completion_text(index, k, completion) for k, completion in enumerate(item.completions))
+    for text in (*(turn["content"] for turn in prompt), *completions):
+        if len(text) > limits.max_chars_per_text:
+            raise RuleError(
+                "text_too_long",
+                f"item {index}: a text has {len(text)} characters; the limit is {limits.max_chars_per_text}",
+                remedy="shorten it; the model's own token limit is lower still",
+                item=index,
+            )
+    return ScoreItem(
+        prompt=prompt,
+        completions=completions,
+        weights=request.weights,
+        normalise=request.normalise,
+        n_critiques=request.n_critiques,
+        temperature=request.temperature,
+    )
+
+
+def _check_critiques(request: ScoreRequest, limits: Limits) -> None:
+    if request.n_critiques > limits.max_critiques:
+        raise RuleError(
+            "too_many_critiques", f"n_critiques is {request.n_critiques}; the limit is {limits.max_critiques}", remedy="ask for fewer"
+        )
+    if request.n_critiques > 1 and request.temperature == 0:
+        raise RuleError(
+            "same_critiques",
+            f"n_critiques is {request.n_critiques} and temperature 0, which writes the same critique every time",
+            remedy="set temperature, for example to 0.5",
+        )
+
+
+def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[dict[str, str], ...]:
+    turns = (WireMessage(role="user", content=prompt),) if isinstance(prompt, str) else prompt
+    for turn in turns:
+        _check_role(index, turn.role)
+    if not any(turn.content.strip() for turn in turns if turn.role != "system"):
+        raise RuleError("empty_prompt", f"item {index}: the prompt holds no text", remedy="send at least one turn with text", item=index)
+    if turns[-1].role not in ("user", "tool"):
+        raise RuleError(
+            "prompt_end",
+            f"item {index}: the prompt ends with a {turns[-1].role} turn; the rule is a user or tool turn",
+            remedy="move the last assistant turn into completions",
+            item=index,
+        )
+    return tuple({"role": turn.role, "content": turn.content} for turn in turns)
+
+
+def _completion_text(index: int, k: int, completion: str | Sequence[WireMessage]) -> str:
+    if isinstance(completion, str):
+        text = completion
+    else:
+        for turn in completion:
+            _check_role(index, turn.role)
+        if [turn.role for turn in completion] != ["assistant"]:
+            raise RuleError(
+                "completion_turns",
+                f"item {index}: completion {k} has turns [{', '.join(turn.role for turn in completion[:8])}]; "
+                "the rule is exactly one assistant turn",
+                remedy="move earlier turns into the prompt",
+                item=index,
+            )
+        text = completion[0].content
+    if not text.strip():
+        raise RuleError("empty_completion", f"item {index}: completion {k} is empty", remedy="send text, or leave it out", item=index)
+    return text
+
+
+def _check_role(index: int, role: str) -> None:
+    if role not in ROLES:
+        raise RuleError(
+            "unknown_role",
+            f"item {index}: role {role[:40]!r} is not one of {', '.join(ROLES)}",
+            remedy="use one of these roles",
+            item=index,
+        )

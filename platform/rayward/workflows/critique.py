@@ -1,0 +1,209 @@
+"""A model's own critiques of every completion of a data set: stage 2 of critique-out-loud (arXiv 2408.11791).
+
+prepared rows ──blocks (Ray Data)──> actors write critiques ──> cache, a file a block ──> rows of format `ranking` with `critiques`
+
+The cache is keyed by model version, sample and seed: the same command goes on where it was stopped, and a new model starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import ray.data
+
+from rayward import storage
+from rayward.cluster import connect
+from rayward.config.run import Config
+from rayward.contract.contract import Contract
+from rayward.errors import ConfigError, DataError
+from rayward.schema import digest
+
+if TYPE_CHECKING:
+    from rayward.data.prepared import PreparedData
+    from rayward.scoring.scored_model import Device
+
+
+ROWS_PER_BLOCK = 16
+"""Rows that an actor takes at once; what is lost when one dies."""
+
+CACHE_FOLDER = "cache"
+SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+
+COLUMNS = [
+    "id", "source", "ranks", "margin", "strength", "weight", "attributes", "step_labels", "prompt_json", "completions_json",
+]  # fmt: skip
+
+_TASK = pa.schema([("key", pa.string()), ("prompt_json", pa.string()), ("completions_json", pa.string())])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How critiques are written.
+
+    Attributes:
+        temperature: 0 takes the likeliest text.
+        seed: of sampled texts, and part of the cache's key.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def write_critiques(
+    model: str,
+    output: str,
+    config: Config,
+    *,
+    sampling: Sampling = Sampling(),
+    device: Device = "auto",
+    writers: int = 1,
+    gpus_per_writer: float = 0.0,
+    tokens_per_batch: int = 8192,
+) -> dict[str, tuple[int, int]]:
+    """Write `<output>/train.jsonl` and `validation.jsonl`, rows of format `ranking` with a critique for every completion.
+
+    Args:
+        model: directory of an exported model that writes critiques.
+        output: local directory or URI that all nodes share; what it holds in its cache is not written again.
+        config: names the data, as for `prepare`; critiques in it are not read.
+        writers: actors side by side.
+
+    Returns:
+        For each split the rows written, and the rows left out because a completion has no room for a critique.
+
+    Raises:
+        ConfigError: the model writes no critiques.
+        DataError, ContractError: the data cannot be read or prepared.
+    """
+    from rayward.data.prepare.job import prepare
+
+    contract = Contract.load(Path(model))
+    if contract.critique_lead_in is None:
+        raise ConfigError(
+            f"{model} writes no critiques: its contract has no critique_lead_in", remedy="train one with data.critique_lead_in set"
+        )
+    connect()
+    prepared = prepare(config.model_copy(update={"data": config.data.model_copy(update={"critique_lead_in": None})}))
+    output = storage.absolute(output)
+    place = storage.join(output, CACHE_FOLDER)
+    identity = [contract.model_version(), sampling.temperature, sampling.seed]
+    rows = {split: [_keyed(row, identity) for row in _rows(prepared, split)] for split in SPLITS}
+    known = _cached(place)
+    waiting = [row for split in SPLITS for row in rows[split] if row["key"] not in known]
+    if waiting:
+        _run(waiting, model, place, sampling, device=device, writers=writers, gpus=gpus_per_writer, tokens_per_batch=tokens_per_batch)
+        known = _cached(place)
+    counts: dict[str, tuple[int, int]] = {}
+    for split in SPLITS:
+        lines = [line for row in rows[split] if (line := _line(row, known, prepared.manifest.labels.attributes)) is not None]
+        counts[split] = len(lines), len(rows[split]) - len(lines)
+        filesystem, root = storage.resolve(output)
+        storage.write_text(filesystem, f"{root}/{split}.jsonl", "".join(lines))
+    return counts
+
+
+def _rows(prepared: PreparedData, split: Literal["train", "validation"]) -> Iterator[dict[str, Any]]:
+    # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the writers.
+    for shard in prepared.shard_paths(split):
+        filesystem, path = storage.resolve(shard)
+        with filesystem.open_input_file(path) as stream:
+            yield from pq.read_table(stream, columns=COLUMNS).to_pylist()
+
+
+def _keyed(row: dict[str, Any], identity: Sequence[Any]) -> dict[str, Any]:
+    return {**row, "key": digest([*identity, row["id"], row["prompt_json"], row["completions_json"]])}
+
+
+def _run(
+    rows: Sequence[Mapping[str, Any]], model: str, place: str, sampling: Sampling, *, device: Device, writers: int, gpus: float,
+    tokens_per_batch: int,
+) -> None:  # fmt: skip
+    filesystem, root = storage.resolve(place)
+    filesystem.create_dir(root, recursive=True)
+    tasks = [{name: row[name] for name in _TASK.names} for row in rows]
+    starts = range(0, len(tasks), ROWS_PER_BLOCK)
+    blocks = [pa.Table.from_pylist(tasks[start : start + ROWS_PER_BLOCK], schema=_TASK) for start in starts]
+    written = ray.data.from_arrow(blocks).map_batches(
+        _Writer,
+        fn_constructor_args=(str(Path(model).resolve()), place, sampling, device, tokens_per_batch),
+        batch_size=ROWS_PER_BLOCK,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(writers, len(blocks))),
+        num_gpus=gpus,
+    )
+    total = sum(row["num_rows"] for row in written.take_all())
+    if total != len(tasks):
+        raise DataError(f"{len(tasks)} rows were sent to the writers and {total} came back", remedy="run the same command again")
+
+
+class _Writer:
+    # One per actor of the pool: loads the model once, writes a cache file for every block.
+
+    def __init__(self, model: str, place: str, sampling: Sampling, device: Device, tokens_per_batch: int) -> None:
+        from rayward.scoring.scorer import Scorer
+
+        self._place, self._sampling = place, sampling
+        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        from rayward.wire.items import ItemError, ScoreItem
+
+        rows = table.to_pylist()
+        items = [
+            ScoreItem(
+                prompt=tuple(json.loads(row["prompt_json"])),
+                completions=tuple(json.loads(row["completions_json"])),
+                temperature=self._sampling.temperature,
+                seed=self._sampling.seed,
+            )
+            for row in rows
+        ]
+        lines = []
+        for row, found in zip(rows, self._scorer.criticise(items), strict=True):
+            critiques = None if isinstance(found, ItemError) or found.critiques is None else [texts[0] for texts in found.critiques]
+            lines.append(json.dumps({"key": row["key"], "critiques": critiques}) + "\n")
+        filesystem, root = storage.resolve(self._place)
+        storage.write_text(filesystem, f"{root}/{digest([row['key'] for row in rows])}.jsonl", "".join(lines))
+        return pa.table({"num_rows": [len(rows)]})
+
+
+def _cached(place: str) -> dict[str, list[str] | None]:
+    filesystem, root = storage.resolve(place)
+    known: dict[str, list[str] | None] = {}
+    if not storage.exists(filesystem, root):
+        return known
+    names = (info.path for info in filesystem.get_file_info(pafs.FileSelector(root)))
+    for path in sorted(name for name in names if name.endswith(".jsonl")):
+        for line in storage.read_text(filesystem, path).splitlines():
+            entry = json.loads(line)
+            known[entry["key"]] = entry["critiques"]
+    return known
+
+
+def _line(row: Mapping[str, Any], known: Mapping[str, list[str] | None], attributes: Sequence[str]) -> str | None:
+    critiques = known[row["key"]]
+    # A model that says nothing gives nothing to learn.
+    if critiques is None or not all(text.strip() for text in critiques):
+        return None
+    rated = row["attributes"] and [
+        {name: None if math.isnan(value) else value for name, value in zip(attributes, values, strict=True)} for values in row["attributes"]
+    ]
+    record = {
+        "id": row["id"],
+        "source": row["source"],
+        "prompt": json.loads(row["prompt_json"]),
+        "completions": json.loads(row["completions_json"]),
+        "ranks": row["ranks"],
+        "critiques": critiques,
+        "weight": row["weight"],
+        **{name: row[name] for name in ("margin", "strength", "step_labels") if row[name] is not None},
+    }
+    return json.dumps(record if not rated else {**record, "attributes": rated}) + "\n"

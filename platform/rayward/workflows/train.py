@@ -1,0 +1,39 @@
+"""`rayward train`: prepare, train, export, verify, evaluate in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayward.cluster import connect
+from rayward.config.run import Config
+from rayward.workflows.console import console
+from rayward.workflows.evaluate import evaluate_pipeline
+from rayward.workflows.export import default_export, export_and_verify, write_card
+from rayward.workflows.normalise import normalise_by_evaluation
+
+if TYPE_CHECKING:
+    from rayward.training.trainer import TrainResult
+
+
+def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) -> TrainResult:
+    """Prepare, train, export, verify the export, evaluate it and write its card; print where everything lies."""
+    output = export_to or default_export(config)
+    from rayward.data.prepare.job import prepare
+    from rayward.training.trainer import train
+
+    prepared = prepare(config)
+    connect()
+    manifest = prepared.manifest
+    console.print(f"data: {manifest.num_train} train, {manifest.num_validation} validation rows; report {prepared.directory}/report.html")
+    result = train(config, prepared)
+    export_and_verify(config, result, output)
+    judged = None
+    if evaluation and manifest.num_validation:
+        gpus = min(config.training.gpus_per_worker, 1.0)
+        folder = f"{output}-evaluation"
+        judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, gpus_per_scorer=gpus)
+        normalise_by_evaluation(output, Path(folder))
+    write_card(config, prepared, output, judged)
+    console.print(f"model: {output}\nmetrics: {result.location}/metrics.jsonl\nmodel card: {output}/README.md")
+    return result

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from rayward.data.prepare.report import build_report, render_html
+from rayward.data.prepare.rows import ENCODED_SCHEMA
+from rayward.data.prepared import MANIFEST_FILE, Manifest, PreparedData, ShardEntry, SplitStats, bin_of
+from rayward.errors import DataError
+
+MANIFEST = Manifest(
+    fingerprint="abc",
+    num_input_rows=4,
+    num_train=2,
+    num_validation=1,
+    num_quarantined={"tie": 1},
+    train_shards=(ShardEntry(file="train/part-00000.parquet", num_rows=2),),
+    validation_shards=(ShardEntry(file="validation/part-00000.parquet", num_rows=1),),
+    longest_comparison_tokens=20,
+    longest_conversation_tokens=15,
+    total_train_tokens=30,
+    total_train_tokens_unshared=40,
+    length_histogram={32: 2},
+    max_completions=2,
+    sources={"s": 2},
+)
+
+
+def _rows() -> pa.Table:
+    rows = [
+        # 10 + 3 + 5 tokens; the longer, second completion wins.
+        {"prefix_ids": [1] * 10, "branch_ids": [[1] * 3, [1] * 5], "ranks": [1, 0], "strength": 3.0, "source": "s", "truncated": False},
+        # 0 + 40 + 40 + 2; 0 beats 2 (longer), 1 beats 2 (longer), 0 and 1 tie.
+        {"prefix_ids": [], "branch_ids": [[1] * 40, [1] * 40, [1] * 2], "ranks": [0, 0, 1], "source": "t", "truncated": True},
+        # The shorter wins.
+        {"prefix_ids": [1], "branch_ids": [[1] * 2, [1] * 4], "ranks": [0, 1], "strength": 0.5, "source": "s", "truncated": False},
+        # Attributes only: no pair.
+        {"prefix_ids": [1], "branch_ids": [[1] * 2], "attributes": [[1.0, 2.0]], "source": "s", "truncated": False},
+    ]
+    return pa.Table.from_pylist(rows, schema=ENCODED_SCHEMA)
+
+
+def test_split_stats_by_hand() -> None:
+    stats = SplitStats.of(_rows())
+    assert stats.num_rows == 4
+    assert stats.tokens == 18 + 82 + 7 + 3
+    assert stats.tokens_unshared == 28 + 82 + 8 + 3
+    assert (stats.longest_comparison, stats.longest_conversation, stats.max_completions) == (82, 40, 3)
+    assert (stats.num_unranked, stats.num_unrated, stats.num_without_strength, stats.weakest, stats.strongest) == (1, 3, 2, 0.5, 3.0)
+    assert (stats.longer_wins, stats.shorter_wins, stats.equal_length, stats.tied_pairs) == (3, 1, 0, 1)
+    assert stats.lengths == {32: 3, 96: 1}
+    assert stats.prompt_lengths == {32: 3, 0: 1}
+    assert stats.completion_lengths == {32: 6, 64: 2}
+    assert (stats.truncated, stats.sources) == (1, {"s": 3, "t": 1})
+
+
+def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
+    table = _rows()
+    parts = [SplitStats.of(table.slice(start, 1)) for start in range(4)]
+    whole = SplitStats.merged([SplitStats.of(table)])
+    assert SplitStats.merged(parts) == whole
+    assert SplitStats.merged(reversed(parts)).model_dump_json() == whole.model_dump_json()
+
+
+@pytest.mark.parametrize(("tokens", "upper"), [(0, 0), (1, 32), (32, 32), (33, 64)])
+def test_bins_are_named_by_their_upper_bound(tokens: int, upper: int) -> None:
+    assert bin_of(tokens) == upper
+
+
+def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(MANIFEST.model_dump_json())
+    prepared = PreparedData.load(str(tmp_path))
+    assert prepared.manifest == MANIFEST
+    assert prepared.shard_paths("train") == [f"{tmp_path}/train/part-00000.parquet"]
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "holds no"), ("{", "damaged"), ('{"version": 1}', "damaged"), ("version", "version 99")])
+def test_a_directory_that_is_not_prepared_is_an_error_that_names_it(tmp_path: Path, text: str | None, says: str) -> None:
+    if text == "version":
+        text = json.dumps(MANIFEST.model_dump() | {"version": 99})
+    if text is not None:
+        (tmp_path / MANIFEST_FILE).write_text(text)
+    with pytest.raises(DataError, match=says) as caught:
+        PreparedData.load(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_report_escapes_what_the_data_says_and_needs_no_network() -> None:
+    record = {"reason": "tie", "detail": "<b>x</b>", "source": "s", "file": "f.jsonl", "row": 3, "raw": "<script>alert(1)</script>"}
+    report = build_report(
+        fingerprint="abc",
+        num_input_rows=5,
+        quarantined={"tie": 1},
+        quarantined_by_source={"s": 1},
+        examples={"tie": [record]},
+        train=SplitStats.merged([SplitStats.of(_rows())]),
+        validation=SplitStats(),
+        files=["f.jsonl"],
+        ignored_files=[],
+        formats={"trl": 1},
+        overlap=0,
+    )
+    assert report["longer_wins"] == {"longer": 3, "shorter": 1, "equal_length": 0, "share": 0.75}
+    assert report["tokens_saved_by_sharing"] == pytest.approx(1 - 110 / 121)
+    page = render_html(report)
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") == 3

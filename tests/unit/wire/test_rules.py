@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from rayward.contract.conversation import ROLES as RECORD_ROLES
+from rayward.errors import RequestError, RuleError
+from rayward.wire.items import ItemError, ItemResult
+from rayward.wire.native import ScoreReply, build_reply, error_reply
+from rayward.wire.rules import ROLES, Limits, parse_request
+
+LIMITS = Limits(max_items=100, max_completions_per_item=4, max_chars_per_text=1000, max_body_bytes=1_000_000)
+GOOD = {"prompt": "Hi", "completions": ["Hello"]}
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Hello"}
+
+
+def items(bad: Any, *, position: int = 1) -> bytes:
+    """A body whose item 1 is the bad one."""
+    listed = [GOOD, GOOD]
+    listed[position] = bad
+    return json.dumps({"items": listed}).encode()
+
+
+def prompt(value: Any) -> bytes:
+    return items({"prompt": value, "completions": ["Hello"]})
+
+
+def completions(value: Any) -> bytes:
+    return items({"prompt": "Hi", "completions": value})
+
+
+BAD_REQUESTS: list[tuple[str, bytes, str, int, int | None]] = [
+    ("empty body", b"", "invalid_json", 400, None),
+    ("not JSON", b"{", "invalid_json", 400, None),
+    ("not UTF-8", b'{"items": [{"prompt": "\xff"}]}', "invalid_json", 400, None),
+    ("UTF-16", '{"items": []}'.encode("utf-16"), "invalid_json", 400, None),
+    ("NaN literal", b'{"items": NaN}', "invalid_json", 400, None),
+    ("Infinity literal", b'{"items": -Infinity}', "invalid_json", 400, None),
+    ("raw control character", b'{"items": [{"prompt": "a\x00b"}]}', "invalid_json", 400, None),
+    ("deep nesting", b'{"items": ' + b"[" * 90_000, "invalid_json", 400, None),
+    ("huge integer", b'{"items": ' + b"1" * 10_000 + b"}", "invalid_json", 400, None),
+    ("body over the limit", b" " * 1_000_001, "body_too_large", 413, None),
+    ("a list", b"[]", "wrong_type", 422, None),
+    ("null", b"null", "wrong_type", 422, None),
+    ("a string", b'"items"', "wrong_type", 422, None),
+    ("no items", b"{}", "missing_field", 422, None),
+    ("items is a mapping", b'{"items": {}}', "wrong_type", 422, None),
+    ("items is null", b'{"items": null}', "wrong_type", 422, None),
+    ("items is empty", b'{"items": []}', "empty_items", 422, None),
+    ("10,000 items", json.dumps({"items": [GOOD] * 10_000}).encode(), "too_many_items", 413, None),
+    ("10,000 wrong items", json.dumps({"items": [0] * 10_000}).encode(), "too_many_items", 413, None),
+    ("unknown key", json.dumps({"items": [GOOD], "temperatur": 1}).encode(), "unknown_field", 422, None),
+    ("no critique", json.dumps({"items": [GOOD], "n_critiques": 0}).encode(), "wrong_type", 422, None),
+    ("temperature of 3", json.dumps({"items": [GOOD], "temperature": 3}).encode(), "wrong_type", 422, None),
+    ("17 critiques", json.dumps({"items": [GOOD], "n_critiques": 17, "temperature": 1}).encode(), "too_many_critiques", 422, None),
+    ("the same critique twice", json.dumps({"items": [GOOD], "n_critiques": 2}).encode(), "same_critiques", 422, None),
+    ("model is a number", json.dumps({"items": [GOOD], "model": 3}).encode(), "wrong_type", 422, None),
+    ("NUL in model", json.dumps({"items": [GOOD], "model": "a\x00"}).encode(), "nul_byte", 422, None),
+    ("surrogate key", json.dumps({"items": [GOOD], "\ud800": 1}).encode(), "lone_surrogate", 422, None),
+    ("item is null", items(None), "wrong_type", 422, 1),
+    ("item is a list", items([]), "wrong_type", 422, 1),
+    ("item with unknown key", items({**GOOD, "weight": 1}), "unknown_field", 422, 1),
+    ("item without prompt", items({"completions": ["a"]}), "missing_field", 422, 1),
+    ("item without completions", items({"prompt": "a"}), "missing_field", 422, 1),
+    ("prompt is a number", prompt(7), "wrong_type", 422, 1),
+    ("prompt is null", prompt(None), "wrong_type", 422, 1),
+    ("prompt is a mapping", prompt(USER), "wrong_type", 422, 1),
+    ("prompt is empty", prompt(""), "empty_prompt", 422, 1),
+    ("prompt is white space", prompt(" \n\t"), "empty_prompt", 422, 1),
+    ("prompt without turns", prompt([]), "empty_prompt", 422, 1),
+    ("prompt of a system turn", prompt([{"role": "system", "content": "Be brief"}]), "empty_prompt", 422, 1),
+    ("prompt ends with an assistant turn", prompt([USER, ASSISTANT]), "prompt_end", 422, 1),
+    ("prompt ends with a system turn", prompt([USER, {"role": "system", "content": "x"}]), "prompt_end", 422, 1),
+    ("prompt with unknown role", prompt([{"role": "human", "content": "Hi"}]), "unknown_role", 422, 1),
+    ("turn without content", prompt([{"role": "user"}]), "missing_field", 422, 1),
+    ("turn with unknown key", prompt([{**USER, "name": "Ann"}]), "unknown_field", 422, 1),
+    ("turn content in parts", prompt([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]), "wrong_type", 422, 1),
+    ("turn is a string", prompt(["Hi"]), "wrong_type", 422, 1),
+    ("completions is a string", completions("Hello"), "wrong_type", 422, 1),
+    ("completions is null", completions(None), "wrong_type", 422, 1),
+    ("completions is empty", completions([]), "empty_completions", 422, 1),
+    ("too many completions", completions(["a", "b", "c", "d", "e"]), "too_many_completions", 413, 1),
+    ("completion is a number", completions(["a", 1.5]), "wrong_type", 422, 1),
+    ("completion is empty", completions(["a", ""]), "empty_completion", 422, 1),
+    ("completion is white space", completions(["\u00a0 "]), "empty_completion", 422, 1),
+    ("completion without turns", completions([[]]), "completion_turns", 422, 1),
+    ("completion of a user turn", completions([[USER]]), "completion_turns", 422, 1),
+    ("completion of two turns", completions([[ASSISTANT, ASSISTANT]]), "completion_turns", 422, 1),
+    ("completion with unknown role", completions([[{"role": "bot", "content": "x"}]]), "unknown_role", 422, 1),
+    ("completion turn is empty", completions([[{"role": "assistant", "content": " "}]]), "empty_completion", 422, 1),
+    ("NUL in a prompt", prompt("a\x00b"), "nul_byte", 422, 1),
+    ("NUL in a turn", prompt([{"role": "user", "content": "\x00"}]), "nul_byte", 422, 1),
+    ("NUL in a completion", completions(["ok", "a\x00"]), "nul_byte", 422, 1),
+    ("lone surrogate in a prompt", prompt("a\ud83d"), "lone_surrogate", 422, 1),
+    ("lone surrogate in a completion", completions(["\udc00"]), "lone_surrogate", 422, 1),
+    ("lone surrogate, capital escape", items({}).replace(b"{}", rb'{"prompt": "\uD800", "completions": ["a"]}'), "lone_surrogate", 422, 1),
+    ("lone surrogate as an item's key", items({**GOOD, "\ud800": 1}), "lone_surrogate", 422, 1),
+    ("long prompt", prompt("x" * 1001), "text_too_long", 413, 1),
+    ("long completion", completions(["x", "y" * 1001]), "text_too_long", 413, 1),
+]
+
+
+@pytest.mark.parametrize(("body", "code", "status", "item"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS])
+def test_bad_request_is_refused_with_item_and_rule(body: bytes, code: str, status: int, item: int | None) -> None:
+    with pytest.raises(RuleError) as caught:
+        parse_request(body, LIMITS)
+    error = caught.value
+    assert (error.code, error.status, error.item) == (code, status, item)
+    reply_status, reply = error_reply(error)
+    assert reply_status == status
+    assert reply.error.code == code
+    assert reply.error.item == item
+    assert reply.error.remedy
+    if item is not None:
+        assert str(item) in reply.error.message
+    json.loads(reply.model_dump_json())
+
+
+def test_error_message_does_not_grow_with_the_request() -> None:
+    limits = Limits(max_chars_per_text=10**6)
+    for body in (prompt([{"role": "r" * 100_000, "content": "x"}]), items({**GOOD, "k" * 100_000: 1})):
+        with pytest.raises(RuleError) as caught:
+            parse_request(body, limits)
+        assert len(caught.value.problem) < 500
+
+
+def test_good_request_becomes_items() -> None:
+    body = {
+        "model": "rm",
+        "items": [
+            {"prompt": "Hi 🙂 \\u0000", "completions": ["a", [{"role": "assistant", "content": "b"}], "a"]},
+            {
+                "prompt": [{"role": "system", "content": ""}, USER, ASSISTANT, {"role": "tool", "content": "42"}],
+                "completions": [" padded "],
+            },
+        ],
+    }
+    parsed, model = parse_request(json.dumps(body).encode(), LIMITS)
+    assert model == "rm"
+    assert parsed[0].prompt == ({"role": "user", "content": "Hi 🙂 \\u0000"},)
+    assert parsed[0].completions == ("a", "b", "a")
+    assert parsed[1].prompt == tuple(body["items"][1]["prompt"])  # type: ignore[index]
+    assert parsed[1].completions == (" padded ",)
+
+
+def test_request_at_every_limit_is_accepted() -> None:
+    body = {"items": [{"prompt": "x" * 1000, "completions": ["y" * 1000] * 4}] * 20}
+    parsed, _ = parse_request(json.dumps(body).encode(), LIMITS)
+    assert len(parsed) == 20
+
+
+def test_roles_are_those_of_the_record() -> None:
+    assert ROLES == RECORD_ROLES
+
+
+def test_rule_error_is_a_request_error() -> None:
+    assert issubclass(RuleError, RequestError)
+
+
+def test_reply_holds_rewards_or_error_in_order() -> None:
+    results = [
+        ItemResult(rewards=(1.5, -0.25), tokens=10, tokens_computed=6),
+        ItemResult(error=ItemError("too_long", "9 tokens")),
+        ItemResult(rewards=(0.0,), tokens=3, tokens_computed=3),
+    ]
+    reply = build_reply("score-1", "rm", "abc", results)
+    assert json.loads(reply.model_dump_json(exclude_none=True)) == {
+        "id": "score-1",
+        "model": "rm",
+        "version": "abc",
+        "results": [{"rewards": [1.5, -0.25]}, {"error": {"code": "too_long", "message": "9 tokens"}}, {"rewards": [0.0]}],
+        "usage": {"tokens": 13, "tokens_computed": 9},
+    }
+
+
+@pytest.mark.parametrize("rewards", [[float("nan")], [float("inf")], None, ["1"], [True]])
+def test_reply_cannot_hold_what_is_no_reward(rewards: Any) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        ScoreReply.model_validate(
+            {"id": "1", "model": "m", "version": "v", "results": [{"rewards": rewards}], "usage": {"tokens": 1, "tokens_computed": 1}}
+        )
