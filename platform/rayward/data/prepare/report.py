@@ -72,7 +72,7 @@ def build_report(
         "num_merged": num_merged,
         "grouping": (grouping or Grouping()).model_dump(),
         "num_quarantined": dict(sorted(quarantined.items())),
-        "unranked": both.num_unranked,
+        "unranked": both.missing.get("ranks", 0),
         "unrated": both.num_unrated,
         "duplicates": quarantined.get(BadRow.DUPLICATE, 0),
         "contradictions": quarantined.get(BadRow.CONTRADICTION, 0),
