@@ -21,8 +21,9 @@ from rayward.data.stream.shares import StepShare
 from rayward.errors import ModelLoadError
 from rayward.model import heads
 from rayward.model.build import build_reward_model, load_reward_model
+from rayward.model.pretrained import weight_source
 from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
-from rayward.model.weights import RandomInit, check_language_head, weight_source
+from rayward.model.weights import RandomInit, check_language_head
 from rayward.objectives.language import LanguageObjective
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.table import Objective
