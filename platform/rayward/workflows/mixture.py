@@ -122,6 +122,7 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
     import ray.data
 
+    from rayward.cluster import ray_errors
     from rayward.data.prepared import PreparedData
     from rayward.scoring.batch import ROWS_PER_CALL, feature_dataset
 
@@ -135,10 +136,12 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
             table = pq.read_table(stream, columns=columns)
         tables += [table.slice(start, ROWS_PER_CALL) for start in range(0, table.num_rows, ROWS_PER_CALL)]
     dataset = ray.data.from_arrow(tables)
-    rows = feature_dataset(
+    featured = feature_dataset(
         dataset, model=str(Path(config.model).resolve()), device=config.device, concurrency=config.scorers,
         tokens_per_batch=config.tokens_per_batch, gpus_per_actor=config.gpus_per_scorer,
-    ).take_all()  # fmt: skip
+    )  # fmt: skip
+    with ray_errors():
+        rows = featured.take_all()
     rows.sort(key=lambda row: row["row"])
     failed = [row for row in rows if row["error"] is not None]
     if failed:

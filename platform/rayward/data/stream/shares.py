@@ -14,7 +14,7 @@ from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import Layout, PackedBatch, pack
 from rayward.batch.planner import plan_step
 from rayward.contract.reading import Place
-from rayward.errors import StreamOrderError
+from rayward.errors import StreamOrderError, marking
 
 STREAM_COLUMNS = ["row", "id", "prefix_ids", "branch_ids", "ranks", "margin", "strength", "weight", "attributes"]
 
@@ -89,6 +89,7 @@ def comparisons_from_table(table: pa.Table) -> list[EncodedComparison]:
     return result
 
 
+@marking
 def plan_block(block: pa.Table, *, world_size: int, comparisons_per_step: int, tokens_per_microbatch: int, layout: Layout) -> pa.Table:
     """The rows of one optimizer step -> one row per rank.
 
