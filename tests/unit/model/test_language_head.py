@@ -142,7 +142,7 @@ def test_the_published_joint_losses(coefficient: float, expected: float) -> None
     class Fixed:
         """An engine whose model gives rewards 1.5 apart and a language-model loss of 2 a token."""
 
-        rank, world_size, device = 0, 1, CPU
+        device = CPU
 
         def forward(self, batch: Any) -> torch.Tensor:
             return torch.tensor([[1.5], [0.0]], requires_grad=True)
