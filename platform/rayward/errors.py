@@ -13,6 +13,7 @@
     │   ├── NonFiniteError     NaN or Inf in a loss, a reward or a gradient
     │   ├── StreamOrderError   a worker received another step than the one it expected
     │   └── CheckpointError    a checkpoint could not be written or read
+    │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
         ├── OverloadedError    the bounded queue is full; retry later                                 (503, retryable)
@@ -130,6 +131,13 @@ class CheckpointError(TrainingError):
     """Example: the disk fills up twice in a row while a checkpoint is written."""
 
     retryable = True
+
+
+class CheckpointVersionError(CheckpointError):
+    """Example: the newest checkpoint of the run was written by a newer Rayward."""
+
+    retryable = False
+    exit_code = 2
 
 
 class ScoringError(RaywardError):
