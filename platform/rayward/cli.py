@@ -211,15 +211,18 @@ def normalise(
     items: Annotated[
         str, typer.Argument(help='Reference set: JSON lines {"prompt": …, "completions": […]}; "-" reads standard input.')
     ] = "-",
+    output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
     device: Device = "auto",
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
-    """Store mean and deviation of a reference set's rewards with the model, for centred and standardised scores."""
-    from rayward.workflows.normalise import normalise_pipeline
+    """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
+    from rayward.workflows.normalise import default_output, normalise_pipeline
 
     stream = sys.stdin if items == "-" else _open(items)
     reference = "standard input" if items == "-" else Path(items).name
-    found = normalise_pipeline(model, stream, reference=reference, device=device, tokens_per_batch=tokens_per_batch)
+    target = output or default_output(model)
+    found = normalise_pipeline(model, stream, output=target, reference=reference, device=device, tokens_per_batch=tokens_per_batch)
+    typer.echo(f"model: {target}")
     typer.echo(f"mean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}")
 
 
@@ -233,14 +236,15 @@ def merge(
     """Average or extrapolate the weights of exported models, shard by shard."""
     if expo is not None and (weights is not None or len(models) != 2):
         raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
-    from rayward.workflows.merge import merge_pipeline
+    from rayward.workflows.merge import merge as run
 
     # ExPO (arXiv 2404.16792): start + alpha (trained - start).
     if expo is not None:
         shares: tuple[float, ...] = (1.0 - expo, expo)
     else:
         shares = (1.0 / len(models),) * len(models) if weights is None else _numbers(weights, float, "--weights")
-    typer.echo(f"model: {merge_pipeline(output, models, shares)}")
+    run([Path(model) for model in models], shares, output)
+    typer.echo(f"model: {output}")
 
 
 def _check_critiques(number: int, temperature: float) -> None:

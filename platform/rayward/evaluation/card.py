@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayward.artifacts.writer import CARD_FILE
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError
 from rayward.evaluation.records import Evaluation
 from rayward.evaluation.report import how_computed, more_numbers, number, verdict
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-CARD_FILE = "README.md"
 PLOT_FOLDER = "plots"
 
 _MEANINGS = {
