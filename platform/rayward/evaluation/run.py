@@ -22,7 +22,7 @@ from rayward.evaluation.held_out import ROWS_PER_BLOCK, HeldOut, read_prepared, 
 from rayward.evaluation.plots import write_plots
 from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.report import write_report
-from rayward.evaluation.suites.suite import Benchmark
+from rayward.evaluation.suites.base import Suite
 from rayward.evaluation.summary import summarise
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def evaluate(
     gpus_per_actor: float = 0.0,
     verify: bool = True,
     weights: str | None = None,
-    benchmark: Benchmark | None = None,
+    benchmark: Suite | None = None,
     n_critiques: int = 1,
     temperature: float = 0.0,
     bootstrap_samples: int = 2000,
@@ -67,7 +67,7 @@ def evaluate(
         gpus_per_actor: GPUs that each scorer reserves.
         verify: check an export against its contract first.
         weights: weight set for a model with several outputs; None: the model's own.
-        benchmark: add the figures of a published benchmark (`benchmarks.choose`), whose subset is each row's `source`.
+        benchmark: add the figures of a published benchmark (`suites.table.choose`), whose subset is each row's `source`.
         n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.

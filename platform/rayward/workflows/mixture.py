@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from rayward import storage
 from rayward.config.load import dump_config, parse_config
@@ -128,18 +127,10 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
     import ray.data
 
-    from rayward.data.prepared import PreparedData
     from rayward.scoring.batch import ROWS_PER_CALL, feature_dataset
 
-    assert isinstance(prepared, PreparedData)
-    # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the scorers.
     columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
-    tables = []
-    for shard in prepared.shard_paths("train"):
-        filesystem, path = storage.resolve(shard)
-        with filesystem.open_input_file(path) as stream:
-            table = pq.read_table(stream, columns=columns)
-        tables += [table.slice(start, ROWS_PER_CALL) for start in range(0, table.num_rows, ROWS_PER_CALL)]
+    tables = list(prepared.tables("train", columns, max_rows=ROWS_PER_CALL))
     dataset = ray.data.from_arrow(tables)
     rows = feature_dataset(
         dataset, model=str(Path(config.model).resolve()), device=config.device, concurrency=config.scorers,
