@@ -278,6 +278,31 @@ def mixture(settings: Settings = None) -> None:
     typer.echo(f"model: {fit_mixture(resolved)}")
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model: safetensors, config.json and tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
+    outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the outputs in the reward, with commas between.")] = None,
+    device: Device = "auto",
+    tokens_per_batch: TokensPerBatch = 8192,
+) -> None:
+    """Write a reward model of others as an export: contract, golden scores by its own forward, checked."""
+    from rayward.workflows.import_model import import_model as run
+
+    contract = run(
+        source,
+        output,
+        max_tokens=max_tokens,
+        outputs=tuple(outputs.split(",")) if outputs else (),
+        weights=_numbers(weights, float, "--weights") if weights else (),
+        device=device,  # type: ignore[arg-type]  # checked where the model is loaded
+        tokens_per_batch=tokens_per_batch,
+    )
+    typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
+
+
 @app.command("import-armo")
 def import_armo(
     source: Annotated[Path, typer.Argument(help="Checkpoint with regression_layer, reward_transform_matrix and gating tensors.")],
