@@ -7,7 +7,8 @@
     │   └── TooManyBadRowsError  more rows are bad than the configured share allows
     ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
     │   ├── TooLongError       one conversation does not fit the contract's token limit
-    │   └── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    │   ├── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    │   └── UnverifiedError    the contract holds no golden score, so nothing says that this model scores as it did
     ├── ModelLoadError         weights or architecture cannot be loaded or used                       (exit 2, 500)
     ├── TrainingError          training stopped                                                       (exit 1, 500)
     │   ├── NonFiniteError     NaN or Inf in a loss, a reward or a gradient
@@ -183,6 +184,10 @@ class TooLongError(ContractError):
 
 class ContractMismatchError(ContractError):
     """Example: somebody edited `tokenizer.json` beside a `contract.json` that was written for another one."""
+
+
+class UnverifiedError(ContractError):
+    """Example: `"golden": []` in `contract.json`, and nobody said that the model may be used unverified."""
 
 
 class ModelLoadError(RaywardError):

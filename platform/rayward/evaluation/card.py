@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rayward.artifacts.writer import CARD_FILE
 from rayward.contract.contract import Contract
 from rayward.data.page import render
 from rayward.errors import ConfigError
@@ -18,7 +19,6 @@ from rayward.evaluation.records import Evaluation
 from rayward.evaluation.report import accuracy_rows, how_computed, more_numbers, number, verdict
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-CARD_FILE = "README.md"
 PLOT_FOLDER = "plots"
 
 _MEANINGS = {
@@ -40,6 +40,10 @@ _MEANINGS = {
         "The model was trained to say of each step of an answer whether it is right; the reward is one probability for the whole answer."
     ),
     "language": "The model was trained on text alone, to write critiques; its rewards are those of a head that was not trained.",
+    "imported": (
+        "The model was trained elsewhere and imported: its golden scores are those that its own checkpoint gave. Compare its rewards "
+        "within one prompt only, unless its authors say more."
+    ),
     "mixture": (
         "A mixture of objectives on a frozen reward model: each output but the last is the predicted rating of one objective, `score` is "
         "their sum with weights that a gate reads off the prompt. Scores compare answers to **the same prompt** only."

@@ -153,8 +153,8 @@ def train(config: Config, prepared: PreparedData) -> TrainResult:
 
 
 def _contract_and_vocabulary(prepared: PreparedData) -> tuple[Contract, int]:
-    directory = storage.localize(prepared.directory, "contract.json", "tokenizer")
-    return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
+    with storage.localized(prepared.directory, "contract.json", "tokenizer") as directory:
+        return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
 
 
 def _check_resources(config: Config) -> None:
@@ -276,7 +276,8 @@ def _run_session(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     contract = Contract.model_validate_json(settings["contract"])
     torch.set_num_threads(config.training.threads_per_worker)
-    tokenizer = load_tokenizer(str(storage.localize(settings["prepared"], "tokenizer") / "tokenizer"))
+    with storage.localized(settings["prepared"], "tokenizer") as directory:
+        tokenizer = load_tokenizer(str(directory / "tokenizer"))
     job = Job(config, contract, *(settings[key] for key in ("location", "total_steps", "steps_per_epoch", "data_fingerprint")))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=len(tokenizer))
     with_language = config.objective.language_coefficient > 0

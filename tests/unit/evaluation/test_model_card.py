@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.helpers.models import make_export
+from tests.helpers.models import change_contract, make_export
 from tests.unit.evaluation.table import evaluation_of, make_records
 
 from rayward.config.load import dump_config
@@ -142,9 +142,8 @@ def run_block(code: str) -> str:
 @pytest.mark.parametrize("template_source", ["tokenizer", "plain"])
 def test_the_code_in_the_card_runs_and_gives_the_score(export: Path, monkeypatch: pytest.MonkeyPatch, template_source: str) -> None:
     if template_source == "plain":
-        contract = Contract.load(export)
         template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if loop.last %}{{ end_token }}{% endif %}{% endfor %}"
-        contract.model_copy(update={"template": template, "template_source": "plain", "golden": ()}).save(export)
+        change_contract(export, template=template, template_source="plain")
     monkeypatch.chdir(export)
     transformers_code, rayward_code = re.findall(r"```python\n(.*?)```", write(export), flags=re.DOTALL)
     prompt = ({"role": "user", "content": "What is the capital of France?"},)

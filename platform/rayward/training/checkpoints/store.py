@@ -163,8 +163,8 @@ class CheckpointStore:
                 f"checkpoint {checkpoint.directory}: the content of {', '.join(damaged)} is not what was committed",
                 remedy="the run restarts from the checkpoint before it; check the storage",
             )
-        reader = CheckpointReader(self.filesystem, checkpoint)
-        engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
+        with CheckpointReader(self.filesystem, checkpoint) as reader:
+            engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
 
 
 @dataclass(frozen=True, slots=True)
