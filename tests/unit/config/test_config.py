@@ -129,6 +129,7 @@ def _examples() -> list[RaywardError]:
     fields: dict[type, dict[str, object]] = {
         errors.NonFiniteError: {"step": 12, "comparison_ids": ("a", "b")},
         errors.RequestError: {"item": 3},
+        errors.WorkerError: {"error_type": "builtins.ValueError", "traceback": "Traceback"},
     }
     plain = [cls("the problem", remedy="the remedy", **fields.get(cls, {})) for cls in classes if cls is not errors.RuleError]
     return [*plain, errors.RuleError("too_many_items", "the problem", remedy="the remedy", item=3)]
