@@ -7,6 +7,7 @@ implicit.json   {"policy": directory, "reference": directory, "beta": 0.1}
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,10 @@ class EnsembleRule(ScoringRule):
             raise ValueError(f"safety_gate has {len(self.members)} members; the rule is two: helpfulness, then safety")
         return self
 
+    def moved(self, source: Path, target: Path) -> Self:
+        """The same rule for a file in `target`: relative directories lead to where they led from `source`."""
+        return self.model_copy(update={"members": tuple(_from(target, source, name) for name in self.members)})
+
     def combine(self, rewards: Sequence[float]) -> float:
         """One reward from those of the members."""
         match self.rule:
@@ -104,6 +109,14 @@ class ImplicitRule(ScoringRule):
     beta: float = Field(0.1, gt=0.0)
     max_tokens: int = Field(2048, ge=8)
     per_token: bool = False
+
+    def moved(self, source: Path, target: Path) -> Self:
+        """The same rule for a file in `target`: relative directories lead to where they led from `source`."""
+        return self.model_copy(update={"policy": _from(target, source, self.policy), "reference": _from(target, source, self.reference)})
+
+
+def _from(target: Path, source: Path, name: str) -> str:
+    return name if Path(name).is_absolute() else os.path.relpath(source / name, target)
 
 
 def rule_kind(directory: Path) -> type[EnsembleRule] | type[ImplicitRule] | None:

@@ -20,6 +20,7 @@ from rayward.config.scoring import HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, Encoding, gate_position
+from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ContractError, ModelLoadError, TooLongError
@@ -30,7 +31,7 @@ from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.scored_model import Device, ModelFacts
-from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
+from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
@@ -100,6 +101,7 @@ class Scorer:
         Raises:
             ContractError: there is no readable contract or tokenizer.
             ContractMismatchError: an artifact, or a golden score, is not the contract's; says which part.
+            UnverifiedError: `verify`, and the contract holds no golden score.
             ModelLoadError: the weights cannot be loaded, or the device is not there.
         """
         directory = Path(path)
@@ -114,6 +116,8 @@ class Scorer:
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
+            if not contract.golden:
+                raise unverified(str(directory))
             verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
         model = load_reward_model(
@@ -204,9 +208,12 @@ class Scorer:
         """Recompute the contract's golden scores.
 
         Raises:
+            UnverifiedError: the contract holds none.
             ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
         """
         contract = self.contract
+        if not contract.golden:
+            raise unverified(self.model_id)
         for index, golden in enumerate(contract.golden):
             ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
@@ -226,16 +233,29 @@ class Scorer:
                         f"(tolerance {contract.golden_tolerance:g})"
                     )
 
-    def golden_scores(self, golden: Sequence[GoldenScore]) -> tuple[GoldenScore, ...]:
-        """The same conversations with the ids and outputs that this model gives them; those the contract cannot hold are left out."""
-        rescored = []
-        for entry, result in zip(golden, self.score(_items_of(golden)), strict=True):
+    def golden_scores(self, golden: Sequence[GoldenScore] = ()) -> tuple[GoldenScore, ...]:
+        """Golden conversations with the ids and outputs that this model gives them; those that it cannot score are left out.
+
+        Args:
+            golden: their ids and rewards are not read; empty: those that the contract can hold.
+
+        Raises:
+            ModelLoadError: a reward is not finite, or none is left.
+            ContractError: the contract can hold no conversation at all.
+        """
+        asked = golden or [entry for entry, _ in golden_conversations(self._encoder)]
+        rescored, problem = [], ""
+        for entry, result in zip(asked, self.score(_items_of(asked)), strict=True):
             if result.error is not None and result.error.code == "non_finite":
                 raise ModelLoadError(f"a golden conversation has no reward: {result.error.message}", remedy="do not use this model")
-            if result.rewards is not None:
-                ids = tuple(self._encoder.encode(entry.prompt, entry.completion, entry.critique))
-                values = result.rewards if result.outputs is None else result.outputs[0]
-                rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
+            if result.rewards is None:
+                problem = "" if result.error is None else result.error.message
+                continue
+            ids = tuple(self._encoder.encode(entry.prompt, entry.completion, entry.critique))
+            values = result.rewards if result.outputs is None else result.outputs[0]
+            rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
+        if not rescored:
+            raise ModelLoadError(f"no golden conversation has a reward: {problem}", remedy="use the template that the model was made with")
         return tuple(rescored)
 
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
