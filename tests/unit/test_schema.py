@@ -3,15 +3,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
+from rayward.contract.contract import Contract
 from rayward.errors import CheckpointVersionError, ContractError
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.rankings import PlackettLuceObjective
 from rayward.schema import Frozen, Versioned, digest, identity, write_atomically
+from rayward.scoring.combining import EnsembleRule, ImplicitRule
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 
 class Part(Frozen):
@@ -163,6 +167,31 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_beside_it(tmp_path
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["contract.json"])
     write_atomically(path, "ü")
     assert (path.read_bytes(), os.listdir(tmp_path)) == ("ü".encode(), ["contract.json"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "later"),
+    [
+        (Contract, "contract_v1", {"max_tokens": 8}),
+        (EnsembleRule, "ensemble_v1", {"penalty": 2.0}),
+        (ImplicitRule, "implicit_v1", {"beta": 2.0}),
+    ],
+)
+def test_contracts_and_rules_are_saved_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Any], file: str, later: dict[str, Any]
+) -> None:
+    record = kind.load(FIXTURES / file)
+    record.save(tmp_path)
+
+    def killed(*_paths: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(OSError, match="killed"):
+            record.model_copy(update=later).save(tmp_path)
+    assert kind.load(tmp_path) == record
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_a_reader_with_the_file_open_keeps_what_it_opened(tmp_path: Path) -> None:
