@@ -167,14 +167,13 @@ class PreparedData:
         remedy = "restore the file, or delete the directory and prepare again"
         try:
             with filesystem.open_input_file(path) as stream:
-                table = pq.read_table(stream, columns=list(columns))
+                file = pq.ParquetFile(stream)
+                known = set(file.schema_arrow.names)
+                table = with_columns(file.read([name for name in columns if name in known]), columns)
         except FileNotFoundError as exc:
             raise DataError(f"{self.directory}/{shard.file} is missing", remedy=remedy) from exc
         except (OSError, pa.ArrowException) as exc:
             raise DataError(f"{self.directory}/{shard.file} cannot be read ({exc})", remedy=remedy) from exc
-        absent = [name for name in columns if name not in table.column_names]
-        if absent:
-            raise DataError(f"{self.directory}/{shard.file} has no column {', '.join(absent)}", remedy=remedy)
         if table.num_rows != shard.num_rows:
             raise DataError(
                 f"{self.directory}/{shard.file} holds {table.num_rows} rows; {MANIFEST_FILE} says {shard.num_rows}", remedy=remedy
@@ -233,6 +232,23 @@ PREPARED_SCHEMA = pa.schema(
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""
+
+
+def with_columns(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """These columns in the types of PREPARED_SCHEMA; labels that were added after the rows were written are unknown.
+
+    Raises:
+        pyarrow.ArrowException: another column is absent, or has another type.
+    """
+    for name in columns:
+        field = PREPARED_SCHEMA.field(name)
+        if field.nullable and name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    absent = [name for name in columns if name not in table.column_names]
+    if absent:
+        raise pa.ArrowKeyError(f"there is no column {', '.join(absent)}")
+    return table.select(list(columns)).cast(pa.schema([PREPARED_SCHEMA.field(name) for name in columns]))
+
 
 COMPARISON_COLUMNS = ("id", "prefix_ids", "branch_ids", "text_starts", "step_ends", *LABEL_COLUMNS)
 """What `comparisons_from_table` reads."""

@@ -19,11 +19,11 @@ import pyarrow.fs as pafs
 import ray.data
 
 from rayward import storage
-from rayward.cluster import connect
+from rayward.cluster import Deferred, connect, ray_errors
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.data.prepared import LABEL_COLUMNS
-from rayward.errors import ConfigError, DataError
+from rayward.errors import ConfigError, DataError, marking
 from rayward.schema import digest
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def _run(
         compute=ray.data.ActorPoolStrategy(size=min(writers, len(blocks))),
         num_gpus=gpus,
     )
-    total = sum(row["num_rows"] for row in written.take_all())
+    with ray_errors():
+        total = sum(row["num_rows"] for row in written.take_all())
     if total != len(tasks):
         raise DataError(f"{len(tasks)} rows were sent to the writers and {total} came back", remedy="run the same command again")
 
@@ -140,8 +141,9 @@ class _Writer:
         from rayward.scoring.scorer import Scorer
 
         self._place, self._sampling = place, sampling
-        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch)
+        self._scorer = Deferred(lambda: Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch))
 
+    @marking
     def __call__(self, table: pa.Table) -> pa.Table:
         from rayward.wire.items import ItemError, ScoreItem
 
@@ -156,7 +158,7 @@ class _Writer:
             for row in rows
         ]
         lines = []
-        for row, found in zip(rows, self._scorer.criticise(items), strict=True):
+        for row, found in zip(rows, self._scorer.get().criticise(items), strict=True):
             critiques = None if isinstance(found, ItemError) or found.critiques is None else [texts[0] for texts in found.critiques]
             lines.append(json.dumps({"key": row["key"], "critiques": critiques}) + "\n")
         filesystem, root = storage.resolve(self._place)

@@ -127,15 +127,18 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
     import ray.data
 
+    from rayward.cluster import ray_errors
     from rayward.scoring.batch import ROWS_PER_CALL, feature_dataset
 
     columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
     tables = list(prepared.tables("train", columns, max_rows=ROWS_PER_CALL))
     dataset = ray.data.from_arrow(tables)
-    rows = feature_dataset(
+    featured = feature_dataset(
         dataset, model=str(Path(config.model).resolve()), device=config.device, concurrency=config.scorers,
         tokens_per_batch=config.tokens_per_batch, gpus_per_actor=config.gpus_per_scorer,
-    ).take_all()  # fmt: skip
+    )  # fmt: skip
+    with ray_errors():
+        rows = featured.take_all()
     rows.sort(key=lambda row: row["row"])
     failed = [row for row in rows if row["error"] is not None]
     if failed:

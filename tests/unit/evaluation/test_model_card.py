@@ -89,6 +89,22 @@ def test_tables_keep_their_shape_whatever_a_source_is_called(export: Path, evalu
         assert len(widths) == 1, block
 
 
+def test_no_name_becomes_html_or_a_link(export: Path, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script> [x](javascript:1) `a` | b\n# c"
+    records = [record.model_copy(update={"source": evil}) for record in make_records(40)]
+    config = json.dumps({"run": {"name": evil, "seed": evil}, "objective": {"type": evil}, "model": {"path": f"/models/{evil}"}})
+    manifest = MANIFEST | {"sources": {evil: 3}, "fingerprint": evil}
+    contract = Contract.load(export).model_copy(update={"outputs": (evil,), "end_token": evil})
+    card = write_model_card(export, contract=contract, config_json=config, manifest=manifest, evaluation=evaluation_of(records))
+    text = card.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert not re.search(r"(?<!\\)\[x\]\(", text.split("---\n")[2])
+    assert "\n# c" not in text
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == evil
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, block
+
+
 def test_card_without_evaluation_or_manifest_says_so(export: Path) -> None:
     card = write(export, None, manifest=None)
     assert "was not evaluated on held-out data" in card

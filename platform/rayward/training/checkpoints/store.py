@@ -17,7 +17,7 @@ from rayward.errors import CheckpointError
 from rayward.training.checkpoints.format import COMMIT_FILE, DAMAGED_FILE, Commit, CommittedCheckpoint, FileEntry, ParameterEntry
 from rayward.training.checkpoints.reader import CheckpointReader
 from rayward.training.checkpoints.writer import sha256_of, write_rank_file
-from rayward.training.engines.protocol import Engine
+from rayward.training.engines.protocol import SharedState
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class CheckpointStore:
             return None
         return CommittedCheckpoint(directory, commit)
 
-    def save(self, engine: Engine, commit: CommitDraft) -> str | None:
+    def save(self, engine: SharedState, commit: CommitDraft) -> str | None:
         """Write and commit a checkpoint; called by all ranks.
 
         Returns:
@@ -106,7 +106,7 @@ class CheckpointStore:
             self._prune(commit.keep_last)
         return None
 
-    def _commit(self, directory: str, draft: CommitDraft, engine: Engine, files: dict[str, FileEntry]) -> None:
+    def _commit(self, directory: str, draft: CommitDraft, engine: SharedState, files: dict[str, FileEntry]) -> None:
         parameters = {
             p.name: ParameterEntry(shape=p.shape, partition_size=-(-math.prod(p.shape) // engine.world_size)) for p in engine.partitions()
         }
@@ -139,7 +139,7 @@ class CheckpointStore:
             if best is None or checkpoint.directory != best.directory:
                 self._discard(checkpoint.directory)
 
-    def load(self, engine: Engine, checkpoint: CommittedCheckpoint) -> None:
+    def load(self, engine: SharedState, checkpoint: CommittedCheckpoint) -> None:
         """Load a checkpoint written at any world size; called by all ranks.
 
         Raises:
