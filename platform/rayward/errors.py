@@ -15,6 +15,7 @@
     │   ├── StreamOrderError   a worker received another step than the one it expected
     │   ├── WorkerError        a library raised in a worker, and a restart would not help
     │   └── CheckpointError    a checkpoint could not be written or read
+    │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
         ├── OverloadedError    the bounded queue is full; retry later                                 (503, retryable)
@@ -237,6 +238,13 @@ class CheckpointError(TrainingError):
     """Example: the disk fills up twice in a row while a checkpoint is written."""
 
     retryable = True
+
+
+class CheckpointVersionError(CheckpointError):
+    """Example: the newest checkpoint of the run was written by a newer Rayward."""
+
+    retryable = False
+    exit_code = 2
 
 
 class ScoringError(RaywardError):

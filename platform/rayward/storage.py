@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rayward.errors import DataError
+from rayward.schema import write_atomically
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
@@ -52,12 +53,7 @@ def write_text(filesystem: pafs.FileSystem, path: str, text: str) -> None:
     data = text.encode("utf-8")
     if isinstance(filesystem, pafs.LocalFileSystem):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{path}.tmp-{os.getpid()}")
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        write_atomically(Path(path), data)
         return
     with filesystem.open_output_stream(path) as stream:
         stream.write(data)

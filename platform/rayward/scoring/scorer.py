@@ -6,8 +6,6 @@ An item that cannot be scored gets an error; the others are scored. A score does
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +16,19 @@ import torch
 from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
+from rayward.config.scoring import HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
-from rayward.contract.tokenizer import load_tokenizer
+from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
+from rayward.model.weights_identity import weights_identity
+from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.scored_model import Device, ModelFacts
 from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
@@ -79,7 +80,15 @@ class Scorer:
         self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
 
     @classmethod
-    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: Device = "auto",
+        tokens_per_batch: int = 8192,
+        verify: bool = True,
+        hash_weights: HashWeights = "sampled",
+    ) -> Self:
         """Load an export, or any Hugging Face sequence-classification model (its contract derives from its tokenizer).
 
         Args:
@@ -87,6 +96,7 @@ class Scorer:
             device: `auto` takes CUDA when there is one.
             tokens_per_batch: token budget of one forward.
             verify: check files, head and golden scores of an export against its contract.
+            hash_weights: how much of the weights of a model without contract its version covers.
 
         Raises:
             ContractError: there is no readable contract or tokenizer.
@@ -100,7 +110,7 @@ class Scorer:
         target = pick_device(device)
         if (directory / CONTRACT_FILE).is_file():
             return cls._load_export(directory, target, tokens_per_batch, verify)
-        return cls._load_foreign(directory, target, tokens_per_batch)
+        return cls._load_foreign(directory, target, tokens_per_batch, hash_weights)
 
     @classmethod
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
@@ -123,7 +133,7 @@ class Scorer:
         return scorer
 
     @classmethod
-    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int) -> Self:
+    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
         context = config.get("max_position_embeddings")
@@ -143,12 +153,13 @@ class Scorer:
                 "head_sha256": head_sha256(model.model.state_dict()),
             }
         )
-        identity = hashlib.sha256(json.dumps([contract.model_dump(mode="json"), config], sort_keys=True).encode()).hexdigest()
+        weights = weights_identity(directory, full=hash_weights == "full")
+        content = [identity(contract), config, tokenizer_fingerprint(tokenizer), weights]
         return cls(
             model,
             Encoder(contract, tokenizer),
             model_id=directory.resolve().name,
-            version=f"unverified-{identity[:12]}",
+            version=f"unverified-{digest(content)[:12]}",
             tokens_per_batch=tokens_per_batch,
         )
 

@@ -67,7 +67,16 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
     assert prepared.manifest == MANIFEST
 
 
-@pytest.mark.parametrize(("text", "says"), [(None, "holds no"), ("{", "damaged"), ('{"version": 1}', "damaged"), ("version", "version 99")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "holds no"),
+        ("{", "not a valid manifest"),
+        ('{"version": 3}', "not a valid manifest"),
+        ('{"version": 2}', "version 2, which is no longer read"),
+        ("version", "newer Rayward: it has version 99"),
+    ],
+)
 def test_a_directory_that_is_not_prepared_is_an_error_that_names_it(tmp_path: Path, text: str | None, says: str) -> None:
     if text == "version":
         text = json.dumps(MANIFEST.model_dump() | {"version": 99})

@@ -52,7 +52,7 @@ def test_a_run_commits_validates_and_logs(tmp_path: Path, prepared: PreparedData
     latest = job.store.latest()
     assert latest is not None
     assert latest.commit.validation_accuracy == records(job, "validation")[-1]["accuracy"]
-    assert latest.commit.trajectory == json.loads(json.dumps(job.trajectory))
+    assert latest.commit.trajectory == job.trajectory.model_dump(mode="json")
 
 
 def test_a_run_that_dies_continues_and_ends_with_the_same_weights(tmp_path: Path, prepared: PreparedData) -> None:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs as pafs
-from pydantic import ValidationError
 
 from rayward import storage
 from rayward.contract.contract import GoldenScore
-from rayward.errors import CheckpointError
+from rayward.errors import CheckpointError, CheckpointVersionError
 from rayward.training.checkpoints.format import COMMIT_FILE, DAMAGED_FILE, Commit, CommittedCheckpoint, FileEntry, ParameterEntry
 from rayward.training.checkpoints.reader import CheckpointReader
 from rayward.training.checkpoints.writer import sha256_of, write_rank_file
@@ -33,7 +32,11 @@ class CheckpointStore:
         self.filesystem, self.root = storage.resolve(location)
 
     def committed(self) -> list[CommittedCheckpoint]:
-        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message."""
+        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message.
+
+        Raises:
+            CheckpointVersionError: another Rayward wrote one; going on from an older one would throw its steps away.
+        """
         if not storage.exists(self.filesystem, self.root):
             return []
         directories = [
@@ -50,20 +53,23 @@ class CheckpointStore:
         return found[0] if found else None
 
     def _read(self, directory: str) -> CommittedCheckpoint | None:
-        problem = None
+        problem, file = None, f"{directory}/{COMMIT_FILE}"
         try:
             if storage.exists(self.filesystem, f"{directory}/{DAMAGED_FILE}"):
                 problem = "its content was found damaged"
             else:
-                commit = Commit.model_validate_json(storage.read_text(self.filesystem, f"{directory}/{COMMIT_FILE}"))
+                text = storage.read_text(self.filesystem, file)
+                commit = Commit.parse(text, where=file, error=CheckpointError, other_version=CheckpointVersionError)
                 for name, entry in commit.files.items():
                     info = self.filesystem.get_file_info(f"{directory}/{name}")
                     if info.size != entry.num_bytes:
                         problem = f"{name} has {info.size} bytes instead of {entry.num_bytes}"
         except FileNotFoundError:
             problem = "it was never committed"
-        except (ValidationError, UnicodeDecodeError) as exc:
-            problem = f"its {COMMIT_FILE} is damaged ({type(exc).__name__})"
+        except CheckpointVersionError:
+            raise
+        except (CheckpointError, UnicodeDecodeError) as exc:
+            problem = f"its {COMMIT_FILE} is damaged ({exc})"
         if problem is not None:
             logger.warning("skipping checkpoint %s: %s", directory, problem)
             return None
