@@ -11,20 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
-from pydantic import ValidationError
 
 from rayward import storage
 from rayward.batch.comparison import EncodedComparison, Float32, Labels
 from rayward.data.record import Comparison, dense_ranks
 from rayward.errors import DataError
 from rayward.objectives.base import LabelFacts
-from rayward.schema import Frozen
+from rayward.schema import Frozen, Versioned
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 3
@@ -61,7 +60,7 @@ class Grouping(Frozen):
         return ", ".join(f"{reason} {getattr(self, reason):,}" for reason in reasons if getattr(self, reason))
 
 
-class Manifest(Frozen):
+class Manifest(Versioned):
     """Counts of a prepared directory. num_input_rows = num_train + num_validation + num_merged + sum(num_quarantined.values()).
 
     Attributes:
@@ -76,6 +75,9 @@ class Manifest(Frozen):
         sources: train rows by source.
     """
 
+    kind: ClassVar[str] = "manifest"
+    remedy: ClassVar[str] = "delete the directory and prepare again"
+    oldest: ClassVar[int] = 3
     version: int = MANIFEST_VERSION
     fingerprint: str
     num_input_rows: int
@@ -113,7 +115,7 @@ class PreparedData:
         """Read the manifest.
 
         Raises:
-            DataError: the directory is not prepared, its manifest is damaged, or it was written by another version.
+            DataError: the directory is not prepared, its manifest is damaged, or of a version that is not read here.
         """
         prepared = cls.find(directory)
         if prepared is None:
@@ -125,7 +127,7 @@ class PreparedData:
         """Like `load`, but None where nothing is committed.
 
         Raises:
-            DataError: the manifest is damaged or of another version.
+            DataError: the manifest is damaged or of a version that is not read here.
         """
         filesystem, path = storage.resolve(directory)
         file = f"{path}/{MANIFEST_FILE}"
@@ -133,15 +135,7 @@ class PreparedData:
             return None
         with filesystem.open_input_stream(file) as stream:
             text = stream.read()
-        try:
-            manifest = Manifest.model_validate_json(text)
-        except ValidationError as exc:
-            raise DataError(f"{directory}/{MANIFEST_FILE} is damaged: {exc}", remedy="delete the directory and prepare again") from exc
-        if manifest.version != MANIFEST_VERSION:
-            raise DataError(
-                f"{directory}/{MANIFEST_FILE} has version {manifest.version}; this Rayward reads {MANIFEST_VERSION}",
-                remedy="delete the directory and prepare again",
-            )
+        manifest = Manifest.parse(text, where=f"{directory}/{MANIFEST_FILE}", error=DataError)
         return cls(directory if "://" in directory else path, manifest)
 
     def tables(self, split: Literal["train", "validation"], columns: Sequence[str], *, max_rows: int | None = None) -> Iterator[pa.Table]:

@@ -67,7 +67,16 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
     assert prepared.manifest == MANIFEST
 
 
-@pytest.mark.parametrize(("text", "says"), [(None, "holds no"), ("{", "damaged"), ('{"version": 1}', "damaged"), ("version", "version 99")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "holds no"),
+        ("{", "not a valid manifest"),
+        ('{"version": 3}', "not a valid manifest"),
+        ('{"version": 2}', "version 2, which is no longer read"),
+        ("version", "newer Rayward: it has version 99"),
+    ],
+)
 def test_a_directory_that_is_not_prepared_is_an_error_that_names_it(tmp_path: Path, text: str | None, says: str) -> None:
     if text == "version":
         text = json.dumps(MANIFEST.model_dump() | {"version": 99})
@@ -138,3 +147,25 @@ def test_the_report_escapes_what_the_data_says_and_needs_no_network() -> None:
     assert "<script" not in page
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 3
+
+
+def test_no_name_of_the_data_becomes_html() -> None:
+    evil = "<script>alert('x')</script>\"onload="
+    record = {"reason": "tie", "detail": evil, "source": evil, "file": evil, "row": 3, "raw": evil}
+    report = build_report(
+        fingerprint=evil,
+        num_input_rows=5,
+        quarantined={"tie": 1},
+        quarantined_by_source={evil: 1},
+        examples={"tie": [record]},
+        train=SplitStats(),
+        validation=SplitStats(),
+        files=[evil],
+        ignored_files=[evil],
+        formats={evil: 1},
+        overlap=0,
+    )
+    page = render_html(report)
+    assert "<script" not in page
+    assert '"onload' not in page
+    assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") == 8

@@ -12,7 +12,7 @@ from rayward.batch.layout import Layout, PackedBatch, pack
 from rayward.batch.planner import plan_step
 from rayward.contract.reading import Place
 from rayward.data.prepared import COMPARISON_COLUMNS, PREPARED_SCHEMA, comparisons_from_table, with_columns
-from rayward.errors import StreamOrderError
+from rayward.errors import StreamOrderError, marking
 
 STREAM_COLUMNS = ["row", *COMPARISON_COLUMNS]
 ROW_SCHEMA = pa.schema([PREPARED_SCHEMA.field(name) for name in COMPARISON_COLUMNS])
@@ -42,6 +42,7 @@ class StepShare:
         return tuple(c.id for batch in self.microbatches for c in batch.comparisons)
 
 
+@marking
 def plan_block(block: pa.Table, *, world_size: int, comparisons_per_step: int, tokens_per_microbatch: int, layout: Layout) -> pa.Table:
     """The rows of one optimizer step -> one row per rank.
 
