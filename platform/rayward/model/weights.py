@@ -43,17 +43,20 @@ class RandomInit:
     """Seeded initial values that do not depend on the number of ranks: each chunk has its own generator.
 
     Matrices are normal with `initializer_range`, the head with 1 / (hidden + 1) (small first rewards, loss near log 2), biases
-    zero, norm weights one (zero where the layer computes 1 + weight).
+    zero, norm weights one (zero where the layer computes 1 + weight). Persistent buffers keep the values that the model was built with.
     """
 
     def __init__(self, model: PreTrainedModel, *, seed: int) -> None:
         self._seed = seed
+        self._buffers = persistent_buffers(model)
         self._std = float(getattr(model.config, "initializer_range", 0.02))
         self._zero_centred = {
             f"{name}.weight" for name, module in model.named_modules() if "1P" in type(module).__name__ or "GemmaRMSNorm" in _bases(module)
         }
 
     def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        if name in self._buffers:
+            return self._buffers[name].reshape(-1)[start:stop].float()
         if len(shape) < 2:
             constant = 0.0 if name.endswith("bias") or name in self._zero_centred else 1.0
             return torch.full((stop - start,), constant)
@@ -65,6 +68,12 @@ class RandomInit:
             offset = chunk * INIT_CHUNK
             pieces.append(values[max(start - offset, 0) : max(min(stop - offset, INIT_CHUNK), 0)])
         return torch.cat(pieces)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are part of a model's state, by name."""
+    state = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
 
 def _bases(module: nn.Module) -> str:

@@ -103,7 +103,7 @@ def _architecture(hf_config: PretrainedConfig) -> str:
 
 def _write_weights(reader: CheckpointReader, commit: Commit, directory: Path, max_shard_bytes: int) -> dict[str, Tensor]:
     # The backbone in the type of the training forward; the head keeps the same values in fp32, so that loading and pooling in plain
-    # Transformers loses nothing.
+    # Transformers loses nothing. Persistent buffers are as they are in training.
     dtype = getattr(torch, commit.dtype)
     shards: list[list[str]] = [[]]
     size = 0
@@ -128,7 +128,11 @@ def _write_weights(reader: CheckpointReader, commit: Commit, directory: Path, ma
                 head[name] = values
             tensors[name] = values
             weight_map[name] = file
-            total += values.numel() * values.element_size()
+        if index == len(shards) - 1:
+            buffers = reader.buffers()
+            tensors |= buffers
+            weight_map |= dict.fromkeys(buffers, file)
+        total += sum(values.numel() * values.element_size() for values in tensors.values())
         save_file(tensors, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
