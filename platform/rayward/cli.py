@@ -136,7 +136,7 @@ def evaluate(
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config.data import DataConfig
     from rayward.config.load import parse_config
-    from rayward.evaluation.suites.suite import choose
+    from rayward.evaluation.suites.table import choose
 
     if counts is not None and benchmark is None:
         raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")
@@ -211,15 +211,18 @@ def normalise(
     items: Annotated[
         str, typer.Argument(help='Reference set: JSON lines {"prompt": …, "completions": […]}; "-" reads standard input.')
     ] = "-",
+    output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
     device: Device = "auto",
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
-    """Store mean and deviation of a reference set's rewards with the model, for centred and standardised scores."""
-    from rayward.workflows.normalise import normalise_pipeline
+    """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
+    from rayward.workflows.normalise import default_output, normalise_pipeline
 
     stream = sys.stdin if items == "-" else _open(items)
     reference = "standard input" if items == "-" else Path(items).name
-    found = normalise_pipeline(model, stream, reference=reference, device=device, tokens_per_batch=tokens_per_batch)
+    target = output or default_output(model)
+    found = normalise_pipeline(model, stream, output=target, reference=reference, device=device, tokens_per_batch=tokens_per_batch)
+    typer.echo(f"model: {target}")
     typer.echo(f"mean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}")
 
 
@@ -233,14 +236,15 @@ def merge(
     """Average or extrapolate the weights of exported models, shard by shard."""
     if expo is not None and (weights is not None or len(models) != 2):
         raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
-    from rayward.workflows.merge import merge_pipeline
+    from rayward.workflows.merge import merge as run
 
     # ExPO (arXiv 2404.16792): start + alpha (trained - start).
     if expo is not None:
         shares: tuple[float, ...] = (1.0 - expo, expo)
     else:
         shares = (1.0 / len(models),) * len(models) if weights is None else _numbers(weights, float, "--weights")
-    typer.echo(f"model: {merge_pipeline(output, models, shares)}")
+    run([Path(model) for model in models], shares, output)
+    typer.echo(f"model: {output}")
 
 
 def _check_critiques(number: int, temperature: float) -> None:
@@ -272,6 +276,31 @@ def mixture(settings: Settings = None) -> None:
     from rayward.workflows.mixture import fit_mixture
 
     typer.echo(f"model: {fit_mixture(resolved)}")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model: safetensors, config.json and tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
+    outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the outputs in the reward, with commas between.")] = None,
+    device: Device = "auto",
+    tokens_per_batch: TokensPerBatch = 8192,
+) -> None:
+    """Write a reward model of others as an export: contract, golden scores by its own forward, checked."""
+    from rayward.workflows.import_model import import_model as run
+
+    contract = run(
+        source,
+        output,
+        max_tokens=max_tokens,
+        outputs=tuple(outputs.split(",")) if outputs else (),
+        weights=_numbers(weights, float, "--weights") if weights else (),
+        device=device,  # type: ignore[arg-type]  # checked where the model is loaded
+        tokens_per_batch=tokens_per_batch,
+    )
+    typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
 
 
 @app.command("import-armo")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from rayward.contract.conversation import ROLES, Message
+from rayward.contract.conversation import BrokenRule, Message, RuleCode, broken_by_completion, broken_by_prompt, broken_by_text
 from rayward.schema import digest
 
 
@@ -52,6 +52,31 @@ class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never
         self.detail = detail
 
 
+_REASONS: Mapping[RuleCode, BadRow] = {
+    "unknown_role": BadRow.UNKNOWN_ROLE,
+    "nul_byte": BadRow.BAD_TEXT,
+    "lone_surrogate": BadRow.BAD_TEXT,
+    "empty_prompt": BadRow.EMPTY_PROMPT,
+    "prompt_end": BadRow.WRONG_TYPE,
+    "empty_completion": BadRow.EMPTY_COMPLETION,
+}
+
+
+def require(broken: BrokenRule | None, where: str = "") -> None:
+    """Reject the row for a rule of conversations that it breaks, if any.
+
+    Raises:
+        RowRejected: with the reason that belongs to the rule.
+    """
+    if broken is not None:
+        raise RowRejected(_REASONS[broken.code], f"{where}: {broken.detail}" if where else broken.detail)
+
+
+def _column(default: float | None) -> Any:
+    """A field that a row of any format may carry: the number in its column of that name."""
+    return field(default=default, metadata={"column": True})
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One prompt and its judged completions, as text.
@@ -77,7 +102,7 @@ class Comparison:
     ranks: tuple[float, ...] | None = None
     margin: float | None = None
     strength: float | None = None
-    weight: float = 1.0
+    weight: float = _column(1.0)
     attributes: tuple[tuple[float, ...], ...] | None = None
     step_labels: tuple[tuple[float, ...], ...] | None = None
     critiques: tuple[str, ...] | None = None
@@ -98,6 +123,10 @@ class Comparison:
         if self.step_labels is None:
             return digest([ranks, attributes])
         return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
+
+
+NUMBER_COLUMNS = tuple(each.name for each in fields(Comparison) if each.metadata.get("column"))
+"""Fields that every format reads from the column of their name."""
 
 
 def dense_ranks(ranks: Sequence[float]) -> list[int]:
@@ -129,33 +158,14 @@ def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> 
     Raises:
         RowRejected: with the first rule that the record breaks.
     """
-    if not comparison.prompt:
-        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt has no turn")
-    for turn in comparison.prompt:
-        if turn["role"] not in ROLES:
-            raise RowRejected(BadRow.UNKNOWN_ROLE, f"role {turn['role']!r} is not one of {', '.join(ROLES)}")
-    if not any(turn["content"].strip() for turn in comparison.prompt if turn["role"] != "system"):
-        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt holds no text")
+    require(broken_by_prompt(comparison.prompt))
     for text in (*(t["content"] for t in comparison.prompt), *comparison.completions, *(comparison.critiques or ())):
-        check_text(text)
+        require(broken_by_text(text))
     for index, completion in enumerate(comparison.completions):
-        if not completion.strip():
-            raise RowRejected(BadRow.EMPTY_COMPLETION, f"completion {index} is empty")
+        require(broken_by_completion(index, completion))
     if len(set(comparison.completions)) != len(comparison.completions):
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
     _validate_judgement(comparison, ties=ties)
-
-
-def check_text(text: str) -> None:
-    """Reject text that no tokenizer round-trips: NUL bytes and lone surrogates.
-
-    Raises:
-        RowRejected: with reason BAD_TEXT.
-    """
-    if "\x00" in text:
-        raise RowRejected(BadRow.BAD_TEXT, "the text holds a NUL byte")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise RowRejected(BadRow.BAD_TEXT, "the text holds a lone surrogate")
 
 
 def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
@@ -164,6 +174,9 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin {comparison.margin} is not finite")
     if not (math.isfinite(comparison.weight) and comparison.weight >= 0):
         raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
+    for name in NUMBER_COLUMNS:
+        if (number := getattr(comparison, name)) is not None and not math.isfinite(number):
+            raise RowRejected(BadRow.WRONG_TYPE, f"{name} {number} is not a finite number")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
     for index, critique in enumerate(comparison.critiques or ()):
@@ -194,32 +207,16 @@ Value = TypeVar("Value")
 
 def dump_record(comparison: Comparison) -> str:
     """The comparison as JSON, for the way between two steps."""
-    fields = (comparison.id, comparison.source, comparison.prompt, comparison.completions, comparison.ranks)
-    numbers = (comparison.margin, comparison.strength, comparison.weight, comparison.attributes, comparison.step_labels)
-    return json.dumps([*fields, *numbers, comparison.critiques])
+    return json.dumps([getattr(comparison, each.name) for each in fields(Comparison)])
 
 
 def load_record(text: str) -> Comparison:
     """Inverse of `dump_record`."""
-    name, source, prompt, completions, ranks, margin, strength, weight, *others = json.loads(text)
-    attributes, step_labels, critiques = others
-    return Comparison(
-        id=name,
-        source=source,
-        prompt=tuple(prompt),
-        completions=tuple(completions),
-        ranks=None if ranks is None else tuple(ranks),
-        margin=margin,
-        strength=strength,
-        weight=weight,
-        attributes=_rows(attributes),
-        step_labels=_rows(step_labels),
-        critiques=None if critiques is None else tuple(critiques),
-    )
+    return Comparison(*(_frozen(value) for value in json.loads(text)))
 
 
-def _rows(values: list[list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
-    return None if values is None else tuple(tuple(row) for row in values)
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
 
 
 def joined(comparisons: Sequence[Comparison]) -> Comparison:

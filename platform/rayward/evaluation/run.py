@@ -6,7 +6,6 @@ Every given row comes back as one `Record`, scored or with the reason why not; a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,12 @@ from pydantic import ValidationError
 from rayward.config.data import DataConfig
 from rayward.config.load import parse_config
 from rayward.contract.contract import CONTRACT_FILE, Contract
-from rayward.errors import ConfigError, ContractError, ContractMismatchError, DataError, ModelLoadError, RaywardError, ScoringError
+from rayward.errors import ConfigError, DataError, ModelLoadError, ScoringError
 from rayward.evaluation.held_out import ROWS_PER_BLOCK, HeldOut, read_prepared, read_raw
 from rayward.evaluation.plots import write_plots
 from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.report import write_report
-from rayward.evaluation.suites.suite import Benchmark
+from rayward.evaluation.suites.base import Suite
 from rayward.evaluation.summary import summarise
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def evaluate(
     gpus_per_actor: float = 0.0,
     verify: bool = True,
     weights: str | None = None,
-    benchmark: Benchmark | None = None,
+    benchmark: Suite | None = None,
     n_critiques: int = 1,
     temperature: float = 0.0,
     bootstrap_samples: int = 2000,
@@ -67,7 +66,7 @@ def evaluate(
         gpus_per_actor: GPUs that each scorer reserves.
         verify: check an export against its contract first.
         weights: weight set for a model with several outputs; None: the model's own.
-        benchmark: add the figures of a published benchmark (`benchmarks.choose`), whose subset is each row's `source`.
+        benchmark: add the figures of a published benchmark (`suites.table.choose`), whose subset is each row's `source`.
         n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
@@ -209,10 +208,10 @@ def _score(tables: tuple[pa.Table, ...], **options: Any) -> ray.data.Dataset:
 
 
 def _records(dataset: ray.data.Dataset) -> Iterator[tuple[int, Record]]:
-    from ray.exceptions import ActorDiedError, RayTaskError
+    from rayward.cluster import ray_errors
 
     seen: set[int] = set()
-    try:
+    with ray_errors():
         batches: Any = dataset.iter_batches(batch_size=ROWS_PER_BLOCK, batch_format="pyarrow")
         for batch in batches:
             for row in batch.to_pylist():
@@ -221,24 +220,3 @@ def _records(dataset: ray.data.Dataset) -> Iterator[tuple[int, Record]]:
                     raise ScoringError(f"row {position} was scored twice", remedy="the shards repeat rows: prepare again")
                 seen.add(position)
                 yield position, to_record(row)
-    except RayTaskError as exc:
-        # The user is told what went wrong in the worker, not where it was noticed.
-        if isinstance(exc.cause, RaywardError):
-            raise exc.cause from exc
-        raise
-    except ActorDiedError as exc:
-        error = _error_in(str(exc))
-        if error is not None:
-            raise error from exc
-        raise
-
-
-def _error_in(text: str) -> RaywardError | None:
-    # An actor that fails while it loads the model leaves only the text of its traceback.
-    found = re.findall(r"^rayward\.errors\.(\w+): (.*?)\n  remedy: (.*?)$", text, flags=re.MULTILINE | re.DOTALL)
-    if not found:
-        return None
-    name, problem, remedy = found[-1]
-    kinds: dict[str, type[RaywardError]] = {k.__name__: k for k in (ModelLoadError, ContractError, ContractMismatchError)}
-    kind = kinds.get(name, ScoringError)
-    return kind(problem, remedy=remedy)

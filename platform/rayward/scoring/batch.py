@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray.data
 
-from rayward.errors import DataError
+from rayward.cluster import Deferred
+from rayward.errors import DataError, marking
 
 if TYPE_CHECKING:
     from rayward.scoring.scorer import Device, ScoreItem
@@ -27,10 +28,11 @@ class _ScoreRows:
         from rayward.scoring.load import load_scored_model
 
         self._options = options
-        self._scorer = load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+        self._scorer = Deferred(lambda: load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify))
 
+    @marking
     def __call__(self, table: pa.Table) -> pa.Table:
-        results = self._scorer.score(_items(table, self._options))
+        results = self._scorer.get().score(_items(table, self._options))
         rewards = pa.array([r.rewards for r in results], REWARDS_TYPE)
         errors = pa.array([None if r.error is None else f"{r.error.code}: {r.error.message}" for r in results], pa.string())
         return table.append_column("rewards", rewards).append_column("error", errors)
@@ -42,15 +44,16 @@ class _FeatureRows:
     def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool) -> None:
         from rayward.scoring.scorer import Scorer
 
-        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+        self._scorer = Deferred(lambda: Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify))
 
+    @marking
     def __call__(self, table: pa.Table) -> pa.Table:
         from rayward.wire.items import ItemError
 
         ends: list[Any] = []
         gates: list[Any] = []
         errors: list[str | None] = []
-        for found in self._scorer.features(_items(table, {})):
+        for found in self._scorer.get().features(_items(table, {})):
             if isinstance(found, ItemError):
                 ends.append(None)
                 gates.append(None)

@@ -15,9 +15,9 @@ from rayward.batch.comparison import comparison_of
 from rayward.batch.layout import pack
 from rayward.contract.contract import GoldenScore
 from rayward.contract.encoder import Encoder
-from rayward.contract.golden import GOLDEN_CONVERSATIONS, GOLDEN_CRITIQUE
+from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
-from rayward.errors import ContractError, ModelLoadError
+from rayward.errors import ModelLoadError
 from rayward.training.engines.optimizer import set_training_mode
 from rayward.training.engines.protocol import Engine
 
@@ -26,24 +26,20 @@ MODE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def golden_scores(engine: Engine, encoder: Encoder) -> tuple[GoldenScore, ...]:
-    """Rewards of the fixed texts in the training forward; texts that the contract cannot hold are left out."""
+    """Rewards of the golden conversations in the training forward.
+
+    Raises:
+        ContractError: the contract can hold no conversation at all.
+    """
     scores = []
     contract, layout = encoder.contract, engine.reward_model.layout
     reading = contract.reading
-    critique = None if contract.critique_lead_in is None else GOLDEN_CRITIQUE
-    for prompt, completion in GOLDEN_CONVERSATIONS:
-        try:
-            encoding = encoder.encode_parts(prompt, completion, critique, separator=None if reading is None else reading.separator)
-        except ContractError:
-            continue
-        ids = encoding.ids
+    for golden, encoding in golden_conversations(encoder):
         batch = pack([comparison_of("golden", [encoding])], layout=layout, pad_token_id=contract.pad_token_id, read=place_of(reading))
         with torch.no_grad():
             outputs = engine.forward(batch)
         values = outputs if reading is None else reading.combine(outputs, batch.num_reads.tolist())
-        scores.append(
-            GoldenScore(prompt=prompt, completion=completion, critique=critique, token_ids=tuple(ids), reward=tuple(values[0].tolist()))
-        )
+        scores.append(golden.model_copy(update={"reward": tuple(values[0].tolist())}))
     return tuple(scores)
 
 

@@ -2,32 +2,31 @@
 
 prepared rows ──blocks (Ray Data)──> actors write critiques ──> cache, a file a block ──> rows of format `ranking` with `critiques`
 
-The cache is keyed by model version, sample and seed: the same command goes on where it was stopped, and a new model starts anew.
+The cache is keyed by model version, row and sampling: the same command goes on where it was stopped, and a new model starts anew.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import ray.data
 
 from rayward import storage
-from rayward.cluster import connect
+from rayward.cluster import Deferred, connect, ray_errors
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
-from rayward.errors import ConfigError, DataError
-from rayward.schema import digest
+from rayward.data.prepared import LABEL_COLUMNS
+from rayward.errors import ConfigError, DataError, marking
+from rayward.schema import digest, identity
 
 if TYPE_CHECKING:
-    from rayward.data.prepared import PreparedData
     from rayward.scoring.scored_model import Device
 
 
@@ -37,9 +36,7 @@ ROWS_PER_BLOCK = 16
 CACHE_FOLDER = "cache"
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 
-COLUMNS = [
-    "id", "source", "ranks", "margin", "strength", "weight", "attributes", "step_labels", "prompt_json", "completions_json",
-]  # fmt: skip
+COLUMNS = ["id", "source", *LABEL_COLUMNS, "prompt_json", "completions_json"]
 
 _TASK = pa.schema([("key", pa.string()), ("prompt_json", pa.string()), ("completions_json", pa.string())])
 
@@ -94,8 +91,8 @@ def write_critiques(
     prepared = prepare(config.model_copy(update={"data": config.data.model_copy(update={"critique_lead_in": None})}))
     output = storage.absolute(output)
     place = storage.join(output, CACHE_FOLDER)
-    identity = [contract.model_version(), sampling.temperature, sampling.seed]
-    rows = {split: [_keyed(row, identity) for row in _rows(prepared, split)] for split in SPLITS}
+    writer = (contract.model_version(), identity(sampling))
+    rows = {split: [_keyed(row, writer) for table in prepared.tables(split, COLUMNS) for row in table.to_pylist()] for split in SPLITS}
     known = _cached(place)
     waiting = [row for split in SPLITS for row in rows[split] if row["key"] not in known]
     if waiting:
@@ -110,16 +107,8 @@ def write_critiques(
     return counts
 
 
-def _rows(prepared: PreparedData, split: Literal["train", "validation"]) -> Iterator[dict[str, Any]]:
-    # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the writers.
-    for shard in prepared.shard_paths(split):
-        filesystem, path = storage.resolve(shard)
-        with filesystem.open_input_file(path) as stream:
-            yield from pq.read_table(stream, columns=COLUMNS).to_pylist()
-
-
-def _keyed(row: dict[str, Any], identity: Sequence[Any]) -> dict[str, Any]:
-    return {**row, "key": digest([*identity, row["id"], row["prompt_json"], row["completions_json"]])}
+def _keyed(row: dict[str, Any], writer: tuple[str, str]) -> dict[str, Any]:
+    return {**row, "key": digest([*writer, row["id"], row["prompt_json"], row["completions_json"]])}
 
 
 def _run(
@@ -139,7 +128,8 @@ def _run(
         compute=ray.data.ActorPoolStrategy(size=min(writers, len(blocks))),
         num_gpus=gpus,
     )
-    total = sum(row["num_rows"] for row in written.take_all())
+    with ray_errors():
+        total = sum(row["num_rows"] for row in written.take_all())
     if total != len(tasks):
         raise DataError(f"{len(tasks)} rows were sent to the writers and {total} came back", remedy="run the same command again")
 
@@ -151,8 +141,9 @@ class _Writer:
         from rayward.scoring.scorer import Scorer
 
         self._place, self._sampling = place, sampling
-        self._scorer = Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch)
+        self._scorer = Deferred(lambda: Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch))
 
+    @marking
     def __call__(self, table: pa.Table) -> pa.Table:
         from rayward.wire.items import ItemError, ScoreItem
 
@@ -167,7 +158,7 @@ class _Writer:
             for row in rows
         ]
         lines = []
-        for row, found in zip(rows, self._scorer.criticise(items), strict=True):
+        for row, found in zip(rows, self._scorer.get().criticise(items), strict=True):
             critiques = None if isinstance(found, ItemError) or found.critiques is None else [texts[0] for texts in found.critiques]
             lines.append(json.dumps({"key": row["key"], "critiques": critiques}) + "\n")
         filesystem, root = storage.resolve(self._place)
@@ -203,7 +194,6 @@ def _line(row: Mapping[str, Any], known: Mapping[str, list[str] | None], attribu
         "completions": json.loads(row["completions_json"]),
         "ranks": row["ranks"],
         "critiques": critiques,
-        "weight": row["weight"],
-        **{name: row[name] for name in ("margin", "strength", "step_labels") if row[name] is not None},
+        **{name: row[name] for name in LABEL_COLUMNS if name not in ("ranks", "attributes") and row[name] is not None},
     }
     return json.dumps(record if not rated else {**record, "attributes": rated}) + "\n"

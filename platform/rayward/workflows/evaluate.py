@@ -12,7 +12,7 @@ from rayward.workflows.console import console
 
 if TYPE_CHECKING:
     from rayward.evaluation.records import Evaluation
-    from rayward.evaluation.suites.suite import Benchmark
+    from rayward.evaluation.suites.base import Suite
 
 
 def evaluate_pipeline(
@@ -27,7 +27,7 @@ def evaluate_pipeline(
     tokens_per_batch: int = 8192,
     verify: bool = True,
     weights: str | None = None,
-    benchmark: Benchmark | None = None,
+    benchmark: Suite | None = None,
     n_critiques: int = 1,
     temperature: float = 0.0,
 ) -> Evaluation:
