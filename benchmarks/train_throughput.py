@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import common
 from smollm2 import smollm2
@@ -30,7 +30,7 @@ CLIP_NORM = 1.0
 TRL_DEFAULT_BATCH = 8
 
 # side -> (engine, layout, how micro-batches are made); the last one is what `rayward train` does.
-OURS = {
+OURS: dict[str, tuple[str, Literal["packed", "padded"], str]] = {
     "rows as TRL pads them": ("torch", "padded", "given"),
     "rows sorted by length": ("torch", "padded", "planned"),
     "packed, nothing shared": ("torch", "packed", "unshared"),
@@ -145,7 +145,7 @@ def run_ours(spec: dict[str, Any], comparisons: list[EncodedComparison], objecti
     from rayward.config.run import Config
     from rayward.contract.contract import Contract
     from rayward.model.build import build_reward_model, resolve_hf_config
-    from rayward.model.weights import weight_source
+    from rayward.model.pretrained import weight_source
     from rayward.objectives.table import Objective
     from rayward.training.engines.build import build_engine, initialize, pretrained
     from rayward.training.engines.deepspeed import init_process_group

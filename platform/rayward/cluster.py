@@ -39,6 +39,13 @@ def in_submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def lasting(path: str) -> str:
+    """A place for results that is still there afterwards: in a submitted job, a relative path is taken from the home directory."""
+    if not in_submitted_job() or "://" in path or Path(path).expanduser().is_absolute():
+        return path
+    return str(Path.home() / "rayward" / path)
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or a job submission names, or a running local one, or start one here.
 

@@ -7,13 +7,15 @@
     │   └── TooManyBadRowsError  more rows are bad than the configured share allows
     ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
     │   ├── TooLongError       one conversation does not fit the contract's token limit
-    │   └── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    │   ├── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    │   └── UnverifiedError    the contract holds no golden score, so nothing says that this model scores as it did
     ├── ModelLoadError         weights or architecture cannot be loaded or used                       (exit 2, 500)
     ├── TrainingError          training stopped                                                       (exit 1, 500)
     │   ├── NonFiniteError     NaN or Inf in a loss, a reward or a gradient
     │   ├── StreamOrderError   a worker received another step than the one it expected
     │   ├── WorkerError        a library raised in a worker, and a restart would not help
     │   └── CheckpointError    a checkpoint could not be written or read
+    │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
         ├── OverloadedError    the bounded queue is full; retry later                                 (503, retryable)
@@ -184,6 +186,10 @@ class ContractMismatchError(ContractError):
     """Example: somebody edited `tokenizer.json` beside a `contract.json` that was written for another one."""
 
 
+class UnverifiedError(ContractError):
+    """Example: `"golden": []` in `contract.json`, and nobody said that the model may be used unverified."""
+
+
 class ModelLoadError(RaywardError):
     """Example: a checkpoint directory without safetensors files."""
 
@@ -232,6 +238,13 @@ class CheckpointError(TrainingError):
     """Example: the disk fills up twice in a row while a checkpoint is written."""
 
     retryable = True
+
+
+class CheckpointVersionError(CheckpointError):
+    """Example: the newest checkpoint of the run was written by a newer Rayward."""
+
+    retryable = False
+    exit_code = 2
 
 
 class ScoringError(RaywardError):

@@ -35,10 +35,10 @@ FIELDS: dict[type[RaywardError], dict[str, Any]] = {
 
 
 def make(kind: type[RaywardError]) -> RaywardError:
-    values = dict(FIELDS.get(kind, {}))
+    values: dict[str, Any] = dict(FIELDS.get(kind, {}))
     problem, remedy = "given: 'x'\nrule: {y}\ud800", "do\nthis"
-    code = (values.pop("code"),) if "code" in values else ()
-    return kind(*code, problem, remedy=remedy, **values)
+    code: tuple[Any, ...] = (values.pop("code"),) if "code" in values else ()
+    return kind(*code, problem, **{"remedy": remedy, **values})
 
 
 KINDS = sorted(

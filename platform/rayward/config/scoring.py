@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from rayward.schema import Frozen
 from rayward.wire.rules import Limits
+
+HashWeights: TypeAlias = Literal["sampled", "full"]
+"""What is read of weights that came without a contract, to identify them: a piece of every tensor, or every byte."""
 
 
 class ScoringConfig(Frozen):
@@ -51,6 +54,8 @@ class ScoringConfig(Frozen):
     """A larger request body is refused with 413, before it is parsed."""
     verify_golden: bool = True
     """Check files, head and golden scores against the contract at start and refuse to serve when they differ."""
+    hash_weights: HashWeights = "sampled"
+    """What the version of a model without contract covers of its weights: sizes, headers and a piece of every tensor, or every byte."""
 
     @model_validator(mode="after")
     def _replicas(self) -> Self:

@@ -81,7 +81,11 @@ class ScorerDeployment:
         torch.set_num_threads(config.threads_per_replica)
         self._config = config
         self._scorer = load_scored_model(
-            config.model, device=config.device, tokens_per_batch=config.tokens_per_batch, verify=config.verify_golden
+            config.model,
+            device=config.device,
+            tokens_per_batch=config.tokens_per_batch,
+            verify=config.verify_golden,
+            hash_weights=config.hash_weights,
         )
         facts = self._scorer.facts
         self._info = ModelInfo(

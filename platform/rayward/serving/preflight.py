@@ -25,7 +25,7 @@ def check_model(directory: Path) -> None:
         for member in EnsembleRule.load(directory).members:
             check_model(directory / member)
     elif rule is ImplicitRule:
-        return
+        ImplicitRule.load(directory)
     elif (directory / CONTRACT_FILE).exists():
         Contract.load(directory)
     elif not (directory / "config.json").is_file():

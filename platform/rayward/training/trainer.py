@@ -73,7 +73,8 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     from accelerate import init_empty_weights
 
     from rayward.model.build import build_reward_model, resolve_hf_config
-    from rayward.model.weights import check_language_head, head_row, resolve_model_dir
+    from rayward.model.pretrained import weight_source
+    from rayward.model.weights import check_language_head, resolve_model_dir
 
     # Workers run in other directories than the driver.
     local = {key: os.path.abspath(path) for key in ("path", "tokenizer") if (path := getattr(config.model, key)) and os.path.isdir(path)}
@@ -96,13 +97,11 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     contract = contract.for_head(config.outputs, objective.reward_weights(config.outputs), objective.reading(config.data.step_separator))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
     with_language = objective.language_coefficient > 0
-    if config.model.path is not None:
-        directory = resolve_model_dir(config.model.path, config.model.revision)
-        head_row(directory, config.model, config.outputs)
-        if with_language:
-            check_language_head(directory, hf_config)
+    if config.model.path is not None and with_language:
+        check_language_head(resolve_model_dir(config.model.path, config.model.revision), hf_config)
     with init_empty_weights(include_buffers=False):
         model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=with_language)
+    weight_source(model.model, config.model, seed=config.run.seed, announce=True)
     if objective.place != "end" and not model.has_linear_head:
         raise ConfigError(
             f"objective {objective.type} reads the head at {objective.place}, and {type(model.model).__name__} pools by itself",
@@ -157,8 +156,8 @@ def train(config: Config, prepared: PreparedData) -> TrainResult:
 
 
 def _contract_and_vocabulary(prepared: PreparedData) -> tuple[Contract, int]:
-    directory = storage.localize(prepared.directory, "contract.json", "tokenizer")
-    return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
+    with storage.localized(prepared.directory, "contract.json", "tokenizer") as directory:
+        return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
 
 
 def _check_resources(config: Config) -> None:
@@ -279,13 +278,14 @@ def _run_session(settings: dict[str, Any]) -> None:
     import torch
 
     from rayward.model.build import build_reward_model, resolve_hf_config
-    from rayward.model.weights import weight_source
+    from rayward.model.pretrained import weight_source
     from rayward.training.engines.build import build_engine, initialize, pretrained
 
     config = Config.model_validate(settings["config"])
     contract = Contract.model_validate_json(settings["contract"])
     torch.set_num_threads(config.training.threads_per_worker)
-    tokenizer = load_tokenizer(str(storage.localize(settings["prepared"], "tokenizer") / "tokenizer"))
+    with storage.localized(settings["prepared"], "tokenizer") as directory:
+        tokenizer = load_tokenizer(str(directory / "tokenizer"))
     job = Job(config, contract, *(settings[key] for key in ("location", "total_steps", "steps_per_epoch", "data_fingerprint")))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=len(tokenizer))
     with_language = config.objective.language_coefficient > 0

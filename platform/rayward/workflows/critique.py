@@ -2,7 +2,7 @@
 
 prepared rows ──blocks (Ray Data)──> actors write critiques ──> cache, a file a block ──> rows of format `ranking` with `critiques`
 
-The cache is keyed by model version, sample and seed: the same command goes on where it was stopped, and a new model starts anew.
+The cache is keyed by model version, row and sampling: the same command goes on where it was stopped, and a new model starts anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.data.prepared import LABEL_COLUMNS
 from rayward.errors import ConfigError, DataError, marking
-from rayward.schema import digest
+from rayward.schema import digest, identity
 
 if TYPE_CHECKING:
     from rayward.scoring.scored_model import Device
@@ -91,8 +91,8 @@ def write_critiques(
     prepared = prepare(config.model_copy(update={"data": config.data.model_copy(update={"critique_lead_in": None})}))
     output = storage.absolute(output)
     place = storage.join(output, CACHE_FOLDER)
-    identity = [contract.model_version(), sampling.temperature, sampling.seed]
-    rows = {split: [_keyed(row, identity) for table in prepared.tables(split, COLUMNS) for row in table.to_pylist()] for split in SPLITS}
+    writer = (contract.model_version(), identity(sampling))
+    rows = {split: [_keyed(row, writer) for table in prepared.tables(split, COLUMNS) for row in table.to_pylist()] for split in SPLITS}
     known = _cached(place)
     waiting = [row for split in SPLITS for row in rows[split] if row["key"] not in known]
     if waiting:
@@ -107,8 +107,8 @@ def write_critiques(
     return counts
 
 
-def _keyed(row: dict[str, Any], identity: Sequence[Any]) -> dict[str, Any]:
-    return {**row, "key": digest([*identity, row["id"], row["prompt_json"], row["completions_json"]])}
+def _keyed(row: dict[str, Any], writer: tuple[str, str]) -> dict[str, Any]:
+    return {**row, "key": digest([*writer, row["id"], row["prompt_json"], row["completions_json"]])}
 
 
 def _run(

@@ -21,8 +21,9 @@ from rayward.data.stream.shares import StepShare
 from rayward.errors import ModelLoadError
 from rayward.model import heads
 from rayward.model.build import build_reward_model, load_reward_model
+from rayward.model.pretrained import weight_source
 from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
-from rayward.model.weights import RandomInit, check_language_head, weight_source
+from rayward.model.weights import RandomInit, check_language_head
 from rayward.objectives.language import LanguageObjective
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.table import Objective
@@ -84,7 +85,7 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
     reference = expected_loss(plain, comparisons, which)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     loss.backward()
-    reference.backward()  # type: ignore[no-untyped-call]
+    reference.backward()
     found = dict(model.model.named_parameters())
     assert ("lm_head.weight" in found) == (not tied)
     for name, parameter in plain.named_parameters():

@@ -118,8 +118,10 @@ def test_its_rewards_can_be_normalised(policies: Path) -> None:
     directory = write_rule(policies, "normalised")
     before = ImplicitScorer.load(directory, device="cpu")
     lines = [json.dumps({"prompt": "Name a colour.", "completions": list(ITEMS[0].completions)})]
-    found = normalise_pipeline(str(directory), lines, reference="three colours", device="cpu", tokens_per_batch=8192)
-    after = ImplicitScorer.load(directory, device="cpu")
+    output, given = policies / "normalised-again", (directory / ImplicitRule.file).read_bytes()
+    found = normalise_pipeline(str(directory), lines, output=output, reference="three colours", device="cpu", tokens_per_batch=8192)
+    assert (directory / ImplicitRule.file).read_bytes() == given
+    after = ImplicitScorer.load(output, device="cpu")
     assert after.version == before.version
     rewards = after.score([replace(ITEMS[0], normalise="standardised")])[0].rewards
     assert rewards is not None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_ridge_against_the_normal_equations_with_missing_ratings() -> None:
     for column, alpha in enumerate(found.alphas):
         train, test = ~np.isnan(y[:, column]) & ~out, ~np.isnan(y[:, column]) & out
 
-        def solve(penalty: float, train: object = train, column: int = column) -> np.ndarray:  # type: ignore[type-arg]
+        def solve(penalty: float, train: Any = train, column: int = column) -> np.ndarray:
             rows = x[train]
             return np.linalg.solve(rows.T @ rows + penalty * np.eye(6), rows.T @ y[train, column])
 
@@ -87,7 +88,7 @@ def test_ridge_against_the_normal_equations_with_missing_ratings() -> None:
 
 def test_an_objective_without_ratings_on_a_side_is_refused() -> None:
     with pytest.raises(ConfigError, match="objective 1 has 0 ratings to fit"):
-        ridge(np.ones((4, 2)), [[1, np.nan], [1, np.nan], [1, np.nan], [1, 2]], [False, False, True, True])
+        ridge(np.ones((4, 2)), np.array([[1, np.nan], [1, np.nan], [1, np.nan], [1, 2]]), np.array([False, False, True, True]))
 
 
 def test_debiasing_takes_the_smallest_share_that_suffices() -> None:
@@ -188,7 +189,7 @@ def test_an_exported_mixture_scores_as_the_formula_says(mixture: Path, tokens_pe
     assert len(contract.golden[0].reward) == 4
     scorer = Scorer.load(mixture / "mixed", device="cpu", tokens_per_batch=tokens_per_batch)
     backbone = AutoModel.from_pretrained(mixture / "mixed").eval()
-    weights = load_file(mixture / "mixed" / "model-head.safetensors")["score.weight"]
+    weights = load_file(mixture / "mixed" / "model.safetensors")["score.weight"]
     gate = random_gate(32, 3)
     encoder = Encoder(contract, load_tokenizer(str(mixture / "mixed")))
     for item, result in zip(ITEMS, scorer.score(ITEMS), strict=True):

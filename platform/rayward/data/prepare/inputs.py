@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rayward import storage
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.data.formats.table import SourceOptions, choose_format
-from rayward.data.prepared import MANIFEST_VERSION
 from rayward.data.record import BadRow
 from rayward.data.sources.find import Role, SourceFile, find_files
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
 from rayward.data.sources.read import ReadUnit, content_hash, plan_units, sample_rows
 from rayward.errors import DataError
-from rayward.schema import digest
+from rayward.schema import digest, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+PREPARATION = 3
+"""Raised when the same files and settings would give other rows, so that nobody reads rows of the old rules; not the manifest's version."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,7 @@ class Inputs:
 
 def storage_location(config: Config) -> str:
     """`run.storage_path` as an absolute path or URI, without a slash at the end."""
-    location = config.run.storage_path.rstrip("/")
-    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+    return storage.join(storage.absolute(config.run.storage_path))
 
 
 def inspect_inputs(config: Config) -> Inputs:
@@ -61,7 +63,7 @@ def inspect_inputs(config: Config) -> Inputs:
     for role, locations in roles:
         found, passed_over = find_files([name for name in locations if not name.startswith(HUB_PREFIX)], role)
         hubs = [parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)]
-        files += found + [download(hub, f"{storage_location(config)}/downloads", role) for hub in hubs]
+        files += found + [download(hub, storage.join(storage_location(config), "downloads"), role) for hub in hubs]
         ignored += passed_over
     twice = {file.uri for file in files if file.role == "train"} & {file.uri for file in files if file.role == "validation"}
     if twice:
@@ -81,8 +83,8 @@ def _fingerprint(config: Config, files: list[SourceFile], contract: Contract, to
     with ThreadPoolExecutor(8) as pool:
         hashes = list(pool.map(content_hash, files))
     contents = sorted([file.role, file.source, content] for file, content in zip(files, hashes, strict=True))
-    rules = config.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_fraction"})
-    return digest([MANIFEST_VERSION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
+    rules = identity(config.data, exclude={"train", "validation", "max_bad_fraction"})
+    return digest([PREPARATION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
 
 
 def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple[str, SourceOptions]], list[ReadUnit]]:

@@ -88,7 +88,7 @@ def prepare(config: Config) -> PreparedData:
         ContractError: the tokenizer cannot be loaded or used.
     """
     inputs = inspect_inputs(config)
-    directory = f"{storage_location(config)}/prepared/{inputs.fingerprint}"
+    directory = storage.join(storage_location(config), "prepared", inputs.fingerprint)
     existing = PreparedData.find(directory)
     if existing is not None:
         problem = _refusal(config, existing.manifest, directory)  # data.max_bad_fraction may have been lowered since
@@ -104,7 +104,7 @@ def prepare(config: Config) -> PreparedData:
         problem = _refusal(config, manifest, directory)
         if problem is None:
             check_shared(workspace, manifest)
-            write_file(f"{workspace}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode() + b"\n")
+            write_file(storage.join(workspace, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode() + b"\n")
         publish(workspace, directory)
     if problem is not None:
         raise problem
@@ -212,10 +212,11 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
         max_completions=both.max_completions,
         labels=LabelFacts(
             attributes=config.data.attributes,
-            num_unranked=both.num_unranked,
+            num_unranked=both.missing.get("ranks", 0),
             num_unrated=both.num_unrated,
-            num_without_strength=both.num_without_strength,
-            num_without_steps=both.num_without_steps,
+            num_without_strength=both.missing.get("strength", 0),
+            num_without_steps=both.missing.get("step_labels", 0),
+            missing=both.missing,
             weakest=both.weakest,
             strongest=both.strongest,
         ),

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/step_00000100/rank_00000.safetensors   this rank's flat fp32 weights and moments
                                     …
+                                    buffers.safetensors      persistent buffers of the model, where it has any
                                     commit.json              written last; without it the directory does not count
 
 `commit.json` holds size and sha256 of every file, the partition layout, the step, the configuration and the golden
@@ -11,15 +12,16 @@ scores. Nothing is pickled: loading a checkpoint runs no code from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from rayward.contract.contract import GoldenScore
-from rayward.schema import Frozen
+from rayward.schema import Frozen, Versioned
 
 COMMIT_FILE = "commit.json"
 DAMAGED_FILE = "damaged.json"
+BUFFERS_FILE = "buffers.safetensors"
 COMMIT_VERSION = 1
 
 
@@ -37,7 +39,7 @@ class ParameterEntry(Frozen):
     partition_size: int
 
 
-class Commit(Frozen):
+class Commit(Versioned):
     """Content of `commit.json`.
 
     Attributes:
@@ -47,6 +49,8 @@ class Commit(Frozen):
         validation_accuracy: measured at this step, or None.
     """
 
+    kind: ClassVar[str] = "commit file"
+    remedy: ClassVar[str] = "continue the run with the Rayward that started it, or choose another run.name"
     version: int = COMMIT_VERSION
     step: int
     total_steps: int

@@ -9,14 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs as pafs
-from pydantic import ValidationError
 
 from rayward import storage
 from rayward.contract.contract import GoldenScore
-from rayward.errors import CheckpointError
-from rayward.training.checkpoints.format import COMMIT_FILE, DAMAGED_FILE, Commit, CommittedCheckpoint, FileEntry, ParameterEntry
+from rayward.errors import CheckpointError, CheckpointVersionError
+from rayward.training.checkpoints.format import (
+    BUFFERS_FILE,
+    COMMIT_FILE,
+    DAMAGED_FILE,
+    Commit,
+    CommittedCheckpoint,
+    FileEntry,
+    ParameterEntry,
+)
 from rayward.training.checkpoints.reader import CheckpointReader
-from rayward.training.checkpoints.writer import sha256_of, write_rank_file
+from rayward.training.checkpoints.writer import sha256_of, write_buffers_file, write_rank_file
 from rayward.training.engines.protocol import SharedState
 
 logger = logging.getLogger(__name__)
@@ -33,7 +40,11 @@ class CheckpointStore:
         self.filesystem, self.root = storage.resolve(location)
 
     def committed(self) -> list[CommittedCheckpoint]:
-        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message."""
+        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message.
+
+        Raises:
+            CheckpointVersionError: another Rayward wrote one; going on from an older one would throw its steps away.
+        """
         if not storage.exists(self.filesystem, self.root):
             return []
         directories = [
@@ -50,20 +61,23 @@ class CheckpointStore:
         return found[0] if found else None
 
     def _read(self, directory: str) -> CommittedCheckpoint | None:
-        problem = None
+        problem, file = None, f"{directory}/{COMMIT_FILE}"
         try:
             if storage.exists(self.filesystem, f"{directory}/{DAMAGED_FILE}"):
                 problem = "its content was found damaged"
             else:
-                commit = Commit.model_validate_json(storage.read_text(self.filesystem, f"{directory}/{COMMIT_FILE}"))
+                text = storage.read_text(self.filesystem, file)
+                commit = Commit.parse(text, where=file, error=CheckpointError, other_version=CheckpointVersionError)
                 for name, entry in commit.files.items():
                     info = self.filesystem.get_file_info(f"{directory}/{name}")
                     if info.size != entry.num_bytes:
                         problem = f"{name} has {info.size} bytes instead of {entry.num_bytes}"
         except FileNotFoundError:
             problem = "it was never committed"
-        except (ValidationError, UnicodeDecodeError) as exc:
-            problem = f"its {COMMIT_FILE} is damaged ({type(exc).__name__})"
+        except CheckpointVersionError:
+            raise
+        except (CheckpointError, UnicodeDecodeError) as exc:
+            problem = f"its {COMMIT_FILE} is damaged ({exc})"
         if problem is not None:
             logger.warning("skipping checkpoint %s: %s", directory, problem)
             return None
@@ -78,7 +92,7 @@ class CheckpointStore:
         directory = f"{self.root}/step_{commit.step:08d}"
         name = f"rank_{engine.rank:05d}.safetensors"
         problem: str | None = None
-        entry: FileEntry | None = None
+        files: dict[str, FileEntry] = {}
         try:
             if engine.rank == 0:
                 storage.delete_dir(self.filesystem, directory)
@@ -87,14 +101,16 @@ class CheckpointStore:
             problem = f"rank 0: {exc}"
         if not any(engine.all_gather_object(problem)):
             try:
-                entry = write_rank_file(self.filesystem, f"{directory}/{name}", engine)
+                files[name] = write_rank_file(self.filesystem, f"{directory}/{name}", engine)
+                if engine.rank == 0 and (buffers := engine.buffers()):
+                    files[BUFFERS_FILE] = write_buffers_file(self.filesystem, f"{directory}/{BUFFERS_FILE}", buffers)
             except OSError as exc:
                 problem = f"rank {engine.rank}: {exc}"
-        results = engine.all_gather_object((name, entry, problem))
-        problems = [p for _, _, p in results if p]
+        results = engine.all_gather_object((files, problem))
+        problems = [p for _, p in results if p]
         if engine.rank == 0 and not problems:
             try:
-                self._commit(directory, commit, engine, {n: e for n, e, _ in results})
+                self._commit(directory, commit, engine, {n: e for written, _ in results for n, e in written.items()})
             except OSError as exc:
                 problems = [f"rank 0: {exc}"]
         problems = engine.all_gather_object(problems)[0]
@@ -157,8 +173,13 @@ class CheckpointStore:
                 f"checkpoint {checkpoint.directory}: the content of {', '.join(damaged)} is not what was committed",
                 remedy="the run restarts from the checkpoint before it; check the storage",
             )
-        reader = CheckpointReader(self.filesystem, checkpoint)
-        engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
+        with CheckpointReader(self.filesystem, checkpoint) as reader:
+            engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
+            stored = reader.buffers()
+        for name, buffer in engine.buffers().items():
+            # A checkpoint of an earlier version has none; the model then keeps those that it was built with.
+            if name in stored:
+                buffer.copy_(stored[name])
 
 
 @dataclass(frozen=True, slots=True)

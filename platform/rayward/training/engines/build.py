@@ -13,8 +13,10 @@ from rayward.training.engines.torch import TorchEngine
 
 
 def initialize(engine: Engine, source: WeightSource) -> None:
-    """Fill the weights of a fresh engine from a source."""
+    """Fill the weights and persistent buffers of a fresh engine from a source."""
     engine.load_state(lambda p, _kind: source.read(p.name, p.shape, p.start, p.stop), optimizer_steps=0)
+    for name, buffer in engine.buffers().items():
+        buffer.copy_(source.read(name, tuple(buffer.shape), 0, buffer.numel()).view(buffer.shape))
 
 
 def build_engine(build: ModelBuilder, config: TrainingConfig, *, device: torch.device | None = None) -> Engine:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rayward.batch.layout import LanguageLossTokens, PackedBatch
 from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
+from rayward.model.weights import persistent_buffers
 from rayward.training.engines.operator import load_operator
 from rayward.training.engines.optimizer import adamw, prepare_model
 from rayward.training.engines.protocol import CPU, STATE_KINDS, ModelBuilder, Partition, StateKind
@@ -84,6 +85,9 @@ class DeepSpeedEngine:
             start = min(self.rank * size, numel)
             result.append(Partition(name, tuple(parameter.ds_shape), start, min(start + size, numel)))
         return result
+
+    def buffers(self) -> dict[str, Tensor]:
+        return persistent_buffers(self.reward_model.model)
 
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state

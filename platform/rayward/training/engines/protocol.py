@@ -85,6 +85,10 @@ class State(Protocol):
         """This rank's share of every parameter, in model order."""
         ...
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers of the model, whole on every rank; they are no parameters, and state all the same."""
+        ...
+
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
         """Flat fp32 values of one partition."""
         ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from rayward.batch.layout import LanguageLossTokens, PackedBatch
 from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import language_loss_tensors, to_tensors
+from rayward.model.weights import persistent_buffers
 from rayward.training.engines.optimizer import adamw, prepare_model
 from rayward.training.engines.protocol import CPU, STATE_KINDS, ModelBuilder, Partition, StateKind
 
@@ -54,6 +55,9 @@ class TorchEngine:
 
     def partitions(self) -> list[Partition]:
         return [Partition(name, tuple(p.shape), 0, p.numel()) for name, p in self._parameters.items()]
+
+    def buffers(self) -> dict[str, Tensor]:
+        return persistent_buffers(self.reward_model.model)
 
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
         parameter = self._parameters[partition.name]
