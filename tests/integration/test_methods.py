@@ -189,13 +189,14 @@ def test_a_mixture_of_objectives_on_the_model_of_all_pairs() -> None:
 
 def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_two() -> None:
     from rayward.scoring.load import load_scored_model
-    from rayward.workflows.merge import merge_pipeline
+    from rayward.workflows.merge import merge
 
     start = train(recipe("regression", "run.name=correctness", "data.attributes=[correctness]", "objective.weights=null"))
     tuned = resumed(recipe("scaled_from_regression", "training.learning_rate=1e-3", "training.max_steps=20", "checkpoint.every_steps=10"))
     first = json.loads((tuned.parent / "metrics.jsonl").read_text().splitlines()[0])
     assert first["accuracy"] > 0.55  # it did not start from a random head
-    merged = merge_pipeline(Path("runs/expo").resolve(), [str(start), str(tuned)], (1.0 - 1.52, 1.52))
+    merged = Path("runs/expo").resolve()
+    merge([start, tuned], (1.0 - 1.52, 1.52), merged)
     ensemble = Path("runs/ensemble")
     ensemble.mkdir()
     (ensemble / "ensemble.json").write_text(json.dumps({"rule": "mean", "members": [str(merged), str(tuned)]}))

@@ -7,10 +7,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import psutil
@@ -225,7 +226,7 @@ def test_full_queue_is_refused_with_a_retryable_503(app: ModuleType, config: Sco
     app.serve.delete(f"{APP}-small")
 
 
-def outcome(client: RewardClient, items: list[dict[str, object]]) -> type:
+def outcome(client: RewardClient, items: Sequence[Mapping[str, Any]]) -> type:
     try:
         return type(client.score_items(items))
     except OverloadedError as exc:

@@ -135,7 +135,7 @@ def test_a_recipe_has_the_shape_of_its_model(path: Path, tmp_path: Path) -> None
         model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=with_language)
     sizes = {name: parameter.numel() for name, parameter in model.model.named_parameters()}
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert sizes["score.weight"] == len(config.outputs) * model.model.score.in_features  # type: ignore[operator,union-attr]
+    assert sizes["score.weight"] == len(config.outputs) * model.model.score.in_features
     assert hasattr(model.model, "lm_head") == with_language
     assert model.layout == ("padded" if hf_config.model_type == "gptj" else "packed")  # GPT-J brings an attention of its own
     embedding = model.model.get_input_embeddings().weight.numel()
