@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from tests.helpers.jobs import make_job, make_prepared, run_session
 from tests.helpers.prepared import make_manifest, prepared_row, write_prepared
-from tests.helpers.ranks import Group, PartitionedEngine
+from tests.helpers.ranks import Group, PartitionedEngine, State
 from tests.helpers.training import draft
 
 from rayward import storage
@@ -31,6 +32,7 @@ from rayward.evaluation.held_out import read_prepared, read_raw
 from rayward.scoring.scorer import Scorer
 from rayward.training.checkpoints.format import COMMIT_FILE
 from rayward.training.checkpoints.store import CheckpointStore, choose_checkpoint
+from rayward.training.engines.protocol import STATE_KINDS
 from rayward.workflows.export import export
 
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
@@ -131,7 +133,7 @@ def test_checkpoints_are_written_pruned_damaged_and_loaded(bucket: str, caplog: 
     store = CheckpointStore(f"{bucket}/run/checkpoints")
     assert store.latest() is None
     shapes: dict[str, tuple[int, ...]] = {"matrix": (7, 5), "vector": (11,)}
-    state = {(name, kind): torch.randn(35 if name == "matrix" else 11) for name in shapes for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    state: State = {(name, kind): torch.randn(math.prod(shape)) for name, shape in shapes.items() for kind in STATE_KINDS}
     for step in (1, 2, 3):
         group = Group(2)
         saved = group.run(lambda rank: store.save(PartitionedEngine(group, rank, shapes, state), draft(step, keep_last=2)))  # noqa: B023

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from rayward import storage
-from rayward.training import tracking
 from rayward.training.tracking import MetricsLog, follow
 
 METRICS = {"loss": 0.5, "accuracy": 0.75, "margin": 1.5, "gradient_norm": 2.0, "tokens_per_s": 1000.0, "comparisons_per_s": 12.5}
@@ -140,7 +139,7 @@ def test_storage_that_does_not_answer_is_asked_again(
             raise answer
         return answer
 
-    monkeypatch.setattr(tracking.storage, "read_text", read)
+    monkeypatch.setattr(storage, "read_text", read)
     nothing: list[Any] = [lambda: None] * 3
     assert shown(str(tmp_path), 1, *nothing, capsys=capsys) == ["after all"]
 
