@@ -1,7 +1,7 @@
 """Every method by its recipe: trains on ZeRO-3, exports, passes its contract, is evaluated and scored over HTTP, and has learned.
 
-Real here: the recipes as they ship (with a smaller model and fewer rows), Ray Data, Ray Train with two workers, Ray Serve. Three methods and the
-mixture stand for the kinds of reading; the whole table, critiques and the extrapolation are drills.
+Real here: the recipes as they ship (with a smaller model and fewer rows), Ray Data, Ray Train with two workers, Ray Serve.
+Three methods and the mixture stand for the kinds of reading; the whole table, critiques and the extrapolation are drills.
 """
 
 from __future__ import annotations
