@@ -140,6 +140,7 @@ def test_only_what_runs_on_ray_or_starts_a_job_connects_to_it() -> None:
     assert {i.module for i in IMPORTS if i.target == "rayward.cluster"} <= MAY_IMPORT_RAY | {
         "cli",
         "demo.settings",
+        "scoring.verify",
         "workflows.evaluate",
         "workflows.train",
     }

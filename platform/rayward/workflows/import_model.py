@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ from rayward.model.reward_model import RewardModel
 from rayward.scoring.scorer import FOREIGN_MAX_TOKENS, Scorer
 from rayward.scoring.verify import pick_device, read_config
 
-if TYPE_CHECKING:
-    from rayward.scoring.scored_model import Device
-
-
 ORIGIN_FILE = "import.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,7 +32,7 @@ def import_model(
     max_tokens: int | None = None,
     outputs: tuple[str, ...] = (),
     weights: tuple[float, ...] = (),
-    device: Device = "auto",
+    device: str = "auto",
     tokens_per_batch: int = 8192,
 ) -> Contract:
     """Write a checkpoint of others as an export: the contract derives from its tokenizer, the golden scores from its own forward.
@@ -59,7 +55,7 @@ def import_model(
         config, tokenizer = read_config(source), load_tokenizer(str(source))
         dtype = _dtype(config)
         rules = Contract.from_tokenizer(tokenizer, max_tokens=_limit(config, max_tokens)).model_copy(update={"dtype": dtype})
-        model = load_reward_model(source, device=pick_device(device), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
+        model = load_reward_model(source, device=pick_device(cast(Any, device)), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
         scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})

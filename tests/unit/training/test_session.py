@@ -25,7 +25,8 @@ from rayward.objectives.table import OBJECTIVES
 from rayward.training.checkpoints.store import CheckpointStore
 from rayward.training.engines.protocol import STATE_KINDS
 from rayward.training.engines.torch import TorchEngine
-from rayward.training.session import Job, Session, golden_scores, resume_point
+from rayward.training.golden import golden_scores
+from rayward.training.session import Job, Session, resume_point
 
 
 @pytest.fixture(scope="module")
