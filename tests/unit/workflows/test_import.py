@@ -229,3 +229,40 @@ def test_heads_of_other_frameworks_score_as_they_did(tmp_path: Path, kind: str, 
     assert rewards(imported) == pytest.approx(rewards(Scorer.load(tmp_path / "source", device="cpu")), abs=1e-5)
     told = capsys.readouterr().out
     assert ("the reward head is" in told) == (kind in ("llama_factory", "openrlhf"))
+
+
+def mlp_head(hidden_size: int) -> dict[str, torch.Tensor]:
+    shapes = {"score.0.weight": (24, hidden_size), "score.0.bias": (24,), "score.2.weight": (1, 24), "score.2.bias": (1,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("kind", ["bias", "layers", "value_head_file", "value_head_prefix", "wrapped"])
+def test_heads_of_other_frameworks_are_imported_with_verified_scores(tmp_path: Path, kind: str) -> None:
+    make_foreign(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
+    weight = tensors["score.weight"]
+    if kind == "bias":
+        tensors["score.bias"] = torch.tensor([2.5])
+    elif kind == "wrapped":
+        tensors = {f"module._orig_mod.{name}": value for name, value in tensors.items()}
+    else:
+        del tensors["score.weight"]
+    if kind == "layers":
+        tensors |= mlp_head(weight.shape[1])
+    elif kind == "value_head_file":
+        save_file({"v_head.summary.weight": weight, "v_head.summary.bias": torch.tensor([0.5])}, file.with_name("value_head.safetensors"))
+    elif kind == "value_head_prefix":
+        tensors["value_score.weight"] = weight
+        config = json.loads((tmp_path / "source" / "config.json").read_text())
+        (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "value_head_prefix": "value_score"}))
+    save_file(tensors, file, metadata={"format": "pt"})
+    contract = import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+    assert contract.golden
+    imported, foreign = Scorer.load(tmp_path / "model", device="cpu"), Scorer.load(tmp_path / "source", device="cpu")
+    assert rewards(imported) == pytest.approx(rewards(foreign), abs=1e-5)
+    shift = {"bias": 2.5, "value_head_file": 0.5}.get(kind, 0.0)
+    if kind != "layers":
+        make_foreign(tmp_path / "plain")
+        plain = Scorer.load(tmp_path / "plain", device="cpu")
+        assert rewards(imported) == pytest.approx([value + shift for value in rewards(plain)], abs=1e-5)
