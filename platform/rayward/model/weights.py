@@ -34,6 +34,8 @@ WRAPPERS = ("module.", "base_model.model.", "pretrained_model.")
 """What training frameworks put before the names of a model that they wrapped: DDP and DeepSpeed, PEFT, TRL."""
 WRAPPERS_INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch.compile, FSDP and activation checkpointing put anywhere into them."""
+TEXT_MODEL = "language_model."
+"""What vision-language models put before the names of the text model inside, and their own `model.` before that."""
 VALUE_HEADS = ("v_head.summary.", "v_head.", "value_head.")
 """Names of a reward head in other frameworks (TRL and LLaMA-Factory, InternLM, OpenRLHF), here called `score`."""
 
@@ -122,9 +124,17 @@ class Checkpoint:
                 opened[file] = safe_open(directory / file, framework="pt")
             return opened[file].get_slice(key)
 
-        checkpoint = cls(directory, {}, {}, tuple(_notes([key for key, _, _ in tensors], prefixes)))
+        notes = [*_notes([key for key, _, _ in tensors], prefixes)]
+        wrapped = isinstance(config.get("text_config"), dict) and any(TEXT_MODEL in key for key, _, _ in tensors)
+        if wrapped:
+            notes.append("the text model inside is used, and what belongs to other kinds of input is left out")
+        checkpoint = cls(directory, {}, {}, tuple(notes))
         for key, file, shape in tensors:
             name = _plain_name(key, prefixes)
+            if wrapped:
+                name = _text_name(name)
+            if not name:
+                continue
             if name in checkpoint.views:
                 raise ModelLoadError(
                     f"{checkpoint.stored_names[name]} and {key} in {directory} are both the tensor {name}",
@@ -142,6 +152,14 @@ def _plain_name(key: str, value_heads: tuple[str, ...]) -> str:
         key = key.removeprefix(prefix)
     prefix = next((p for p in value_heads if key.startswith(p)), None)
     return key if prefix is None else HEAD_PREFIX + key.removeprefix(prefix)
+
+
+def _text_name(name: str) -> str:
+    # The name that a tensor of a vision-language model has in its text model alone; empty for the other parts.
+    if name.startswith(HEAD_PREFIX) or name == LANGUAGE_HEAD:
+        return name
+    _, found, inner = name.partition(TEXT_MODEL)
+    return inner if not found or inner == LANGUAGE_HEAD else f"model.{inner.removeprefix('model.')}"
 
 
 def _notes(keys: Iterable[str], value_heads: tuple[str, ...]) -> Iterator[str]:
