@@ -77,12 +77,11 @@ def _plain_attention(model: RewardModel) -> Iterator[None]:
     if model.layout == "padded":
         yield
         return
-    kind = model.attention
     model.model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        model.set_attention(kind)
+        model.use_packed_attention()
 
 
 def _generate(model: RewardModel, openings: Sequence[Opening], *, end_id: int, banned_id: int, temperature: float) -> list[list[int]]:

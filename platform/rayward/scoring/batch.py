@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray.data
 
-from rayward.cluster import Deferred
+from rayward.cluster import Deferred, actor_options
 from rayward.errors import DataError, marking
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def feature_dataset(
         batch_size=ROWS_PER_CALL,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=concurrency),
-        num_gpus=gpus_per_actor,
+        **actor_options(gpus_per_actor),
     )
 
 
@@ -118,7 +118,7 @@ def score_dataset(
     Args:
         dataset: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
         model: directory of an export, or of any Hugging Face sequence-classification model.
-        device: of each scorer.
+        device: of each scorer; `auto` takes CUDA when the actors reserve GPUs.
         concurrency: actors, each holding one scorer.
         tokens_per_batch: token budget of one forward.
         gpus_per_actor: GPUs that each actor reserves.
@@ -136,7 +136,7 @@ def score_dataset(
         batch_size=ROWS_PER_CALL,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=concurrency),
-        num_gpus=gpus_per_actor,
+        **actor_options(gpus_per_actor),
     )
 
 

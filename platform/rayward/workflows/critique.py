@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import ray.data
 
 from rayward import storage
-from rayward.cluster import Deferred, connect, ray_errors
+from rayward.cluster import Deferred, actor_options, connect, ray_errors
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.data.prepared import LABEL_COLUMNS
@@ -126,7 +126,7 @@ def _run(
         batch_size=ROWS_PER_BLOCK,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(writers, len(blocks))),
-        num_gpus=gpus,
+        **actor_options(gpus),
     )
     with ray_errors():
         total = sum(row["num_rows"] for row in written.take_all())

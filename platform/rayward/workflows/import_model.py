@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from rayward.errors import ConfigError
 from rayward.evaluation.card import write_model_card
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import RewardModel
+from rayward.model.weights import Checkpoint
 from rayward.scoring.scorer import FOREIGN_MAX_TOKENS, Scorer
 from rayward.scoring.verify import pick_device, read_config
-
-if TYPE_CHECKING:
-    from rayward.scoring.scored_model import Device
-
+from rayward.workflows.console import console
 
 ORIGIN_FILE = "import.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +34,7 @@ def import_model(
     max_tokens: int | None = None,
     outputs: tuple[str, ...] = (),
     weights: tuple[float, ...] = (),
-    device: Device = "auto",
+    device: str = "auto",
     tokens_per_batch: int = 8192,
 ) -> Contract:
     """Write a checkpoint of others as an export: the contract derives from its tokenizer, the golden scores from its own forward.
@@ -59,10 +57,12 @@ def import_model(
         config, tokenizer = read_config(source), load_tokenizer(str(source))
         dtype = _dtype(config)
         rules = Contract.from_tokenizer(tokenizer, max_tokens=_limit(config, max_tokens)).model_copy(update={"dtype": dtype})
-        model = load_reward_model(source, device=pick_device(device), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
+        model = load_reward_model(source, device=pick_device(cast(Any, device)), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
         scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})
+        for note in Checkpoint.open(source).notes:
+            console.print(f"note: {note}")
         writer.write_tokenizer(tokenizer, contract)
         writer.write_weights(_tensors(model, len(tokenizer)))
         hf_config = model.model.config

@@ -18,6 +18,7 @@ from rayward.model.reward_model import RewardModel
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+CPU = torch.device("cpu")
 ModelBuilder = Callable[[torch.dtype], RewardModel]
 
 

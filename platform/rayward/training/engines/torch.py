@@ -13,16 +13,16 @@ from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import language_loss_tensors, to_tensors
 from rayward.model.weights import persistent_buffers
 from rayward.training.engines.optimizer import adamw, prepare_model
-from rayward.training.engines.protocol import STATE_KINDS, ModelBuilder, Partition, StateKind
+from rayward.training.engines.protocol import CPU, STATE_KINDS, ModelBuilder, Partition, StateKind
 
 
 class TorchEngine:
     """One process, fp32 parameters, torch AdamW: the yardstick for tests and benchmarks."""
 
-    def __init__(self, build: ModelBuilder, config: TrainingConfig) -> None:
+    def __init__(self, build: ModelBuilder, config: TrainingConfig, *, device: torch.device = CPU) -> None:
         self.rank, self.world_size = 0, 1
         self.data_parallel_rank, self.data_parallel_size = 0, 1
-        self.device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
+        self.device = device
         self.reward_model = build(torch.float32).to(self.device)
         prepare_model(self.reward_model, config)
         self._clip_norm = config.clip_norm
