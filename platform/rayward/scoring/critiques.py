@@ -12,6 +12,7 @@ from rayward.errors import ContractError, TooLongError
 from rayward.model.generation import Opening, generate
 from rayward.model.reward_model import RewardModel
 from rayward.schema import digest
+from rayward.scoring.scored_model import encoding_error
 from rayward.wire.items import ItemError, ScoreItem
 
 MAX_CRITIQUE_TOKENS = 1024
@@ -37,10 +38,8 @@ class CritiqueWriter:
         for item in items:
             try:
                 openings.append([opening for text in item.completions for opening in self._openings(item, text)])
-            except TooLongError as exc:
-                openings.append(ItemError("too_long", exc.problem))
             except ContractError as exc:
-                openings.append(ItemError("template", exc.problem))
+                openings.append(encoding_error(exc))
         written: dict[int, list[str]] = {}
         for temperature in sorted({item.temperature for item in items}):
             members = [i for i, item in enumerate(items) if item.temperature == temperature and isinstance(openings[i], list)]

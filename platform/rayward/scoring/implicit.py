@@ -22,12 +22,12 @@ from rayward.contract.contract import Contract
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
-from rayward.errors import ContractError, ModelLoadError, TooLongError
+from rayward.errors import ContractError, ModelLoadError
 from rayward.model.language_model import LanguageModel
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.combining import ImplicitRule
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.scored_model import Device, ModelFacts, check_ids, encoding_error
 from rayward.scoring.verify import pick_device, read_config
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -98,10 +98,8 @@ class ImplicitScorer:
                 continue
             try:
                 encoded.append((index, self._encode(item)))
-            except TooLongError as exc:
-                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
             except ContractError as exc:
-                results[index] = ItemResult(error=ItemError("template", exc.problem))
+                results[index] = ItemResult(error=encoding_error(exc))
         log_probs = [self._log_probs(model, [comparison for _, comparison in encoded]) for model in self._models]
         for (index, comparison), policy, reference in zip(encoded, *log_probs, strict=True):
             results[index] = self._result(items[index], comparison, policy, reference)
@@ -109,6 +107,7 @@ class ImplicitScorer:
 
     def _encode(self, item: ScoreItem) -> EncodedComparison:
         split = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+        check_ids((encoding.ids for encoding in split), min(model.num_embeddings for model in self._models))
         shortest = min(encoding.text_start for encoding in split)
         shared = next((i for i in range(shortest) if len({encoding.ids[i] for encoding in split}) > 1), shortest)
         # Completions that were cut differently, or whose first token swallowed the end of the prompt, start where they differ.

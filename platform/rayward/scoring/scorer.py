@@ -23,14 +23,15 @@ from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
-from rayward.errors import ContractError, ModelLoadError, TooLongError
-from rayward.model.build import load_reward_model
+from rayward.errors import ContractError, ModelLoadError
+from rayward.model.build import load_reward_model, read_hf_config
+from rayward.model.capabilities import context_length, position_limit
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.scored_model import Device, ModelFacts, check_ids, encoding_error
 from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -77,7 +78,8 @@ class Scorer:
         )
         # A pad token that the contract added to a foreign tokenizer has no embedding; masked positions may hold any id.
         pad = encoder.contract.pad_token_id
-        self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
+        self._vocabulary = len(cast(torch.Tensor, model.model.get_input_embeddings().weight))
+        self._pad_id = pad if pad < self._vocabulary else 0
 
     @classmethod
     def load(
@@ -136,9 +138,7 @@ class Scorer:
     def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
-        context = config.get("max_position_embeddings")
-        limit = min(FOREIGN_MAX_TOKENS, context) if isinstance(context, int) else FOREIGN_MAX_TOKENS
-        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit)
+        limit = min(FOREIGN_MAX_TOKENS, context_length(read_hf_config(directory)) or FOREIGN_MAX_TOKENS)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
         labels = int(model.model.config.num_labels or 0)
@@ -147,7 +147,8 @@ class Scorer:
                 f"{directory.name} has {labels} outputs and no {CONTRACT_FILE} that says how they become a reward",
                 remedy="use a model with one output, or one that Rayward exported",
             )
-        contract = contract.model_copy(
+        limit = min(limit, position_limit(model.model) or limit)
+        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit).model_copy(
             update={
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_sha256": head_sha256(model.model.state_dict()),
@@ -167,8 +168,8 @@ class Scorer:
         """Rewards or an error for each item, in order.
 
         Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
-        `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none), `no_critiques` (the model
-        writes none).
+        `token_out_of_range` (an id that the model has no embedding for), `non_finite` (the model gave NaN or Inf), `unknown_weights`,
+        `no_normaliser` (the contract has none), `no_critiques` (the model writes none).
         """
         results: list[ItemResult | None] = [None] * len(items)
         parts: list[_Part] = []
@@ -179,10 +180,9 @@ class Scorer:
                 continue
             try:
                 conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
-            except TooLongError as exc:
-                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
+                check_ids((conversation.ids for conversation in conversations), self._vocabulary)
             except ContractError as exc:
-                results[index] = ItemResult(error=ItemError("template", exc.problem))
+                results[index] = ItemResult(error=encoding_error(exc))
             else:
                 parts += [_Part(index, c) for c in self._split(index, conversations, gated=self.contract.gate is not None)]
         outputs = self._forward([part.comparison for part in parts], self._outputs)
@@ -264,8 +264,9 @@ class Scorer:
         for index, item in enumerate(items):
             try:
                 conversations = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+                check_ids((conversation.ids for conversation in conversations), self._vocabulary)
             except ContractError as exc:
-                results.append(ItemError("too_long" if isinstance(exc, TooLongError) else "template", exc.problem))
+                results.append(encoding_error(exc))
                 continue
             comparisons = self._split(index, conversations, gated=True)
             found = self._forward(comparisons, lambda batch: torch.stack(self._model.features(batch), dim=1))

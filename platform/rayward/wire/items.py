@@ -33,7 +33,8 @@ class ScoreItem:
 
 @dataclass(frozen=True, slots=True)
 class ItemError:
-    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`."""
+    """Why one item has no rewards. Codes: `too_long`, `template`, `token_out_of_range`, `non_finite`, `unknown_weights`, `no_normaliser`,
+    `no_critiques`."""
 
     code: str
     message: str
