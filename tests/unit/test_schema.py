@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,13 +36,13 @@ class Whole(Versioned):
     name: str
     scale: float = 1.0
     parts: tuple[Part, ...] = ()
-    by_name: dict[str, Part] = Field(default_factory=dict)
+    by_name: Mapping[str, Part] = Field(default_factory=dict)
 
 
 class LaterWhole(Whole):
     version: int = 4
     parts: tuple[LaterPart, ...] = ()
-    by_name: dict[str, LaterPart] = Field(default_factory=dict)
+    by_name: Mapping[str, LaterPart] = Field(default_factory=dict)
     colour: str = "red"
     inner: LaterPart = LaterPart(name="x")
 
