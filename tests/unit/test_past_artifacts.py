@@ -17,6 +17,7 @@ from tests.helpers.models import CONVERSATIONS
 from rayward.config.data import DataConfig
 from rayward.config.model import ModelConfig
 from rayward.config.run import Config
+from rayward.config.training import TrainingConfig
 from rayward.contract.contract import Contract, GoldenScore
 from rayward.data import prepared as prepared_module
 from rayward.data.prepare import inputs
@@ -82,6 +83,8 @@ def test_a_later_field_counts_as_soon_as_it_is_set() -> None:
     golden = (contract.golden[0].model_copy(update={"later_number": 1.0}),)
     changed = [contract.model_copy(update={"later_choice": "x"}), contract.model_copy(update={"golden": golden})]
     assert len({c.model_version() for c in (contract, *changed)}) == 3
+    # A rule of text that nobody has classified is taken for one: prepared data is made again rather than read by other rules.
+    assert len({c.fingerprint() for c in (contract, *changed)}) == 2
 
 
 def test_a_contract_with_every_field_is_read_as_it_was_written() -> None:
@@ -179,6 +182,18 @@ def test_a_run_is_continued_by_a_rayward_with_more_settings(tmp_path: Path, monk
     assert resume_point(later_job) is not None
     with pytest.raises(ConfigError, match=r"model: .*'later_number': 0\.5.* -> .*'later_number': 0\.75"):
         resume_point(job_with(later_number=0.75))
+
+
+FREE = {
+    "num_workers", "tokens_per_microbatch", "num_epochs", "max_steps", "gradient_checkpointing", "engine", "log_every_steps",
+    "evaluate_every_steps", "max_failures", "cpus_per_worker", "gpus_per_worker", "threads_per_worker",
+}  # fmt: skip
+"""Settings of training that do not decide the trajectory, besides by the number of steps."""
+
+
+def test_every_setting_of_training_decides_the_trajectory_or_is_free() -> None:
+    assert set(TrainingConfig.model_fields) - set(Trajectory.model_fields) == FREE, "a new setting belongs into Trajectory or into FREE"
+    assert set(Config.model_fields) == {"run", "data", "model", "objective", "training", "checkpoint", "tracking"}
 
 
 def test_a_run_is_not_continued_when_a_default_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
