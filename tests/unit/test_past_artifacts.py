@@ -97,7 +97,7 @@ def test_a_contract_with_every_field_is_read_as_it_was_written() -> None:
 @pytest.mark.parametrize("name", ["export_v1", "mixture_v1", "ensemble_v1", "ensemble_unversioned", "implicit_v1"])
 def test_what_scores_is_loaded_verified_and_scored(name: str) -> None:
     check_model(FIXTURES / name)
-    scorer = load_scored_model(FIXTURES / name, device="cpu")
+    scorer = load_scored_model(FIXTURES / name)
     results = scorer.score([ScoreItem(cast(Any, prompt), (completion,)) for prompt, completion in CONVERSATIONS])
     assert all(result.rewards for result in results)
     if name in VERSIONS:
@@ -105,7 +105,7 @@ def test_what_scores_is_loaded_verified_and_scored(name: str) -> None:
 
 
 def test_a_rule_without_a_version_is_the_same_model() -> None:
-    one, other = (load_scored_model(FIXTURES / name, device="cpu").version for name in ("ensemble_v1", "ensemble_unversioned"))
+    one, other = (load_scored_model(FIXTURES / name).version for name in ("ensemble_v1", "ensemble_unversioned"))
     assert one == other == "5f933ea99787"
 
 
@@ -219,8 +219,8 @@ def test_settings_that_are_not_known_here_are_named(tmp_path: Path) -> None:
 READERS: tuple[tuple[str, str, type[RaywardError], Callable[[Path], object]], ...] = (
     ("contract_v1", "contract.json", ContractError, Contract.load),
     ("export_v1", "contract.json", ContractError, check_model),
-    ("export_v1", "contract.json", ContractError, lambda path: load_scored_model(path, device="cpu", verify=False)),
-    ("mixture_v1", "contract.json", ContractError, lambda path: load_scored_model(path, device="cpu")),
+    ("export_v1", "contract.json", ContractError, load_scored_model),
+    ("mixture_v1", "contract.json", ContractError, load_scored_model),
     ("prepared_v3", "manifest.json", DataError, lambda path: PreparedData.load(str(path))),
     ("prepared_v3", "manifest.json", DataError, lambda path: PreparedData.find(str(path))),
     ("ensemble_v1", "ensemble.json", ModelLoadError, load_scored_model),
