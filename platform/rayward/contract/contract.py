@@ -39,8 +39,14 @@ Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
 """What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
 
 
-RULES_OF_TEXT = frozenset({"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens", "critique_lead_in"})
-"""Fields of a contract that decide the token ids of a text and the position that is read."""
+NO_RULES_OF_TEXT = frozenset(
+    {
+        "template_source", "pad_token", "pad_token_id", "outputs", "reward_weights", "weight_sets", "gate", "reading", "normaliser",
+        "dtype", "golden", "golden_tolerance", "files", "head_sha256",
+    }
+)  # fmt: skip
+"""Fields of a contract that do not decide the token ids of a text and the position that is read; a field that is added does, until it is
+named here."""
 
 
 class GoldenScore(Frozen):
@@ -202,7 +208,7 @@ class Contract(Versioned):
 
     def fingerprint(self) -> str:
         """Hash of the rules that turn text into ids and a position (not of weights, files or golden scores)."""
-        return identity(self, include=RULES_OF_TEXT)
+        return identity(self, exclude=NO_RULES_OF_TEXT)
 
 
 def verify_files(contract: Contract, directory: Path) -> None:
