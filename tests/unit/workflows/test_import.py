@@ -181,6 +181,8 @@ def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match="random numbers"):
         import_model(headless, tmp_path / "again", device="cpu")
+    with pytest.raises(ModelLoadError, match="neither a local directory nor a hub model"):
+        import_model(Path("nobody/nothing"), tmp_path / "again", device="cpu")
     assert not (tmp_path / "again").exists()
 
 
