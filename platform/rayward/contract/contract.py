@@ -25,7 +25,7 @@ from rayward.contract.conversation import Message
 from rayward.contract.reading import RewardReadout
 from rayward.contract.tokenizer import bos_for_plain, pick_pad, pick_template
 from rayward.contract.weight_sets import WEIGHT_SETS
-from rayward.errors import ContractError, ContractMismatchError
+from rayward.errors import ContractError, ContractMismatchError, UnverifiedError
 from rayward.schema import Frozen, Versioned, file_sha256, identity, write_atomically
 
 if TYPE_CHECKING:
@@ -181,6 +181,21 @@ class Contract(Versioned):
             if set(weights) <= set(outputs)
         }
         return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets, "reading": reading})
+
+    def require_golden(self, where: object) -> None:
+        """Refuse a contract that holds nothing to verify the scores by.
+
+        Args:
+            where: the model, for the message.
+
+        Raises:
+            UnverifiedError: there are no golden scores.
+        """
+        if not self.golden:
+            raise UnverifiedError(
+                f"the contract of {where} holds no golden scores, so nothing says that it scores as it did",
+                remedy="export the model again, or ask for it unverified: --no-verify (commands), verify_golden: false (server)",
+            )
 
     def model_version(self) -> str:
         """Twelve hex digits that identify the exported model: everything here but the normaliser (see `schema.identity`)."""

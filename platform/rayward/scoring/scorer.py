@@ -32,7 +32,7 @@ from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.scored_model import Device, ModelFacts, check_ids, encoding_error
-from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
+from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
@@ -118,8 +118,7 @@ class Scorer:
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
-            if not contract.golden:
-                raise unverified(str(directory))
+            contract.require_golden(directory)
             verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
         model = load_reward_model(
@@ -212,8 +211,7 @@ class Scorer:
             ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
         """
         contract = self.contract
-        if not contract.golden:
-            raise unverified(self.model_id)
+        contract.require_golden(self.model_id)
         for index, golden in enumerate(contract.golden):
             ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
