@@ -18,6 +18,7 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.jobs import make_job, make_prepared, run_session
 from tests.helpers.models import make_export
 from tests.helpers.training import tiny_model
+from torch.nn.attention.flex_attention import BlockMask
 
 from rayward.batch.layout import pack
 from rayward.cluster import actor_options, device_environment, gpu_reserved
@@ -73,7 +74,7 @@ def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPa
     from rayward.model import attention
 
     def flex(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[str, None]:
-        assert isinstance(mask, attention.BlockMask)
+        assert isinstance(mask, BlockMask)
         return f"flex {kwargs['scaling']}", None
 
     batch = pack(random_comparisons(3, seed=1))
