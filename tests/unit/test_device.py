@@ -71,7 +71,6 @@ def test_a_model_computes_where_its_batch_is() -> None:
 
 
 def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn.attention.flex_attention import BlockMask
 
     from rayward.model import attention
 
