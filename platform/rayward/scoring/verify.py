@@ -68,7 +68,9 @@ def pick_device(device: Device) -> torch.device:
         return torch.device("cuda")
     if device == "cuda":
         problem = "Ray reserved no GPU for this process" if unreserved else "torch sees no GPU"
-        raise ModelLoadError(f"device is cuda and {problem}", remedy="use device: cpu, or reserve a GPU (gpus_per_replica, gpus_per_actor)")
+        raise ModelLoadError(
+            f"device is cuda and {problem}", remedy="use device: cpu, or reserve a GPU (gpus_per_scorer, gpus_per_writer, gpus_per_replica)"
+        )
     return torch.device("cpu")
 
 
