@@ -14,7 +14,6 @@ import ray.data
 
 from rayward import cluster
 
-
 # Ray Data 2.60 warns about its own deprecated settings when it makes its context.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 
