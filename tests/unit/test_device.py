@@ -70,10 +70,12 @@ def test_a_model_computes_where_its_batch_is() -> None:
 
 
 def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from rayward.model import attention
 
     def flex(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[str, None]:
-        assert isinstance(mask, attention.BlockMask)
+        assert isinstance(mask, BlockMask)
         return f"flex {kwargs['scaling']}", None
 
     batch = pack(random_comparisons(3, seed=1))

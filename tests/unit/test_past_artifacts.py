@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import create_model
-from tests.fixtures.make import CONVERSATIONS, FIXTURES, IDENTIFIED, MAKERS, NUM_STEPS, continue_run, defaults_of, run_config, run_job
+from tests.fixtures.make import FIXTURES, IDENTIFIED, MAKERS, NUM_STEPS, continue_run, defaults_of, run_config, run_job
+from tests.helpers.models import CONVERSATIONS
 
 from rayward.config.data import DataConfig
 from rayward.config.model import ModelConfig
@@ -42,7 +43,7 @@ def later(record: type[Any], **fields: Any) -> type[Any]:
     return create_model(f"Later{record.__name__}", __base__=record, **LATER, **fields)
 
 
-LaterGoldenScore = later(GoldenScore)
+LaterGoldenScore: Any = later(GoldenScore)
 LaterContract = later(Contract, golden=(tuple[LaterGoldenScore, ...], ()))
 LaterManifest = later(Manifest)
 LaterModelConfig = later(ModelConfig)
@@ -94,7 +95,7 @@ def test_a_contract_with_every_field_is_read_as_it_was_written() -> None:
 def test_what_scores_is_loaded_verified_and_scored(name: str) -> None:
     check_model(FIXTURES / name)
     scorer = load_scored_model(FIXTURES / name, device="cpu")
-    results = scorer.score([ScoreItem(prompt, (completion,)) for prompt, completion in CONVERSATIONS])
+    results = scorer.score([ScoreItem(cast(Any, prompt), (completion,)) for prompt, completion in CONVERSATIONS])
     assert all(result.rewards for result in results)
     if name in VERSIONS:
         assert scorer.version == VERSIONS[name][0]

@@ -41,7 +41,7 @@ class Whole(Versioned):
 class LaterWhole(Whole):
     version: int = 4
     parts: tuple[LaterPart, ...] = ()
-    by_name: dict[str, LaterPart] = Field(default_factory=dict)
+    by_name: dict[str, LaterPart] = Field(default_factory=dict)  # type: ignore[assignment]
     colour: str = "red"
     inner: LaterPart = LaterPart(name="x")
 

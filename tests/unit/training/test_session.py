@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,7 +203,8 @@ def test_settings_that_do_not_decide_the_trajectory_may_change(tmp_path: Path, p
     job = make_job(tmp_path, prepared)
     with pytest.raises(StreamOrderError):
         run_session(job, prepared, stop_after=3)
-    found = resume_point(make_job(tmp_path, prepared, **{key: value}))
+    changed: dict[str, Any] = {key: value}
+    found = resume_point(make_job(tmp_path, prepared, **changed))
     assert found is not None
     assert found.commit.step == 2
 
