@@ -65,7 +65,7 @@ def split_options(location: str) -> tuple[str, str]:
 
 def read_text(filesystem: pafs.FileSystem, path: str) -> str:
     """Raises FileNotFoundError or OSError."""
-    with filesystem.open_input_stream(path) as stream:
+    with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read()).decode("utf-8")
 
 
@@ -76,7 +76,7 @@ def write_text(filesystem: pafs.FileSystem, path: str, text: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), data)
         return
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
 
 
@@ -105,6 +105,6 @@ def localized(location: str, *names: str) -> Iterator[Path]:
                 (target / name).mkdir(parents=True)
                 pafs.copy_files(info.path, str(target / name), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
             elif info.type == pafs.FileType.File:
-                with filesystem.open_input_stream(info.path) as stream:
+                with filesystem.open_input_stream(info.path, compression=None) as stream:
                     (target / name).write_bytes(bytes(stream.read()))
         yield target

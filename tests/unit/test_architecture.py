@@ -44,7 +44,7 @@ MAY_IMPORT_RAY = {
     "workflows.critique",
     "workflows.mixture",
 }
-MAY_IMPORT_DEEPSPEED = {"training.engines.deepspeed"}
+MAY_IMPORT_DEEPSPEED = {"training.engines.deepspeed", "training.engines.operator"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def test_only_what_runs_on_ray_or_starts_a_job_connects_to_it() -> None:
     }
 
 
-def test_only_the_engine_imports_deepspeed() -> None:
+def test_only_the_engines_import_deepspeed() -> None:
     assert _importers("deepspeed") == MAY_IMPORT_DEEPSPEED
 
 

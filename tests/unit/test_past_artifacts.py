@@ -43,8 +43,8 @@ def later(record: type[Any], **fields: Any) -> type[Any]:
     return create_model(f"Later{record.__name__}", __base__=record, **LATER, **fields)
 
 
-LaterGoldenScore: Any = later(GoldenScore)
-LaterContract = later(Contract, golden=(tuple[LaterGoldenScore, ...], ()))
+LaterGoldenScore = later(GoldenScore)
+LaterContract = later(Contract, golden=(tuple[LaterGoldenScore, ...], ()))  # type: ignore[valid-type]
 LaterManifest = later(Manifest)
 LaterModelConfig = later(ModelConfig)
 LaterDataConfig = later(DataConfig)

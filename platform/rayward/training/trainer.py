@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
@@ -35,6 +36,7 @@ from rayward.data.stream.shares import StepShare, read_share
 from rayward.data.stream.stream import StepShares, dataset_factory
 from rayward.errors import ConfigError, DataError, TrainingError, carried_by
 from rayward.training.checkpoints.format import CommittedCheckpoint
+from rayward.training.engines.operator import build_before_workers
 from rayward.training.failures import clear_failure, failure_on_record, run_recorded
 from rayward.training.session import Job, Session, resume_point
 from rayward.training.tracking import follow
@@ -177,6 +179,8 @@ def _check_resources(config: Config) -> None:
 def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     training, manifest = job.config.training, prepared.manifest
     _check_resources(job.config)
+    if training.engine == "deepspeed" and training.gpus_per_worker == 0 and started_here():
+        build_before_workers(worker_environment(training))
     low, high = training.worker_range
     store = job.store
 
@@ -234,14 +238,15 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     watcher.start()
     try:
         trainer.fit()
-    except TrainingFailedError as exc:
+    except (TrainingFailedError, RayError) as exc:
         _raise_recorded(job.location)
         # What Ray's controller met on the way to the workers, such as data that is gone.
         own = carried_by(exc.controller_failure) if isinstance(exc, ControllerError) else None
         if own is not None:
             raise own from exc
+        what = f"failed more than {training.max_failures} times" if isinstance(exc, TrainingFailedError) else "lost its controller"
         raise TrainingError(
-            f"training failed more than {training.max_failures} times: {exc}",
+            f"training {what}: {exc}",
             remedy=f"the last committed checkpoint stays; correct the cause and run the same command to continue {job.config.run.name!r}",
         ) from exc
     finally:

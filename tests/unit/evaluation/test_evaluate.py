@@ -87,7 +87,7 @@ def test_prepared_directory_gives_its_validation_rows_in_blocks(tmp_path: Path) 
     [
         (None, "holds no manifest"),
         ("{", "not a valid manifest"),
-        ("{}", "no longer read"),
+        ("{}", "version 1, which is no longer read"),
         (make_manifest().model_dump_json(), "no validation rows"),
     ],
 )

@@ -152,7 +152,7 @@ def _make_directory(uri: str) -> None:
 
 
 def write_file(uri: str, content: bytes) -> None:
-    """A whole file at a path or URI."""
+    """A whole file at a path or URI, the bytes as they are whatever its suffix."""
     filesystem, path = storage.resolve(uri)
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(content)

@@ -14,6 +14,7 @@ from rayward.batch.layout import LanguageLossTokens, PackedBatch
 from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
 from rayward.model.weights import persistent_buffers
+from rayward.training.engines.operator import load_operator
 from rayward.training.engines.optimizer import adamw, prepare_model
 from rayward.training.engines.protocol import CPU, STATE_KINDS, ModelBuilder, Partition, StateKind
 
@@ -37,6 +38,8 @@ class DeepSpeedEngine:
         if on_cuda:
             torch.cuda.set_device(device)
         settings = deepspeed_settings(config, bf16=on_cuda)
+        if not on_cuda:
+            load_operator()
         deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
         # No dtype argument: DeepSpeed 0.19 mistakes an explicit float32 for "any 16-bit type". The settings decide.
         with deepspeed.zero.Init(config_dict_or_path=settings):
