@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.models import make_export, make_model
 from tests.helpers.tokenizer import make_tokenizer
 
+from rayward.config.placement import Placement
 from rayward.data.record import Comparison
 from rayward.errors import ContractMismatchError, ScoringError
 from rayward.evaluation.records import Evaluation
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::ResourceWarning"),
 ]
 
+CPU = Placement(device="cpu")
 ROWS = [
     {"prompt": f"Question {i // 2}?", "chosen": f"Answer {'x' * (i % 7)} {i}.", "rejected": f"No {'y' * (i % 5)} {i}!"} for i in range(40)
 ]
@@ -41,7 +43,7 @@ def test_raw_files_are_scored_by_the_scorer_and_every_row_is_accounted_for(expor
     lines = [*map(json.dumps, ROWS), "{broken", json.dumps(TOO_LONG)]
     (tmp_path / "held-out.jsonl").write_text("\n".join(lines) + "\n")
     data, output = [str(tmp_path / "*.jsonl")], str(tmp_path / "out")
-    evaluation = evaluate(model=str(export), data=data, output=output, device="cpu", bootstrap_samples=200)
+    evaluation = evaluate(model=str(export), data=data, output=output, placement=CPU, bootstrap_samples=200)
     assert (evaluation.num_rows, evaluation.num_scored, evaluation.num_errors) == (42, 40, 2)
     assert evaluation.errors == {"too_long": 1, "unparsable": 1}
     assert evaluation.overall.num_prompts == 20
@@ -101,7 +103,9 @@ def test_prepared_shards_with_two_scorers_and_a_foreign_model(tmp_path: Path) ->
     model.mkdir()
     make_model(make_tokenizer(model)).save_pretrained(model)
     write_prepared(tmp_path, claimed_rows=40)
-    evaluation = evaluate(model=str(model), prepared=str(tmp_path), output=str(tmp_path / "out"), device="cpu", concurrency=2)
+    evaluation = evaluate(
+        model=str(model), prepared=str(tmp_path), output=str(tmp_path / "out"), placement=Placement(device="cpu", actors=2)
+    )
     assert (evaluation.num_rows, evaluation.num_scored, evaluation.overall.num_pairs) == (40, 40, 120)
     assert evaluation.num_rankings == 40
     assert evaluation.model_version == "unverified"
@@ -111,11 +115,11 @@ def test_prepared_shards_with_two_scorers_and_a_foreign_model(tmp_path: Path) ->
 def test_a_lost_row_is_an_error(export: Path, tmp_path: Path) -> None:
     write_prepared(tmp_path, claimed_rows=41)
     with pytest.raises(ScoringError, match="41 rows were given, 40 came back"):
-        evaluate(model=str(export), prepared=str(tmp_path), output=str(tmp_path / "out"), device="cpu")
+        evaluate(model=str(export), prepared=str(tmp_path), output=str(tmp_path / "out"), placement=CPU)
 
 
 def test_a_tampered_export_is_named_by_the_worker(tmp_path: Path) -> None:
     broken = make_export(tmp_path / "broken", golden_shift=1.0)
     write_prepared(tmp_path, claimed_rows=40)
     with pytest.raises(ContractMismatchError, match="golden scores"):
-        evaluate(model=str(broken), prepared=str(tmp_path), output=str(tmp_path / "out"), device="cpu")
+        evaluate(model=str(broken), prepared=str(tmp_path), output=str(tmp_path / "out"), placement=CPU)

@@ -42,8 +42,8 @@ class CritiqueWriter:
             except ContractError as exc:
                 openings.append(ItemError("template", exc.problem))
         written: dict[int, list[str]] = {}
-        for temperature in sorted({item.temperature for item in items}):
-            members = [i for i, item in enumerate(items) if item.temperature == temperature and isinstance(openings[i], list)]
+        for temperature in sorted({item.asked.temperature for item in items}):
+            members = [i for i, item in enumerate(items) if item.asked.temperature == temperature and isinstance(openings[i], list)]
             flat = [(i, opening) for i in members for opening in cast(list[Opening], openings[i])]
             contract = self._encoder.contract
             texts = generate(
@@ -61,7 +61,7 @@ class CritiqueWriter:
             if isinstance(given, ItemError):
                 results.append(given)
                 continue
-            texts_of, count = written.get(index, []), item.n_critiques
+            texts_of, count = written.get(index, []), item.asked.n_critiques
             groups = tuple(tuple(texts_of[k * count : (k + 1) * count]) for k in range(len(item.completions)))
             results.append(replace(item, critiques=groups))
         return results
@@ -74,5 +74,5 @@ class CritiqueWriter:
                 f"the conversation takes {len(ids)} tokens of {self._encoder.contract.max_tokens} and leaves no room for a critique",
                 remedy="shorten it",
             )
-        seeds = [int(digest([self._version, item.seed, item.prompt, text, number])[:15], 16) for number in range(item.n_critiques)]
+        seeds = [int(digest([self._version, item.seed, item.prompt, text, number])[:15], 16) for number in range(item.asked.n_critiques)]
         return [Opening(ids, room, seed) for seed in seeds]

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from rayward.config.placement import Device
 from rayward.scoring.combining import EnsembleRule
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.scorer import Scorer
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -54,7 +55,7 @@ class Ensemble:
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item; an item that one member cannot score has that member's error."""
-        refusals = [self.facts.refusal(item) for item in items]
+        refusals = [self.facts.refusal(item.asked) for item in items]
         asked = [ScoreItem(item.prompt, item.completions) for item, refusal in zip(items, refusals, strict=True) if refusal is None]
         scored = iter(zip(*(member.score(asked) for member in self._members), strict=True))
         return [
@@ -68,7 +69,7 @@ class Ensemble:
                 return ItemResult(error=ItemError(result.error.code, f"{member.model_id}: {result.error.message}"))
         per_completion = list(zip(*(result.rewards for result in results if result.rewards is not None), strict=True))
         return ItemResult(
-            rewards=self.facts.normalised((self._rule.combine(members) for members in per_completion), item),
+            rewards=self.facts.normalised((self._rule.combine(members) for members in per_completion), item.asked),
             outputs=tuple((*members, statistics.pstdev(members)) for members in per_completion),
             tokens=sum(result.tokens for result in results),
             tokens_computed=sum(result.tokens_computed for result in results),

@@ -19,6 +19,7 @@ import torch
 from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
+from rayward.config.placement import Device
 from rayward.contract.contract import Contract
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
@@ -26,7 +27,7 @@ from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.language_model import LanguageModel
 from rayward.scoring.combining import ImplicitRule
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.verify import pick_device
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -77,7 +78,7 @@ class ImplicitScorer:
         results: list[ItemResult | None] = [None] * len(items)
         encoded: list[tuple[int, EncodedComparison]] = []
         for index, item in enumerate(items):
-            refusal = self.facts.refusal(item)
+            refusal = self.facts.refusal(item.asked)
             if refusal is not None:
                 results[index] = ItemResult(error=refusal)
                 continue
@@ -120,7 +121,7 @@ class ImplicitScorer:
         if not all(math.isfinite(reward) for reward in rewards):
             return ItemResult(error=ItemError("non_finite", "a model gave NaN or Inf"))
         return ItemResult(
-            rewards=self.facts.normalised(rewards, item),
+            rewards=self.facts.normalised(rewards, item.asked),
             outputs=tuple(zip(policy, reference, strict=True)),
             tokens=2 * comparison.num_tokens_unshared,
             tokens_computed=2 * comparison.num_tokens,

@@ -18,6 +18,7 @@ import torch
 from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
+from rayward.config.placement import Device
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, Encoding, gate_position
@@ -28,11 +29,11 @@ from rayward.model.build import load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
 from rayward.scoring.critiques import CritiqueWriter
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
-__all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
+__all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
 
@@ -181,7 +182,7 @@ class Scorer:
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
-        found: list[ScoreItem | ItemError] = [self.facts.refusal(item) or item for item in items]
+        found: list[ScoreItem | ItemError] = [self.facts.refusal(item.asked) or item for item in items]
         if self._writer is None:
             return found
         waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]
@@ -311,7 +312,7 @@ class Scorer:
         rewards = self._combined(item, outputs)
         several = self.facts.writes_critiques and rewards.shape[1] > 1
         return ItemResult(
-            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item),
+            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item.asked),
             outputs=tuple(tuple(row) for row in outputs.mean(dim=1).tolist()) if outputs.shape[2] > 1 else None,
             steps=steps,
             critiques=item.critiques if self.facts.writes_critiques else None,
@@ -323,7 +324,8 @@ class Scorer:
     def _combined(self, item: ScoreItem, outputs: torch.Tensor) -> torch.Tensor:
         # [K, critiques, outputs] -> [K, critiques]
         contract = self.contract
-        weights = contract.reward_weights if item.weights is None else contract.weight_sets[item.weights]
+        asked = item.asked.weights
+        weights = contract.reward_weights if asked is None else contract.weight_sets[asked]
         return outputs[..., 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
 
 

@@ -78,9 +78,7 @@ class ScorerDeployment:
 
         torch.set_num_threads(config.threads_per_replica)
         self._config = config
-        self._scorer = load_scored_model(
-            config.model, device=config.device, tokens_per_batch=config.tokens_per_batch, verify=config.verify_golden
-        )
+        self._scorer = load_scored_model(config.model, config.placement)
         facts = self._scorer.facts
         self._info = ModelInfo(
             id=model_name,

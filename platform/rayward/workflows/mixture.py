@@ -120,10 +120,8 @@ def _prepare(config: MixtureConfig, which: str) -> PreparedData:
 
 def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
-    import ray.data
-
     from rayward.data.prepared import PreparedData
-    from rayward.scoring.batch import ROWS_PER_CALL, feature_dataset
+    from rayward.scoring.batch import ROWS_PER_CALL, feature_blocks
 
     assert isinstance(prepared, PreparedData)
     # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the scorers.
@@ -134,17 +132,13 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
         with filesystem.open_input_file(path) as stream:
             table = pq.read_table(stream, columns=columns)
         tables += [table.slice(start, ROWS_PER_CALL) for start in range(0, table.num_rows, ROWS_PER_CALL)]
-    dataset = ray.data.from_arrow(tables)
-    rows = feature_dataset(
-        dataset, model=str(Path(config.model).resolve()), device=config.device, concurrency=config.scorers,
-        tokens_per_batch=config.tokens_per_batch, gpus_per_actor=config.gpus_per_scorer,
-    ).take_all()  # fmt: skip
+    blocks = feature_blocks(tables, model=str(Path(config.model).resolve()), placement=config.placement)
+    rows = [row for block in blocks for row in block.to_pylist()]
     rows.sort(key=lambda row: row["row"])
     failed = [row for row in rows if row["error"] is not None]
     if failed:
-        raise DataError(
-            f"{len(failed)} prepared rows give no features, for example: {failed[0]['error']}", remedy="quarantine or correct them"
-        )
+        first = failed[0]["error"]["message"]
+        raise DataError(f"{len(failed)} prepared rows give no features, for example: {first}", remedy="quarantine or correct them")
     num_attributes = len(prepared.manifest.labels.attributes)
     ends, gates, ratings, pairs, held_out = [], [], [], [], []
     offset = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayward.config.placement import Placement
 from rayward.errors import DataError
 from rayward.workflows.score import score_lines
 
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from rayward.contract.contract import Normaliser
 
 
-def normalise_pipeline(model: str, items: Iterable[str], *, reference: str, device: str, tokens_per_batch: int) -> Normaliser:
+def normalise_pipeline(model: str, items: Iterable[str], *, reference: str, placement: Placement = Placement()) -> Normaliser:
     """Mean and deviation of the rewards of a reference set, stored in the model's contract (the model's version stays).
 
     Raises:
         DataError: a line has no reward, or fewer than two are left.
     """
     rewards: list[float] = []
-    for number, result in enumerate(score_lines(model, items, device=device, tokens_per_batch=tokens_per_batch, verify=True), 1):
+    for number, result in enumerate(score_lines(model, items, placement=placement), 1):
         if "error" in result:
             raise DataError(f"item {number} of {reference} has no reward: {result['error']['message']}", remedy="correct or remove it")
         rewards += result["rewards"]

@@ -8,6 +8,7 @@ import pytest
 
 from rayward import errors
 from rayward.config.load import dump_config, load_config, parse_config
+from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError, RaywardError
@@ -148,3 +149,10 @@ def test_every_error_crosses_a_process_border_with_its_fields(error: RaywardErro
 def test_what_may_be_retried() -> None:
     retryable = {type(e).__name__ for e in _examples() if e.retryable}
     assert retryable == {"StreamOrderError", "CheckpointError", "OverloadedError", "DeadlineError", "ServerError"}
+
+
+def test_where_scoring_runs_is_one_value() -> None:
+    config = ScoringConfig(device="cpu", gpus_per_replica=2, tokens_per_batch=100, verify_golden=False)
+    assert config.placement == Placement(device="cpu", actors=1, gpus_per_actor=2, tokens_per_batch=100, verify=False)
+    with pytest.raises(ConfigError, match="tokens_per_batch = 3"):
+        parse_config({"tokens_per_batch": 3}, Placement)
