@@ -200,14 +200,11 @@ def prepare_pairs(sources: Sequence[str], *, tokenizer: str, max_tokens: int, da
 
 def read_pairs(prepared_directory: str, count: int | None = None) -> list[EncodedComparison]:
     """The first `count` prepared training comparisons, in training order."""
-    import pyarrow.parquet as pq
-
-    from rayward.data.prepared import PreparedData
-    from rayward.data.stream.shares import comparisons_from_table
+    from rayward.data.prepared import COMPARISON_COLUMNS, PreparedData, comparisons_from_table
 
     comparisons: list[EncodedComparison] = []
-    for path in PreparedData.load(prepared_directory).shard_paths("train"):
-        comparisons += comparisons_from_table(pq.read_table(path))
+    for table in PreparedData.load(prepared_directory).tables("train", COMPARISON_COLUMNS):
+        comparisons += comparisons_from_table(table)
         if count is not None and len(comparisons) >= count:
             return comparisons[:count]
     if count is not None:

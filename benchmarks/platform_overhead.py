@@ -20,6 +20,7 @@ import common
 
 if TYPE_CHECKING:
     from rayward.config.run import Config
+    from rayward.data.prepared import PreparedData
     from rayward.data.stream.shares import StepShare
 
 SIZES: dict[str, dict[str, int]] = {
@@ -112,7 +113,7 @@ def run_bare(spec: dict[str, Any]) -> dict[str, Any]:
     lines: list[dict[str, float]] = []
     run_steps(
         engine,
-        _shares(prepared.shard_paths("train"), spec, contract.pad_token_id),
+        _shares(prepared, spec, contract.pad_token_id),
         objective=Objective(config.objective),
         schedule=Schedule(1e-4, spec["steps"], config.training.warmup_fraction, config.training.min_lr_fraction),
         first_step=0,
@@ -122,18 +123,17 @@ def run_bare(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         **_columns(lines),
         "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.reward_model.parameters()),
-        "profile": _profile(engine, config, spec, prepared.shard_paths("train"), contract.pad_token_id) if spec["profile"] else [],
+        "profile": _profile(engine, config, spec, prepared, contract.pad_token_id) if spec["profile"] else [],
     }
 
 
-def _shares(paths: list[str], spec: dict[str, Any], pad_token_id: int) -> Iterator[StepShare]:
+def _shares(prepared: PreparedData, spec: dict[str, Any], pad_token_id: int) -> Iterator[StepShare]:
     # Planned before the first step: these sides have no data work at all to wait for.
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from rayward.data.stream.shares import STREAM_COLUMNS, plan_block, read_share
 
-    rows = pa.concat_tables([pq.read_table(path, columns=STREAM_COLUMNS) for path in paths])
+    rows = pa.concat_tables(prepared.tables("train", STREAM_COLUMNS))
     size = spec["pairs_per_step"]
     shares = []
     for step in range(spec["steps"]):
@@ -149,7 +149,7 @@ def _shares(paths: list[str], spec: dict[str, Any], pad_token_id: int) -> Iterat
     return iter(shares)
 
 
-def _profile(engine: Any, config: Config, spec: dict[str, Any], paths: list[str], pad_token_id: int) -> list[tuple[str, float]]:
+def _profile(engine: Any, config: Config, spec: dict[str, Any], prepared: PreparedData, pad_token_id: int) -> list[tuple[str, float]]:
     # Where one more step spends its time: (function, milliseconds of its own), for the explanation of b over a.
     import cProfile
     import pstats
@@ -157,7 +157,7 @@ def _profile(engine: Any, config: Config, spec: dict[str, Any], paths: list[str]
     from rayward.objectives.table import Objective
     from rayward.training.loop import train_step
 
-    share = next(_shares(paths, {**spec, "steps": 1}, pad_token_id))
+    share = next(_shares(prepared, {**spec, "steps": 1}, pad_token_id))
     profiler = cProfile.Profile()
     profiler.enable()
     train_step(engine, share, Objective(config.objective), 1e-4)

@@ -138,7 +138,7 @@ def evaluate(
     """Held-out accuracy with interval, baselines, calibration and plots."""
     from rayward.config.data import DataConfig
     from rayward.config.load import parse_config
-    from rayward.evaluation.suites.suite import choose
+    from rayward.evaluation.suites.table import choose
 
     if counts is not None and benchmark is None:
         raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")

@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepared import PreparedData
-from rayward.data.stream.shares import plan_block, read_share
+from rayward.data.stream.shares import STREAM_COLUMNS, plan_block, read_share
 from rayward.model.build import build_reward_model, resolve_hf_config
 from rayward.model.weights import weight_source
 from rayward.objectives.table import Objective
@@ -37,7 +36,7 @@ def main(config_path: str, prepared_path: str, rank: int, world_size: int, port:
     hf_config = resolve_hf_config(config.model, contract, vocab_size=len(tokenizer))
     engine = build_engine(lambda dtype: build_reward_model(hf_config, max_tokens=contract.max_tokens, dtype=dtype), config.training)
     initialize(engine, weight_source(pretrained(engine), config.model, seed=config.run.seed))
-    table = pa.concat_tables([pq.read_table(path) for path in prepared.shard_paths("train")])
+    table = pa.concat_tables(prepared.tables("train", STREAM_COLUMNS))
     size = config.training.comparisons_per_step
     num_steps = -(-table.num_rows // size)
     shares = (

@@ -66,7 +66,7 @@ def _write(path: Path, rows: list[Any]) -> Path:
 
 
 def _table(prepared: PreparedData, split: Any) -> pa.Table:
-    return pa.concat_tables([PREPARED_SCHEMA.empty_table(), *(pq.read_table(path) for path in prepared.shard_paths(split))])
+    return pa.concat_tables([PREPARED_SCHEMA.empty_table(), *prepared.tables(split, PREPARED_SCHEMA.names)])
 
 
 def _planted() -> list[tuple[BadRow | None, Any]]:

@@ -1,7 +1,7 @@
-"""What a prepared directory says about itself: `manifest.json`, and the sums that its shards are described by.
+"""A prepared directory: the manifest, the rows of its shards, and the one way to read them.
 
 <directory>/manifest.json        written last: a directory without it is not prepared
-            train/*.parquet, validation/*.parquet    rows of comparison.PREPARED_SCHEMA, `row` counts from 0 per split
+            train/*.parquet, validation/*.parquet    rows of PREPARED_SCHEMA, `row` counts from 0 per split
             quarantine/<reason>*.jsonl               rows that were not used, one file or more per reason
             report.json, report.html                 for people
             tokenizer/, contract.json                what the token ids were made with
@@ -9,147 +9,25 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from rayward import storage
+from rayward.batch.comparison import EncodedComparison, Float32, Labels
+from rayward.data.record import Comparison, dense_ranks
 from rayward.errors import DataError
 from rayward.objectives.base import LabelFacts
 from rayward.schema import Frozen
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 3
-LENGTH_BIN = 32
-"""Width of one histogram bin in tokens; a bin is named by its upper bound, inclusive."""
-
-
-class SplitStats(BaseModel):
-    """Sums over the rows of one split; sums of parts merge into the sums of the whole.
-
-    Attributes:
-        tokens: prefix once plus all branches; tokens_unshared counts the prefix once per completion.
-        longest_comparison: tokens of the largest row; longest_conversation: prefix plus its longest branch.
-        lengths, prompt_lengths, completion_lengths: histograms over `LENGTH_BIN` bins (rows, rows, completions).
-        longer_wins, shorter_wins, equal_length: pairs with a winner, by which one has more tokens.
-        tied_pairs: pairs of equal rank.
-        truncated: rows in which at least one conversation lost its oldest turns.
-        num_unranked, num_unrated, num_without_strength: rows without ranks, without a single rating, without a strength;
-            num_without_steps: rows without labels of steps.
-        weakest, strongest: range of the strengths, None without any.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    num_rows: int = 0
-    tokens: int = 0
-    tokens_unshared: int = 0
-    longest_comparison: int = 0
-    longest_conversation: int = 0
-    max_completions: int = 0
-    num_unranked: int = 0
-    num_unrated: int = 0
-    num_without_strength: int = 0
-    num_without_steps: int = 0
-    weakest: float | None = None
-    strongest: float | None = None
-    lengths: dict[int, int] = {}
-    prompt_lengths: dict[int, int] = {}
-    completion_lengths: dict[int, int] = {}
-    longer_wins: int = 0
-    shorter_wins: int = 0
-    equal_length: int = 0
-    tied_pairs: int = 0
-    truncated: int = 0
-    sources: dict[str, int] = {}
-
-    @classmethod
-    def of(cls, table: pa.Table) -> Self:
-        """Sums over prepared rows; `table` has the columns of PREPARED_SCHEMA and `truncated`."""
-        stats = cls()
-        lengths, prompts, completions, sources = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
-        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "step_labels", "source", "truncated")]
-        prefixes = _sizes(table.column("prefix_ids"))
-        flat = iter(_sizes(pc.list_flatten(table.column("branch_ids"))))
-        branches = [[next(flat) for _ in range(count)] for count in _sizes(table.column("branch_ids"))]
-        for prefix, branch, ranks, attributes, strength, steps, source, truncated in zip(prefixes, branches, *columns, strict=True):
-            shared = prefix + sum(branch)
-            stats.num_rows += 1
-            stats.tokens += shared
-            stats.tokens_unshared += prefix * len(branch) + sum(branch)
-            stats.longest_comparison = max(stats.longest_comparison, shared)
-            stats.longest_conversation = max(stats.longest_conversation, prefix + max(branch))
-            stats.max_completions = max(stats.max_completions, len(branch))
-            stats.num_unranked += ranks is None
-            stats.num_unrated += attributes is None or all(math.isnan(rating) for row in attributes for rating in row)
-            stats.num_without_strength += strength is None
-            stats.num_without_steps += steps is None
-            stats.weakest = _extreme(min, stats.weakest, strength)
-            stats.strongest = _extreme(max, stats.strongest, strength)
-            stats.truncated += bool(truncated)
-            lengths[bin_of(shared)] += 1
-            prompts[bin_of(prefix)] += 1
-            completions.update(bin_of(length) for length in branch)
-            sources[source] += 1
-            if ranks is not None:
-                stats._count_pairs(ranks, branch)
-        stats.lengths, stats.prompt_lengths, stats.completion_lengths = dict(lengths), dict(prompts), dict(completions)
-        stats.sources = dict(sources)
-        return stats
-
-    def _count_pairs(self, ranks: Sequence[float], lengths: Sequence[int]) -> None:
-        for i in range(len(ranks)):
-            for j in range(i):
-                if ranks[i] == ranks[j]:
-                    self.tied_pairs += 1
-                elif lengths[i] == lengths[j]:
-                    self.equal_length += 1
-                elif (ranks[i] < ranks[j]) == (lengths[i] > lengths[j]):
-                    self.longer_wins += 1
-                else:
-                    self.shorter_wins += 1
-
-    @classmethod
-    def merged(cls, parts: Iterable[Self]) -> Self:
-        """The sums of the whole; independent of the order of the parts."""
-        total = cls()
-        for part in parts:
-            for name, value in part:
-                mine = getattr(total, name)
-                if isinstance(value, dict):
-                    setattr(total, name, dict(Counter(mine) + Counter(value)))
-                elif name in ("weakest", "strongest"):
-                    setattr(total, name, _extreme(min if name == "weakest" else max, mine, value))
-                elif name.startswith(("longest", "max")):
-                    setattr(total, name, max(mine, value))
-                else:
-                    setattr(total, name, mine + value)
-        for name, value in total:
-            if isinstance(value, dict):
-                setattr(total, name, dict(sorted(value.items())))
-        return total
-
-
-def bin_of(tokens: int) -> int:
-    """Upper bound of the histogram bin, e.g. 1..32 -> 32, 33..64 -> 64; 0 -> 0."""
-    return math.ceil(tokens / LENGTH_BIN) * LENGTH_BIN
-
-
-def _extreme(choose: Callable[[float, float], float], mine: float | None, value: float | None) -> float | None:
-    if mine is None or value is None:
-        return value if mine is None else mine
-    return choose(mine, value)
-
-
-def _sizes(column: pa.ChunkedArray) -> list[int]:
-    sizes: list[int] = pc.list_value_length(column).to_pylist()
-    return sizes
 
 
 class ShardEntry(Frozen):
@@ -191,7 +69,7 @@ class Manifest(Frozen):
         longest_comparison_tokens: over both splits, prefix and all branches; sizes token budgets.
         longest_conversation_tokens: over both splits, prefix and the longest branch; at most the contract's `max_tokens`.
         total_train_tokens: prefix once and branches; total_train_tokens_unshared: the prefix once per completion.
-        length_histogram: train rows by upper bound of tokens (see `LENGTH_BIN`).
+        length_histogram: train rows by upper bound of tokens (see `stats.LENGTH_BIN`).
         num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`, `data.group_pairs`).
         grouping: what `data.group_pairs` did, over both splits.
         labels: what is known about the labels, over both splits.
@@ -266,11 +144,77 @@ class PreparedData:
             )
         return cls(directory if "://" in directory else path, manifest)
 
-    def shard_paths(self, split: Literal["train", "validation"]) -> list[str]:
-        """Absolute paths or URIs of the shards in row order."""
-        shards = self.manifest.train_shards if split == "train" else self.manifest.validation_shards
-        return [f"{self.directory}/{shard.file}" for shard in shards]
+    def tables(self, split: Literal["train", "validation"], columns: Sequence[str], *, max_rows: int | None = None) -> Iterator[pa.Table]:
+        """The rows of a split in order, shard by shard: the next one is read when it is asked for, by the caller itself.
 
+        Read tasks of Ray Data would wait for ever on a cluster whose CPUs are all held by the actors that the rows are for.
+
+        Args:
+            columns: names in PREPARED_SCHEMA.
+            max_rows: tables of at most so many rows; None: a table a shard.
+
+        Raises:
+            DataError: a shard is missing or damaged, or holds another number of rows than the manifest says.
+        """
+        shards = self.manifest.train_shards if split == "train" else self.manifest.validation_shards
+        for shard in shards:
+            table = self._read(shard, columns)
+            step = max_rows or max(table.num_rows, 1)
+            yield from (table.slice(start, step) for start in range(0, table.num_rows, step))
+
+    def _read(self, shard: ShardEntry, columns: Sequence[str]) -> pa.Table:
+        filesystem, path = storage.resolve(f"{self.directory}/{shard.file}")
+        remedy = "restore the file, or delete the directory and prepare again"
+        try:
+            with filesystem.open_input_file(path) as stream:
+                table = pq.read_table(stream, columns=list(columns))
+        except FileNotFoundError as exc:
+            raise DataError(f"{self.directory}/{shard.file} is missing", remedy=remedy) from exc
+        except (OSError, pa.ArrowException) as exc:
+            raise DataError(f"{self.directory}/{shard.file} cannot be read ({exc})", remedy=remedy) from exc
+        absent = [name for name in columns if name not in table.column_names]
+        if absent:
+            raise DataError(f"{self.directory}/{shard.file} has no column {', '.join(absent)}", remedy=remedy)
+        if table.num_rows != shard.num_rows:
+            raise DataError(
+                f"{self.directory}/{shard.file} holds {table.num_rows} rows; {MANIFEST_FILE} says {shard.num_rows}", remedy=remedy
+            )
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One kind of label: a field of `Comparison`, a column of the prepared rows and a field of `Labels`, under one name.
+
+    Attributes:
+        column: null where the label is unknown.
+        read: from the column's value to that of `Labels`; an unknown label has the default there.
+        write: from the value of `Comparison` to the column's.
+    """
+
+    column: pa.Field
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any] = lambda value: value
+
+
+def _floats(values: Sequence[float]) -> Float32:
+    return np.array(values, dtype=np.float32)
+
+
+def _rows_of_floats(values: Sequence[Sequence[float]]) -> tuple[Float32, ...]:
+    return tuple(_floats(row) for row in values)
+
+
+LABELS = (
+    # Renumbered: fp32 would make ties of large ranks that differ by little.
+    Label(pa.field("ranks", pa.list_(pa.float32())), _floats, dense_ranks),
+    Label(pa.field("margin", pa.float32()), float),
+    Label(pa.field("strength", pa.float32()), float),
+    Label(pa.field("weight", pa.float32(), nullable=False), float),
+    Label(pa.field("attributes", pa.list_(pa.list_(pa.float32()))), _floats),
+    Label(pa.field("step_labels", pa.list_(pa.list_(pa.float32()))), _rows_of_floats),
+)
+LABEL_COLUMNS = tuple(label.column.name for label in LABELS)
 
 PREPARED_SCHEMA = pa.schema(
     [
@@ -280,17 +224,42 @@ PREPARED_SCHEMA = pa.schema(
         pa.field("prompt_key", pa.string(), nullable=False),
         pa.field("prefix_ids", pa.list_(pa.int32()), nullable=False),  # token ids shared by all completions, computed once
         pa.field("branch_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # K lists, each ends with the scored token
-        pa.field("ranks", pa.list_(pa.float32())),
-        pa.field("margin", pa.float32()),
-        pa.field("strength", pa.float32()),
-        pa.field("weight", pa.float32(), nullable=False),
-        pa.field("attributes", pa.list_(pa.list_(pa.float32()))),
         pa.field("text_starts", pa.list_(pa.int32()), nullable=False),  # of each completion: where the language-model loss begins
         pa.field("step_ends", pa.list_(pa.list_(pa.int32()))),  # of each completion: last token of every step
-        pa.field("step_labels", pa.list_(pa.list_(pa.float32()))),
+        *(label.column for label in LABELS),
         pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model
         pa.field("completions_json", pa.string(), nullable=False),
         pa.field("critiques_json", pa.string()),
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""
+
+COMPARISON_COLUMNS = ("id", "prefix_ids", "branch_ids", "text_starts", "step_ends", *LABEL_COLUMNS)
+"""What `comparisons_from_table` reads."""
+
+
+def label_columns(comparison: Comparison) -> dict[str, Any]:
+    """The labels of a record as values of their columns."""
+    values = {label.column.name: (label.write, getattr(comparison, label.column.name)) for label in LABELS}
+    return {name: None if value is None else write(value) for name, (write, value) in values.items()}
+
+
+def _labels_of(row: Mapping[str, Any]) -> Labels:
+    return Labels(**{label.column.name: label.read(value) for label in LABELS if (value := row[label.column.name]) is not None})
+
+
+def comparisons_from_table(table: pa.Table) -> list[EncodedComparison]:
+    """Prepared rows (COMPARISON_COLUMNS) as encoded comparisons; their token ids are read-only views of the table."""
+    ids = ("prefix_ids", "branch_ids")
+    rows = table.select([name for name in COMPARISON_COLUMNS if name not in ids]).to_pylist()
+    return [
+        EncodedComparison(
+            id=row["id"],
+            prefix_ids=prefix.values.to_numpy(),
+            branch_ids=tuple(branch.values.to_numpy() for branch in branches.values),
+            labels=_labels_of(row),
+            text_starts=tuple(row["text_starts"]),
+            step_ends=None if row["step_ends"] is None else tuple(tuple(ends) for ends in row["step_ends"]),
+        )
+        for row, prefix, branches in zip(rows, *(table.column(name) for name in ids), strict=True)
+    ]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rayward.contract.conversation import ROLES, Message
 from rayward.schema import digest
@@ -52,6 +52,11 @@ class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never
         self.detail = detail
 
 
+def _column(default: float | None) -> Any:
+    """A field that a row of any format may carry: the number in its column of that name."""
+    return field(default=default, metadata={"column": True})
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One prompt and its judged completions, as text.
@@ -77,7 +82,7 @@ class Comparison:
     ranks: tuple[float, ...] | None = None
     margin: float | None = None
     strength: float | None = None
-    weight: float = 1.0
+    weight: float = _column(1.0)
     attributes: tuple[tuple[float, ...], ...] | None = None
     step_labels: tuple[tuple[float, ...], ...] | None = None
     critiques: tuple[str, ...] | None = None
@@ -98,6 +103,10 @@ class Comparison:
         if self.step_labels is None:
             return digest([ranks, attributes])
         return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
+
+
+NUMBER_COLUMNS = tuple(each.name for each in fields(Comparison) if each.metadata.get("column"))
+"""Fields that every format reads from the column of their name."""
 
 
 def dense_ranks(ranks: Sequence[float]) -> list[int]:
@@ -164,6 +173,9 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin {comparison.margin} is not finite")
     if not (math.isfinite(comparison.weight) and comparison.weight >= 0):
         raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
+    for name in NUMBER_COLUMNS:
+        if (number := getattr(comparison, name)) is not None and not math.isfinite(number):
+            raise RowRejected(BadRow.WRONG_TYPE, f"{name} {number} is not a finite number")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
     for index, critique in enumerate(comparison.critiques or ()):
@@ -194,32 +206,16 @@ Value = TypeVar("Value")
 
 def dump_record(comparison: Comparison) -> str:
     """The comparison as JSON, for the way between two steps."""
-    fields = (comparison.id, comparison.source, comparison.prompt, comparison.completions, comparison.ranks)
-    numbers = (comparison.margin, comparison.strength, comparison.weight, comparison.attributes, comparison.step_labels)
-    return json.dumps([*fields, *numbers, comparison.critiques])
+    return json.dumps([getattr(comparison, each.name) for each in fields(Comparison)])
 
 
 def load_record(text: str) -> Comparison:
     """Inverse of `dump_record`."""
-    name, source, prompt, completions, ranks, margin, strength, weight, *others = json.loads(text)
-    attributes, step_labels, critiques = others
-    return Comparison(
-        id=name,
-        source=source,
-        prompt=tuple(prompt),
-        completions=tuple(completions),
-        ranks=None if ranks is None else tuple(ranks),
-        margin=margin,
-        strength=strength,
-        weight=weight,
-        attributes=_rows(attributes),
-        step_labels=_rows(step_labels),
-        critiques=None if critiques is None else tuple(critiques),
-    )
+    return Comparison(*(_frozen(value) for value in json.loads(text)))
 
 
-def _rows(values: list[list[float]] | None) -> tuple[tuple[float, ...], ...] | None:
-    return None if values is None else tuple(tuple(row) for row in values)
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
 
 
 def joined(comparisons: Sequence[Comparison]) -> Comparison:

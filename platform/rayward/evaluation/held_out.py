@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rayward import storage
 from rayward.config.data import DataConfig
 from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.data.prepared import PreparedData
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
 from rayward.data.sources.find import SourceFile, find_files
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
@@ -35,7 +34,7 @@ INPUT_SCHEMA = pa.schema(
 )
 """What goes through Ray Data: these columns of a prepared directory, or the same made of raw files.
 
-The driver reads both. Read tasks would wait for ever on a cluster whose CPUs are all held by the scorers, and a held-out set is small.
+The driver reads both: a held-out set is small.
 """
 
 
@@ -54,34 +53,20 @@ class HeldOut:
     num_rows: int
 
 
-def read_prepared(prepared: str) -> HeldOut:
+def read_prepared(directory: str) -> HeldOut:
     """The validation shards of a prepared directory.
 
     Raises:
-        DataError: there is no manifest, it holds no validation rows, or a shard cannot be read.
+        DataError: it is not prepared, it holds no validation rows, or a shard cannot be read.
     """
-    filesystem, path = storage.resolve(prepared)
-    try:
-        with filesystem.open_input_stream(f"{path}/manifest.json") as stream:
-            manifest = json.loads(stream.read())
-        shards = [(str(shard["file"]), int(shard["num_rows"])) for shard in manifest["validation_shards"]]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    prepared = PreparedData.load(directory)
+    num_rows = prepared.manifest.num_validation
+    if not num_rows:
         raise DataError(
-            f"{prepared} has no readable manifest.json ({type(exc).__name__}: {exc})", remedy="point at a directory that `prepare` wrote"
-        ) from exc
-    if not sum(num_rows for _, num_rows in shards):
-        raise DataError(
-            f"{prepared} holds no validation rows", remedy="prepare with data.validation_fraction above 0, or evaluate raw files with data"
+            f"{directory} holds no validation rows", remedy="prepare with data.validation_fraction above 0, or evaluate raw files with data"
         )
-    tables: list[pa.Table] = []
-    for file, num_rows in shards:
-        try:
-            with filesystem.open_input_file(f"{path}/{file}") as stream:
-                table = pq.read_table(stream, columns=INPUT_SCHEMA.names) if num_rows else INPUT_SCHEMA.empty_table()
-        except (OSError, pa.ArrowException) as exc:
-            raise DataError(f"{prepared}/{file} cannot be read ({exc})", remedy="prepare again") from exc
-        tables += [table.slice(start, ROWS_PER_BLOCK) for start in range(0, table.num_rows, ROWS_PER_BLOCK)]
-    return HeldOut(tables=tuple(tables), rejected={}, num_rows=sum(num_rows for _, num_rows in shards))
+    tables = tuple(prepared.tables("validation", INPUT_SCHEMA.names, max_rows=ROWS_PER_BLOCK))
+    return HeldOut(tables=tables, rejected={}, num_rows=num_rows)
 
 
 def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) -> HeldOut:

@@ -22,7 +22,7 @@ from rayward.evaluation.held_out import HeldOut, read_prepared, read_raw
 from rayward.evaluation.plots import write_plots
 from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.report import write_report
-from rayward.evaluation.suites.suite import Benchmark
+from rayward.evaluation.suites.base import Suite
 from rayward.evaluation.summary import summarise
 from rayward.wire.items import Asked
 
@@ -38,7 +38,7 @@ def evaluate(
     data_config: DataConfig | None = None,
     asked: Asked = Asked(),
     placement: Placement = Placement(),
-    benchmark: Benchmark | None = None,
+    benchmark: Suite | None = None,
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
@@ -52,7 +52,7 @@ def evaluate(
         data_config: format and column names for `data`.
         asked: of the model, besides the texts; figures are of raw rewards.
         placement: where the scorers run, and how many.
-        benchmark: add the figures of a published benchmark (`benchmarks.choose`), whose subset is each row's `source`.
+        benchmark: add the figures of a published benchmark (`suites.table.choose`), whose subset is each row's `source`.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
 

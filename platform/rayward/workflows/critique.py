@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from rayward import storage
 from rayward.cluster import connect
 from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
+from rayward.data.prepared import LABEL_COLUMNS
 from rayward.errors import ConfigError, DataError
 from rayward.schema import digest
 from rayward.scoring.batch import Work, items_of, pool
 from rayward.wire.items import Asked, ItemError
 
 if TYPE_CHECKING:
-    from rayward.data.prepared import PreparedData
     from rayward.scoring.scored_model import ScoredModel
 
 
@@ -39,9 +38,7 @@ ROWS_PER_BLOCK = 16
 CACHE_FOLDER = "cache"
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 
-COLUMNS = [
-    "id", "source", "ranks", "margin", "strength", "weight", "attributes", "step_labels", "prompt_json", "completions_json",
-]  # fmt: skip
+COLUMNS = ["id", "source", *LABEL_COLUMNS, "prompt_json", "completions_json"]
 
 _TASK = pa.schema([("key", pa.string()), ("prompt_json", pa.string()), ("completions_json", pa.string())])
 
@@ -83,7 +80,7 @@ def write_critiques(
     output = storage.absolute(output)
     place = storage.join(output, CACHE_FOLDER)
     identity = [contract.model_version(), asked.temperature, seed]
-    rows = {split: [_keyed(row, identity) for row in _rows(prepared, split)] for split in SPLITS}
+    rows = {split: [_keyed(row, identity) for table in prepared.tables(split, COLUMNS) for row in table.to_pylist()] for split in SPLITS}
     known = _cached(place)
     waiting = [row for split in SPLITS for row in rows[split] if row["key"] not in known]
     if waiting:
@@ -97,14 +94,6 @@ def write_critiques(
         filesystem, root = storage.resolve(output)
         storage.write_text(filesystem, f"{root}/{split}.jsonl", "".join(lines))
     return counts
-
-
-def _rows(prepared: PreparedData, split: Literal["train", "validation"]) -> Iterator[dict[str, Any]]:
-    # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the writers.
-    for shard in prepared.shard_paths(split):
-        filesystem, path = storage.resolve(shard)
-        with filesystem.open_input_file(path) as stream:
-            yield from pq.read_table(stream, columns=COLUMNS).to_pylist()
 
 
 def _keyed(row: dict[str, Any], identity: Sequence[Any]) -> dict[str, Any]:
@@ -166,7 +155,6 @@ def _line(row: Mapping[str, Any], known: Mapping[str, list[str] | None], attribu
         "completions": json.loads(row["completions_json"]),
         "ranks": row["ranks"],
         "critiques": critiques,
-        "weight": row["weight"],
-        **{name: row[name] for name in ("margin", "strength", "step_labels") if row[name] is not None},
+        **{name: row[name] for name in LABEL_COLUMNS if name not in ("ranks", "attributes") and row[name] is not None},
     }
     return json.dumps(record if not rated else {**record, "attributes": rated}) + "\n"

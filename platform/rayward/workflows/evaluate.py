@@ -14,7 +14,7 @@ from rayward.workflows.console import console
 
 if TYPE_CHECKING:
     from rayward.evaluation.records import Evaluation
-    from rayward.evaluation.suites.suite import Benchmark
+    from rayward.evaluation.suites.base import Suite
 
 
 def evaluate_pipeline(
@@ -25,7 +25,7 @@ def evaluate_pipeline(
     data_config: DataConfig,
     asked: Asked = Asked(),
     placement: Placement = Placement(),
-    benchmark: Benchmark | None = None,
+    benchmark: Suite | None = None,
 ) -> Evaluation:
     """Evaluate a model on raw files or on one prepared directory and print the table."""
     connect()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from rayward import storage
 from rayward.config.load import dump_config, parse_config
@@ -120,18 +119,10 @@ def _prepare(config: MixtureConfig, which: str) -> PreparedData:
 
 def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
-    from rayward.data.prepared import PreparedData
     from rayward.scoring.batch import ROWS_PER_CALL, feature_blocks
 
-    assert isinstance(prepared, PreparedData)
-    # The driver reads: read tasks would wait for ever on a cluster whose CPUs are all held by the scorers.
     columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
-    tables = []
-    for shard in prepared.shard_paths("train"):
-        filesystem, path = storage.resolve(shard)
-        with filesystem.open_input_file(path) as stream:
-            table = pq.read_table(stream, columns=columns)
-        tables += [table.slice(start, ROWS_PER_CALL) for start in range(0, table.num_rows, ROWS_PER_CALL)]
+    tables = list(prepared.tables("train", columns, max_rows=ROWS_PER_CALL))
     blocks = feature_blocks(tables, model=str(Path(config.model).resolve()), placement=config.placement)
     rows = [row for block in blocks for row in block.to_pylist()]
     rows.sort(key=lambda row: row["row"])

@@ -1,32 +1,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tests.helpers.prepared import make_manifest, prepared_row, write_prepared
 
 from rayward.data.prepare.report import build_report, render_html
 from rayward.data.prepare.rows import ENCODED_SCHEMA
-from rayward.data.prepared import MANIFEST_FILE, Manifest, PreparedData, ShardEntry, SplitStats, bin_of
+from rayward.data.prepare.stats import SplitStats, bin_of
+from rayward.data.prepared import MANIFEST_FILE, PreparedData, ShardEntry
 from rayward.errors import DataError
 
-MANIFEST = Manifest(
-    fingerprint="abc",
-    num_input_rows=4,
-    num_train=2,
-    num_validation=1,
-    num_quarantined={"tie": 1},
-    train_shards=(ShardEntry(file="train/part-00000.parquet", num_rows=2),),
-    validation_shards=(ShardEntry(file="validation/part-00000.parquet", num_rows=1),),
-    longest_comparison_tokens=20,
-    longest_conversation_tokens=15,
-    total_train_tokens=30,
-    total_train_tokens_unshared=40,
-    length_histogram={32: 2},
-    max_completions=2,
-    sources={"s": 2},
-)
+MANIFEST = make_manifest({"train": [ShardEntry(file="train/part-00000.parquet", num_rows=2)]}, num_quarantined={"tie": 1})
 
 
 def _rows() -> pa.Table:
@@ -74,7 +63,6 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_FILE).write_text(MANIFEST.model_dump_json())
     prepared = PreparedData.load(str(tmp_path))
     assert prepared.manifest == MANIFEST
-    assert prepared.shard_paths("train") == [f"{tmp_path}/train/part-00000.parquet"]
 
 
 @pytest.mark.parametrize(("text", "says"), [(None, "holds no"), ("{", "damaged"), ('{"version": 1}', "damaged"), ("version", "version 99")])
@@ -86,6 +74,33 @@ def test_a_directory_that_is_not_prepared_is_an_error_that_names_it(tmp_path: Pa
     with pytest.raises(DataError, match=says) as caught:
         PreparedData.load(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_tables_are_the_rows_of_a_split_in_order(tmp_path: Path) -> None:
+    shards = [[prepared_row(0), prepared_row(1), prepared_row(2)], [], [prepared_row(3)]]
+    prepared = write_prepared(str(tmp_path), {"train": shards, "validation": [[prepared_row(0, id="held out")]]})
+    assert [table["row"].to_pylist() for table in prepared.tables("train", ["row", "id"])] == [[0, 1, 2], [3]]
+    assert [table["id"].to_pylist() for table in prepared.tables("train", ["id"], max_rows=2)] == [["r0", "r1"], ["r2"], ["r3"]]
+    assert [table.to_pylist() for table in prepared.tables("validation", ["id"])] == [[{"id": "held out"}]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda shard: shard.unlink(), r"part-00001\.parquet is missing"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-9]), r"part-00001\.parquet cannot be read"),
+        (lambda shard: shard.write_bytes((shard.parent / "part-00000.parquet").read_bytes()), "holds 2 rows; manifest.json says 1"),
+        (lambda shard: pq.write_table(pa.table({"id": ["x"]}), shard), "row"),
+    ],
+)
+def test_a_shard_is_read_when_it_is_its_turn_and_a_bad_one_is_named(tmp_path: Path, spoil: Callable[[Path], None], says: str) -> None:
+    prepared = write_prepared(str(tmp_path), {"train": [[prepared_row(0), prepared_row(1)], [prepared_row(2)]]})
+    spoil(tmp_path / "train/part-00001.parquet")
+    tables = prepared.tables("train", ["row", "id"])
+    assert next(tables).num_rows == 2
+    with pytest.raises(DataError, match=says) as caught:
+        next(tables)
+    assert "part-00001" in str(caught.value)
 
 
 def test_the_report_escapes_what_the_data_says_and_needs_no_network() -> None:

@@ -9,8 +9,8 @@ from tests.helpers.comparisons import make_comparison, random_comparisons
 
 from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import Layout
-from rayward.data.prepared import PREPARED_SCHEMA
-from rayward.data.stream.shares import SHARE_SCHEMA, STREAM_COLUMNS, StepShare, comparisons_from_table, plan_block, read_share
+from rayward.data.prepared import PREPARED_SCHEMA, comparisons_from_table
+from rayward.data.stream.shares import SHARE_SCHEMA, STREAM_COLUMNS, StepShare, plan_block, read_share
 from rayward.errors import StreamOrderError
 
 

@@ -18,23 +18,21 @@ from rayward import cli
 from rayward.config.data import DataConfig
 from rayward.errors import ConfigError, DataError
 from rayward.evaluation import run as job
+from rayward.evaluation import suites
 from rayward.evaluation.held_out import read_raw
 from rayward.evaluation.records import BenchmarkScores, Evaluation, Record
-from rayward.evaluation.suites.rules import (
-    JUDGEBENCH_GROUPS,
+from rayward.evaluation.suites.base import mean_of_sections
+from rayward.evaluation.suites.judgebench import JUDGEBENCH_GROUPS
+from rayward.evaluation.suites.rewardbench import (
     PRIOR_SETS,
-    REWARDBENCH2_ROWS,
     REWARDBENCH_SECTIONS,
-    TiesPrompt,
-    best_of_credit,
-    mean_of_sections,
+    RewardBench,
     section_score,
     subset_weights,
-    ties_parts,
-    ties_score,
     total_with_prior,
 )
-from rayward.evaluation.suites.suite import Benchmark, choose
+from rayward.evaluation.suites.rewardbench2 import REWARDBENCH2_ROWS, TiesPrompt, best_of_credit, ties_parts, ties_score
+from rayward.evaluation.suites.table import SUITES, choose
 from rayward.workflows import evaluate as workflow
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -303,7 +301,7 @@ def test_an_id_of_ties_stands_once_and_nothing_scored_is_an_error() -> None:
 
 
 def test_names_and_counts_that_are_not_known() -> None:
-    assert choose("rewardbench") == Benchmark("rewardbench", "fixed")
+    assert choose("rewardbench") == RewardBench(counts="fixed")
     with pytest.raises(ConfigError, match="rewardbench, rewardbench2, judgebench"):
         choose("rewardbench3")
     with pytest.raises(ConfigError, match="fixed, legacy, raw"):
@@ -312,12 +310,18 @@ def test_names_and_counts_that_are_not_known() -> None:
         choose("judgebench", "fixed")
 
 
+def test_every_suite_is_a_file_of_its_own_and_a_row_of_the_table() -> None:
+    files = {path.stem for path in Path(suites.__file__ or "").parent.glob("*.py")} - {"__init__", "base", "table"}
+    assert files == set(SUITES)
+    assert {suite.__module__ for suite in SUITES.values()} == {f"rayward.evaluation.suites.{name}" for name in SUITES}
+
+
 # ---- the documented rows and the command ----------------------------------------------------------------------------
 
 
 def test_the_documented_rows_are_read_and_fit(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for name in ("rewardbench", "rewardbench2", "judgebench"):
+    for name in SUITES:
         section = text.split(f"`--benchmark {name}`\n")[1].split("\n## ")[0]
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(re.findall(r"^\{.*\}\n", section, flags=re.MULTILINE)), encoding="utf-8")

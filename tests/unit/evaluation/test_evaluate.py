@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from tests.helpers.prepared import make_manifest, prepared_row, write_prepared
 from tests.unit.evaluation.table import evaluation_of, make_records, pair
 
 from rayward.config.data import DataConfig
@@ -73,25 +72,24 @@ def test_a_file_without_any_readable_row_is_all_errors_and_an_undecidable_one_is
 
 
 def test_prepared_directory_gives_its_validation_rows_in_blocks(tmp_path: Path) -> None:
-    (tmp_path / "validation").mkdir()
-    row = {"id": "x", "source": "s", "prompt_key": "k", "ranks": [0.0, 1.0], "prompt_json": "[]", "completions_json": "[]", "margin": 1.0}
-    pq.write_table(pa.Table.from_pylist([{**row, "row": i} for i in range(600)]), tmp_path / "validation/part-0.parquet")
-    shards = [{"file": "validation/part-0.parquet", "num_rows": 600}]
-    (tmp_path / "manifest.json").write_text(json.dumps({"validation_shards": shards}))
+    write_prepared(str(tmp_path), {"validation": [[prepared_row(number) for number in range(600)]]})
     held_out = read_prepared(str(tmp_path))
     assert [table.num_rows for table in held_out.tables] == [256, 256, 88]
     assert [r["row"] for r in rows_of(held_out)] == list(range(600))
     assert held_out.num_rows == 600
-    (tmp_path / "validation/part-0.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(DataError, match=r"part-0\.parquet cannot be read"):
+    (tmp_path / "validation/part-00000.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match=r"part-00000\.parquet cannot be read"):
         read_prepared(str(tmp_path))
 
 
-@pytest.mark.parametrize("manifest", [None, "{", "{}", '{"validation_shards": []}', '{"validation_shards": [{"file": "x"}]}'])
-def test_prepared_directory_without_validation_rows_is_refused(tmp_path: Path, manifest: str | None) -> None:
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [(None, "holds no manifest"), ("{", "damaged"), ("{}", "damaged"), (make_manifest().model_dump_json(), "no validation rows")],
+)
+def test_prepared_directory_without_validation_rows_is_refused(tmp_path: Path, manifest: str | None, says: str) -> None:
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(DataError, match=r"no readable manifest|no validation rows"):
+    with pytest.raises(DataError, match=says):
         read_prepared(str(tmp_path))
 
 

@@ -41,12 +41,14 @@ def test_greedy_text_is_that_of_transformers(models: tuple[RewardModel, LlamaFor
     found = generate(model, openings(24), end_id=END, banned_id=BANNED, temperature=0.0, tokens_per_batch=budget)
     settings = GenerationConfig(
         max_new_tokens=24, do_sample=False, repetition_penalty=REPETITION_PENALTY, eos_token_id=END, pad_token_id=BANNED,
-        suppress_tokens=[BANNED],
+        suppress_tokens=[BANNED], output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     for ids, text in zip(OPENINGS, found, strict=True):
         given = torch.tensor([ids])
-        whole = plain.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)[0].tolist()  # type: ignore[operator]
-        expected = whole[len(ids) :]
+        whole = plain.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)  # type: ignore[operator]
+        best = torch.cat(whole.scores).topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 1e-4, "the likeliest token must lead by more than rounding, or take another seed"
+        expected = whole.sequences[0, len(ids) :].tolist()
         assert text == (expected[:-1] if expected[-1] == END else expected)
     assert {len(text) for text in found} != {0}
 

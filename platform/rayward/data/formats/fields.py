@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayward.contract.conversation import ROLES, Message
-from rayward.data.record import BadRow, Comparison, RowRejected, check_text, ranked_by
+from rayward.data.record import NUMBER_COLUMNS, BadRow, Comparison, RowRejected, check_text, ranked_by
 from rayward.schema import digest
 
 Row = Mapping[str, Any]
@@ -160,13 +160,13 @@ def build_comparison(
     step_labels: tuple[tuple[float, ...], ...] | None = None,
     critiques: Sequence[Any] | None = None,
 ) -> Comparison:
-    """The comparison, with the columns that every format may carry: `id`, `source`, `weight`.
+    """The comparison, with the columns that every format may carry: `id`, `source`, `weight` and other numbers (NUMBER_COLUMNS).
 
     Args:
         ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
         critiques: one text per completion; kept where `data.critique_lead_in` is set.
     """
-    weight = optional(row, "weight")
+    numbers = {key: number for key in NUMBER_COLUMNS if (number := optional(row, key)) is not None}
     name, source = row.get("id"), row.get("source")
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
@@ -181,10 +181,10 @@ def build_comparison(
         ranks=ranks,
         margin=margin,
         strength=strength,
-        weight=1.0 if weight is None else weight,
         attributes=kept,
         step_labels=step_labels,
         critiques=_critiques(critiques, len(completions)) if options.critiques else None,
+        **numbers,
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
         comparison = ranked_by(comparison, options.attributes.index(options.rank_by), options.rank_by)

@@ -12,7 +12,8 @@ from rayward.contract.encoder import Encoder, Encoding
 from rayward.data.prepare.join import unfold
 from rayward.data.prepare.judge import Policy
 from rayward.data.prepare.rows import ENCODED_SCHEMA, printable
-from rayward.data.record import BadRow, Comparison, RowRejected, dense_ranks, load_record
+from rayward.data.prepared import label_columns
+from rayward.data.record import BadRow, Comparison, RowRejected, load_record
 from rayward.errors import ContractError, TooLongError
 from rayward.schema import digest
 
@@ -72,15 +73,9 @@ def _encoded(comparison: Comparison, prompt_key: str, encoder: Encoder, full: En
         "prompt_key": prompt_key,
         "prefix_ids": sequences[0][:shared],
         "branch_ids": [ids[shared:] for ids in sequences],
-        # Renumbered: fp32 would make ties of large ranks that differ by little.
-        "ranks": None if comparison.ranks is None else dense_ranks(comparison.ranks),
-        "margin": comparison.margin,
-        "strength": comparison.strength,
-        "weight": comparison.weight,
-        "attributes": comparison.attributes,
         "text_starts": [encoding.text_start for encoding in encodings],
         "step_ends": None if separator is None else [encoding.step_ends for encoding in encodings],
-        "step_labels": comparison.step_labels,
+        **label_columns(comparison),
         "prompt_json": json.dumps(comparison.prompt),
         "completions_json": json.dumps(comparison.completions),
         "critiques_json": None if comparison.critiques is None else json.dumps(comparison.critiques),

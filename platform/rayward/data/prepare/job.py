@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import sys
 import tempfile
-import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from pyarrow import fs as pafs
@@ -42,15 +38,16 @@ from rayward.data.formats.table import SourceOptions
 from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy, judge
-from rayward.data.prepare.report import EXAMPLES_PER_REASON, build_report, render_html
+from rayward.data.prepare.report import build_report, render_html
 from rayward.data.prepare.rows import Adaptation, adapt, read
+from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepare.tally import Tally
-from rayward.data.prepared import MANIFEST_FILE, PREPARED_SCHEMA, Grouping, Manifest, PreparedData, ShardEntry, SplitStats
+from rayward.data.prepare.write import check_shared, open_workspace, publish, summaries, write_file, write_quarantine, write_split
+from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, PreparedData, ShardEntry
 from rayward.data.record import BadRow
 from rayward.data.sources.read import BATCH_ROWS, ReadUnit
 from rayward.errors import DataError, TooManyBadRowsError
 from rayward.objectives.base import LabelFacts
-from rayward.schema import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +59,6 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
 BUCKET_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
 GZIP_RATIO = 4
-QUARANTINE_FILE_ROWS = 50_000
 NO_LIMIT = 2**31 - 1
 
 
@@ -101,15 +97,15 @@ def prepare(config: Config) -> PreparedData:
         return existing
     formats, units = plan_reads(inputs.files, config)
     connect()
-    with _workspace(directory) as workspace, _data_context():
+    with open_workspace(directory) as workspace, _data_context():
         outcome = _run(config, inputs, formats, units, workspace)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory)
         if problem is None:
-            _check_shared(workspace, manifest)
-            _write(f"{workspace}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode() + b"\n")
-        _publish(workspace, directory)
+            check_shared(workspace, manifest)
+            write_file(f"{workspace}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode() + b"\n")
+        publish(workspace, directory)
     if problem is not None:
         raise problem
     return PreparedData.load(directory)
@@ -160,19 +156,19 @@ def _run(
         .map_batches(partial(_encode, reference=[encoder], policy=policy), batch_size=BATCH_ROWS, batch_format="pyarrow")
         .materialize()
     )
-    tally = Tally.merged(_summaries(encoded, Tally.of))
+    tally = Tally.merged(summaries(encoded, Tally.of))
     if tally.damaged:
         raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
     used, quarantined = tally.splits.total(), tally.quarantined.total()
     counted = f"{tally.read} rows were read, {used} used, {tally.num_merged} merged into them and {quarantined} quarantined"
     assert tally.read == used + tally.num_merged + quarantined, counted
-    examples = _write_quarantine(encoded, tally.quarantined, workspace)
+    examples = write_quarantine(encoded, tally.quarantined, workspace)
     shards: dict[str, tuple[ShardEntry, ...]] = {}
     stats: dict[str, SplitStats] = {}
     # Materialised: a strict repartition that is fused into a sort keeps the sort's blocks (Ray 2.60).
     ordered = encoded.map_batches(_used, batch_size=None, batch_format="pyarrow").sort("order").materialize() if used else encoded
     for split in ("train", "validation"):
-        shards[split], stats[split] = _write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace)
+        shards[split], stats[split] = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace)
     return _Outcome(tally, examples, shards, stats)
 
 
@@ -191,87 +187,8 @@ def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy
     return encode(table, *_encoders(reference[0]), policy)
 
 
-def _summaries(dataset: ray.data.Dataset, of: Any) -> list[str]:
-    """One text per block, made where the block is."""
-
-    def summarize(table: pa.Table) -> pa.Table:
-        return pa.table({"summary": pa.array([of(table)] if table.num_rows else [], pa.string())})
-
-    return [row["summary"] for row in dataset.map_batches(summarize, batch_size=None, batch_format="pyarrow").take_all()]
-
-
 def _used(table: pa.Table) -> pa.Table:
     return table.filter(pc.is_valid(table.column("split")))
-
-
-def _select(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table.column("split"), split))
-
-
-def _write_split(
-    ordered: ray.data.Dataset, split: Literal["train", "validation"], num_rows: int, rows_per_shard: int, workspace: str
-) -> tuple[tuple[ShardEntry, ...], SplitStats]:
-    """Cut the sorted rows of a split into shards and write them."""
-    if num_rows == 0:
-        return (), SplitStats()
-    selected = ordered.map_batches(partial(_select, split=split), batch_size=None, batch_format="pyarrow")
-    blocks = selected.repartition(target_num_rows_per_block=rows_per_shard, strict=True).materialize()
-    heads = sorted(json.loads(text) for text in _summaries(blocks, lambda table: json.dumps([table["order"][0].as_py(), table.num_rows])))
-    sizes = [size for _, size in heads]
-    expected = [min(rows_per_shard, num_rows - start) for start in range(0, num_rows, rows_per_shard)]
-    assert sizes == expected, f"shards of {sizes[:10]}… rows instead of {expected[:10]}…"
-    shards = tuple(ShardEntry(file=f"{split}/part-{index:05d}.parquet", num_rows=size) for index, size in enumerate(sizes))
-    places = {order: (index * rows_per_shard, f"{workspace}/{shards[index].file}") for index, (order, _) in enumerate(heads)}
-    _make_directory(f"{workspace}/{split}")
-    stats = SplitStats.merged(SplitStats.model_validate_json(text) for text in _summaries(blocks, partial(_write_shard, places=places)))
-    assert stats.num_rows == num_rows, f"{stats.num_rows} {split} rows were written, {num_rows} were counted"
-    return shards, stats
-
-
-def _write_shard(table: pa.Table, places: Mapping[str, tuple[int, str]]) -> str:
-    first_row, uri = places[table["order"][0].as_py()]
-    rows = pa.array(range(first_row, first_row + table.num_rows), pa.int64())
-    columns = [rows if field.name == "row" else table.column(field.name).cast(field.type) for field in PREPARED_SCHEMA]
-    filesystem, path = storage.resolve(uri)
-    # Workers on other nodes have not seen the directory that the driver made, if the storage is not shared; the driver checks.
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
-        pq.write_table(pa.Table.from_arrays(columns, schema=PREPARED_SCHEMA), stream, compression="zstd", row_group_size=1000)
-    return SplitStats.of(table).model_dump_json()
-
-
-def _write_quarantine(encoded: ray.data.Dataset, counts: Counter[str], workspace: str) -> dict[str, list[dict[str, Any]]]:
-    """Write `quarantine/<reason>.jsonl` (more files per reason when there are many rows); some records per reason come back."""
-    if not counts:
-        return {}
-    _make_directory(f"{workspace}/quarantine")
-    parts = {reason: -(-count // QUARANTINE_FILE_ROWS) for reason, count in counts.items()}
-
-    def choose(table: pa.Table) -> pa.Table:
-        table = table.filter(pc.and_(pc.equal(table["kind"], "row"), pc.is_null(table["split"])))
-        table = table.select(["file", "number", "source", "reason", "detail", "raw"])
-        names = []
-        for reason, file, number in zip(*(table.column(name).to_pylist() for name in ("reason", "file", "number")), strict=True):
-            part = int(digest([file, number])[:15], 16) % parts[reason]
-            names.append(f"{reason}-{part:05d}" if parts[reason] > 1 else reason)
-        return table.append_column("part", pa.array(names, pa.string()))
-
-    def write(table: pa.Table) -> pa.Table:
-        table = table.sort_by([("file", "ascending"), ("number", "ascending")])
-        records = [
-            {"reason": r["reason"], "detail": r["detail"], "source": r["source"], "file": r["file"], "row": r["number"], "raw": r["raw"]}
-            for r in table.to_pylist()
-        ]
-        _write(f"{workspace}/quarantine/{table['part'][0].as_py()}.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
-        return pa.table({"examples": [json.dumps(records[:EXAMPLES_PER_REASON])]})
-
-    chosen = encoded.map_batches(choose, batch_size=None, batch_format="pyarrow")
-    written = chosen.groupby("part", num_partitions=min(16, sum(parts.values()))).map_groups(write, batch_format="pyarrow").take_all()
-    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in sorted((r for row in written for r in json.loads(row["examples"])), key=lambda r: (r["file"], r["row"])):
-        if len(examples[record["reason"]]) < EXAMPLES_PER_REASON:
-            examples[record["reason"]].append(record)
-    return dict(examples)
 
 
 def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
@@ -348,49 +265,3 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         Path(scratch, "report.html").write_text(render_html(report), encoding="utf-8")
         filesystem, path = storage.resolve(workspace)
         pafs.copy_files(scratch, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
-
-
-@contextmanager
-def _workspace(directory: str) -> Iterator[str]:
-    """Where to write: beside a local directory, to be renamed; in place on object stores, where the manifest alone commits."""
-    workspace = directory if "://" in directory else f"{directory}.partial-{uuid.uuid4().hex[:8]}"
-    _make_directory(workspace)
-    try:
-        yield workspace
-    finally:
-        if workspace != directory:
-            shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _publish(workspace: str, directory: str) -> None:
-    if workspace == directory:
-        return
-    if PreparedData.find(directory) is not None:
-        return  # another driver prepared the same data meanwhile
-    shutil.rmtree(directory, ignore_errors=True)
-    os.rename(workspace, directory)
-
-
-def _check_shared(workspace: str, manifest: Manifest) -> None:
-    filesystem, path = storage.resolve(workspace)
-    names = [f"{path}/{shard.file}" for shard in (*manifest.train_shards, *manifest.validation_shards)]
-    missing = [info.path for info in filesystem.get_file_info(names) if info.type != pafs.FileType.File]
-    if missing:
-        raise DataError(
-            f"{len(missing)} shards were written on other machines and are not visible here, for example {missing[0]}",
-            remedy="set run.storage_path to a directory or URI that all nodes of the cluster share",
-        )
-
-
-def _make_directory(uri: str) -> None:
-    filesystem, path = storage.resolve(uri)
-    try:
-        filesystem.create_dir(path, recursive=True)
-    except OSError as exc:
-        raise DataError(f"{uri} cannot be created ({exc})", remedy="set run.storage_path to a place that can be written") from exc
-
-
-def _write(uri: str, content: bytes) -> None:
-    filesystem, path = storage.resolve(uri)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(content)

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayward.data.prepared import Grouping, SplitStats
+from rayward.data.prepare.stats import SplitStats
+from rayward.data.prepared import Grouping
 from rayward.data.record import BadRow
 
 EXAMPLES_PER_REASON = 3
