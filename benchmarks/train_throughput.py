@@ -145,7 +145,7 @@ def run_ours(spec: dict[str, Any], comparisons: list[EncodedComparison], objecti
     from rayward.config.run import Config
     from rayward.contract.contract import Contract
     from rayward.model.build import build_reward_model, resolve_hf_config
-    from rayward.model.weights import weight_source
+    from rayward.model.pretrained import weight_source
     from rayward.objectives.table import Objective
     from rayward.training.engines.build import build_engine, initialize, pretrained
     from rayward.training.engines.deepspeed import init_process_group

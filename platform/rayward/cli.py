@@ -150,15 +150,7 @@ def evaluate(
     asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.evaluate import evaluate_pipeline
 
-    evaluate_pipeline(
-        model,
-        data,
-        output,
-        data_config=data_config,
-        asked=asked,
-        placement=placement,
-        benchmark=chosen,
-    )
+    evaluate_pipeline(model, data, output, data_config=data_config, asked=asked, placement=placement, benchmark=chosen)
 
 
 @app.command()
@@ -196,16 +188,19 @@ def normalise(
     items: Annotated[
         str, typer.Argument(help='Reference set: JSON lines {"prompt": …, "completions": […]}; "-" reads standard input.')
     ] = "-",
+    output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
     device: Device = "auto",
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
-    """Store mean and deviation of a reference set's rewards with the model, for centred and standardised scores."""
+    """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
     placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
-    from rayward.workflows.normalise import normalise_pipeline
+    from rayward.workflows.normalise import default_output, normalise_pipeline
 
     stream = sys.stdin if items == "-" else _open(items)
     reference = "standard input" if items == "-" else Path(items).name
-    found = normalise_pipeline(model, stream, reference=reference, placement=placement)
+    target = output or default_output(model)
+    found = normalise_pipeline(model, stream, output=target, reference=reference, placement=placement)
+    typer.echo(f"model: {target}")
     typer.echo(f"mean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}")
 
 
@@ -219,14 +214,15 @@ def merge(
     """Average or extrapolate the weights of exported models, shard by shard."""
     if expo is not None and (weights is not None or len(models) != 2):
         raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
-    from rayward.workflows.merge import merge_pipeline
+    from rayward.workflows.merge import merge as run
 
     # ExPO (arXiv 2404.16792): start + alpha (trained - start).
     if expo is not None:
         shares: tuple[float, ...] = (1.0 - expo, expo)
     else:
         shares = (1.0 / len(models),) * len(models) if weights is None else _numbers(weights, float, "--weights")
-    typer.echo(f"model: {merge_pipeline(output, models, shares)}")
+    run([Path(model) for model in models], shares, output)
+    typer.echo(f"model: {output}")
 
 
 def _placed(**options: Any) -> Placement:
@@ -274,6 +270,26 @@ def mixture(settings: Settings = None) -> None:
     typer.echo(f"model: {fit_mixture(resolved)}")
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model: safetensors, config.json and tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
+    outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the outputs in the reward, with commas between.")] = None,
+    device: Device = "auto",
+    tokens_per_batch: TokensPerBatch = 8192,
+) -> None:
+    """Write a reward model of others as an export: contract, golden scores by its own forward, checked."""
+    placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
+    names = tuple(outputs.split(",")) if outputs else ()
+    shares = _numbers(weights, float, "--weights") if weights else ()
+    from rayward.workflows.import_model import import_model as run
+
+    contract = run(source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement)
+    typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
+
+
 @app.command("import-armo")
 def import_armo(
     source: Annotated[Path, typer.Argument(help="Checkpoint with regression_layer, reward_transform_matrix and gating tensors.")],
@@ -304,11 +320,11 @@ def critique(
 ) -> None:
     """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
     placement = _placed(device=device, actors=writers, gpus_per_actor=gpus_per_writer, tokens_per_batch=tokens_per_batch)
-    asked = _asked(temperature=temperature)
+    _asked(temperature=temperature)
     resolved = load(settings)
-    from rayward.workflows.critique import write_critiques
+    from rayward.workflows.critique import Sampling, write_critiques
 
-    counts = write_critiques(model, output, resolved, asked=asked, seed=seed, placement=placement)
+    counts = write_critiques(model, output, resolved, sampling=Sampling(temperature, seed), placement=placement)
     for split, (written, left_out) in counts.items():
         typer.echo(f"{split}: {written} rows with critiques, {left_out} left out for want of room or text: {output}/{split}.jsonl")
 

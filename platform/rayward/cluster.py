@@ -5,7 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from rayward.errors import carried_by, marking
+
+T = TypeVar("T")
 
 SHOW_WORKER_LOGS = "RAYWARD_WORKER_LOGS"
 """Environment variable: 1 shows the output of every Ray worker on the driver's terminal."""
@@ -67,3 +74,48 @@ def _quiet_data_logs() -> None:
 
     DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+class Deferred(Generic[T]):
+    """What the constructor of an actor makes, or what went wrong, which every call then raises.
+
+    An actor that raises in its constructor is started again and again, and leaves the text of a traceback; from a call, Ray gives
+    the error back.
+
+    Args:
+        make: called here, once.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._made: list[T] = []
+        self._error: Exception | None = None
+        try:
+            self._made.append(make())
+        # Whatever it is, it is raised at the first call.
+        except Exception as exc:
+            self._error = exc
+
+    def get(self) -> T:
+        """What was made.
+
+        Raises:
+            Exception: what its making raised; an error of ours is marked.
+        """
+        if self._error is not None:
+            with marking:
+                raise self._error
+        return self._made[0]
+
+
+@contextmanager
+def ray_errors() -> Iterator[None]:
+    """Around what waits for tasks and actors: the user is told what went wrong there, not where it was noticed."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as exc:
+        error = carried_by(exc)
+        if error is None:
+            raise
+        raise error from exc

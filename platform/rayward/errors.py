@@ -7,25 +7,37 @@
     │   └── TooManyBadRowsError  more rows are bad than the configured share allows
     ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
     │   ├── TooLongError       one conversation does not fit the contract's token limit
-    │   └── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    │   ├── ContractMismatchError  an artifact beside the contract is not the one it was written for
+    │   └── UnverifiedError    the contract holds no golden score, so nothing says that this model scores as it did
     ├── ModelLoadError         weights or architecture cannot be loaded or used                       (exit 2, 500)
     ├── TrainingError          training stopped                                                       (exit 1, 500)
     │   ├── NonFiniteError     NaN or Inf in a loss, a reward or a gradient
     │   ├── StreamOrderError   a worker received another step than the one it expected
+    │   ├── WorkerError        a library raised in a worker, and a restart would not help
     │   └── CheckpointError    a checkpoint could not be written or read
+    │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
         ├── OverloadedError    the bounded queue is full; retry later                                 (503, retryable)
         ├── DeadlineError      no answer within the caller's deadline                                 (504, retryable)
         └── ServerError        the server failed or answered something that is not a reward           (502, retryable)
 
-Each message says what was given, which rule it broke and what to do. Errors cross process borders inside Ray,
-so each one pickles with its fields.
+Each message says what was given, which rule it broke and what to do.
+
+An error crosses a process in one of two forms, and keeps its type and fields in both: pickled, where Ray carries the exception
+itself, and as JSON (`to_json`, `from_json`), where only text survives: in files, in the status of a deployment, in the traceback of
+an actor. What leaves an actor or a task is `marked`, and `carried_by` finds it again on the other side.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import json
+from contextlib import ContextDecorator
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+MARK = "rayward-error: "
+"""Stands before the JSON of an error in a longer text."""
 
 
 class RaywardError(Exception):
@@ -51,12 +63,90 @@ class RaywardError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), dict(self.__dict__))
 
+    def to_json(self) -> str:
+        """Type and fields on one line; the base types are named too, for a reader that does not know this type yet."""
+        types = [kind.__name__ for kind in type(self).__mro__ if issubclass(kind, RaywardError)]
+        fields = {name: value for name, value in self.__dict__.items() if not name.startswith("__")}
+        # An error must never fail to be reported: a value that JSON does not know becomes its text.
+        return json.dumps({"types": types, "fields": fields}, default=str)
+
+    @staticmethod
+    def from_json(text: str) -> RaywardError:
+        """The error that `to_json` wrote, as the nearest type that this version knows; all its fields are kept (lists as tuples).
+
+        Raises:
+            ValueError: the text is not such an error.
+        """
+        return _from_record(json.loads(text))
+
+    def marked(self) -> Self:
+        """The same error with its JSON noted on it, so that it survives where only the text of the traceback does."""
+        note = MARK + self.to_json()
+        if note not in getattr(self, "__notes__", ()):
+            self.add_note(note)
+        return self
+
 
 def _rebuild(cls: type[RaywardError], fields: dict[str, Any]) -> RaywardError:
     error = cls.__new__(cls)
     error.__dict__.update(fields)
     error.args = (fields["problem"], fields["remedy"])
     return error
+
+
+def _from_record(record: Any) -> RaywardError:
+    fields = record.get("fields") if isinstance(record, dict) else None
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("problem", "remedy")):
+        raise ValueError("this JSON is not an error of Rayward")
+    known = _known_types()
+    kind = next((known[name] for name in record.get("types", ()) if name in known), RaywardError)
+    return _rebuild(kind, {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def _known_types() -> dict[str, type[RaywardError]]:
+    found, waiting = {}, [RaywardError]
+    while waiting:
+        kind = waiting.pop()
+        found[kind.__name__] = kind
+        waiting += kind.__subclasses__()
+    return found
+
+
+def find_in(text: str) -> RaywardError | None:
+    """The last error that is marked in a text, or None."""
+    start = text.rfind(MARK)
+    while start >= 0:
+        try:
+            return _from_record(json.JSONDecoder().raw_decode(text, start + len(MARK))[0])
+        except ValueError:
+            # Cut off, or somebody's prose.
+            start = text.rfind(MARK, 0, start)
+    return None
+
+
+class _Marking(ContextDecorator):
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        if isinstance(exc, RaywardError):
+            exc.marked()
+
+
+marking = _Marking()
+"""Around what a Ray actor or task does (`with marking:` or `@marking`): an error that leaves is marked."""
+
+
+def carried_by(exc: BaseException) -> RaywardError | None:
+    """The error that an exception is, was caused by, or has marked in its text; None when there is none."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        # Ray's error of a task holds the original as `cause`, and is of its type too, without its fields.
+        inner = getattr(seen, "cause", None)
+        if isinstance(seen, RaywardError) and not isinstance(inner, BaseException):
+            return seen
+        seen = inner if isinstance(inner, BaseException) else seen.__cause__
+    return find_in(str(exc))
 
 
 class ConfigError(RaywardError):
@@ -96,6 +186,10 @@ class ContractMismatchError(ContractError):
     """Example: somebody edited `tokenizer.json` beside a `contract.json` that was written for another one."""
 
 
+class UnverifiedError(ContractError):
+    """Example: `"golden": []` in `contract.json`, and nobody said that the model may be used unverified."""
+
+
 class ModelLoadError(RaywardError):
     """Example: a checkpoint directory without safetensors files."""
 
@@ -120,6 +214,20 @@ class NonFiniteError(TrainingError):
         self.comparison_ids = comparison_ids
 
 
+class WorkerError(TrainingError):
+    """Example: the model's own code raises `NotImplementedError` in the forward.
+
+    Args:
+        error_type: module and name of what was raised.
+        traceback: where, as Python prints it.
+    """
+
+    def __init__(self, problem: str, *, remedy: str, error_type: str, traceback: str) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.error_type = error_type
+        self.traceback = traceback
+
+
 class StreamOrderError(TrainingError):
     """Example: a worker waits for step 40 and receives the share of step 41."""
 
@@ -130,6 +238,13 @@ class CheckpointError(TrainingError):
     """Example: the disk fills up twice in a row while a checkpoint is written."""
 
     retryable = True
+
+
+class CheckpointVersionError(CheckpointError):
+    """Example: the newest checkpoint of the run was written by a newer Rayward."""
+
+    retryable = False
+    exit_code = 2
 
 
 class ScoringError(RaywardError):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rayward.errors import DataError
+from rayward.schema import write_atomically
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
@@ -50,12 +53,7 @@ def write_text(filesystem: pafs.FileSystem, path: str, text: str) -> None:
     data = text.encode("utf-8")
     if isinstance(filesystem, pafs.LocalFileSystem):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{path}.tmp-{os.getpid()}")
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        write_atomically(Path(path), data)
         return
     with filesystem.open_output_stream(path) as stream:
         stream.write(data)
@@ -71,17 +69,21 @@ def delete_dir(filesystem: pafs.FileSystem, path: str) -> None:
         filesystem.delete_dir(path)
 
 
-def localize(location: str, *names: str) -> Path:
-    """A local directory with these files or folders of `location`: itself when local, else a temporary copy."""
+@contextmanager
+def localized(location: str, *names: str) -> Iterator[Path]:
+    """A local directory with these files or folders of `location`: itself when local, else a copy that is removed at the end."""
     filesystem, root = resolve(location)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        return Path(root)
-    target = Path(tempfile.mkdtemp(prefix="rayward-"))
-    for name in names:
-        info = filesystem.get_file_info(f"{root}/{name}")
-        if info.type == pafs.FileType.Directory:
-            (target / name).mkdir(parents=True)
-            pafs.copy_files(info.path, str(target / name), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
-        elif info.type == pafs.FileType.File:
-            (target / name).write_bytes(bytes(filesystem.open_input_stream(info.path).read()))
-    return target
+        yield Path(root)
+        return
+    with tempfile.TemporaryDirectory(prefix="rayward-") as scratch:
+        target = Path(scratch)
+        for name in names:
+            info = filesystem.get_file_info(f"{root}/{name}")
+            if info.type == pafs.FileType.Directory:
+                (target / name).mkdir(parents=True)
+                pafs.copy_files(info.path, str(target / name), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+            elif info.type == pafs.FileType.File:
+                with filesystem.open_input_stream(info.path) as stream:
+                    (target / name).write_bytes(bytes(stream.read()))
+        yield target

@@ -18,8 +18,8 @@ from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepared import MANIFEST_FILE, Manifest, PreparedData
 from rayward.data.stream.shares import StepShare
 from rayward.model.build import build_reward_model, resolve_hf_config
+from rayward.model.pretrained import weight_source
 from rayward.model.reward_model import RewardModel
-from rayward.model.weights import weight_source
 from rayward.training.engines.build import initialize, pretrained
 from rayward.training.engines.torch import TorchEngine
 from rayward.training.session import Job, Session

@@ -17,6 +17,7 @@ from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
 from rayward.model.weights import head_sha256
 from rayward.schema import file_sha256
+from rayward.scoring.scorer import Scorer
 
 MAX_TOKENS = 192
 
@@ -82,6 +83,14 @@ def make_export(
         }
     ).save(directory)
     return directory
+
+
+def change_contract(directory: Path, **changes: object) -> None:
+    """Another contract beside the same files, with the golden scores that it gives."""
+    changed = Contract.load(directory).model_copy(update={**changes, "golden": ()})
+    changed.save(directory)
+    golden = Scorer.load(directory, device="cpu", verify=False).golden_scores()
+    changed.model_copy(update={"golden": golden}).save(directory)
 
 
 def plain_reward(model: LlamaForSequenceClassification, ids: list[int]) -> float:

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayward.batch.layout import PackedBatch
-from rayward.model.reward_model import RewardModel
 from rayward.training.engines.protocol import Partition, StateKind
 
 State = dict[tuple[str, StateKind], Tensor]
@@ -41,7 +39,7 @@ class Group:
 
 
 class PartitionedEngine:
-    """Holds this rank's part of every parameter, cut as ZeRO-3 cuts: equal ceilings, the last ranks shorter or empty.
+    """This rank's part of every parameter, without a model: cut as ZeRO-3 cuts, equal ceilings, the last ranks shorter or empty.
 
     Args:
         shapes: of the whole parameters.
@@ -52,26 +50,14 @@ class PartitionedEngine:
     def __init__(
         self, group: Group, rank: int, shapes: Mapping[str, tuple[int, ...]], state: State | None, *, full_disk: bool = False
     ) -> None:
-        self.rank, self.world_size, self.device = rank, group.world_size, torch.device("cpu")
+        self.rank, self.world_size = rank, group.world_size
+        self.data_parallel_rank, self.data_parallel_size = rank, group.world_size
         self._group, self._shapes, self._full_disk = group, shapes, full_disk
         self.local: State = {}
         self.optimizer_steps: int | None = None
         for (name, kind), values in (state or {}).items():
             part = next(p for p in self.partitions() if p.name == name)
             self.local[name, kind] = values[part.start : part.stop].clone()
-
-    @property
-    def reward_model(self) -> RewardModel:
-        raise NotImplementedError
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        raise NotImplementedError
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        raise NotImplementedError
-
-    def step(self, learning_rate: float) -> float:
-        raise NotImplementedError
 
     def all_reduce(self, values: Tensor) -> Tensor:
         gathered: Tensor = torch.stack(self.all_gather_object(values)).sum(0)

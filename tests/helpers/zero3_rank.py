@@ -19,7 +19,7 @@ from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepared import PreparedData
 from rayward.data.stream.shares import STREAM_COLUMNS, plan_block, read_share
 from rayward.model.build import build_reward_model, resolve_hf_config
-from rayward.model.weights import weight_source
+from rayward.model.pretrained import weight_source
 from rayward.objectives.table import Objective
 from rayward.training.engines.build import build_engine, initialize, pretrained
 from rayward.training.engines.deepspeed import init_process_group

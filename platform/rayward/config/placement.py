@@ -9,6 +9,8 @@ from pydantic import Field
 from rayward.schema import Frozen
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+HashWeights: TypeAlias = Literal["sampled", "full"]
+"""What is read of weights that came without a contract, to identify them: a piece of every tensor, or every byte."""
 
 
 class Placement(Frozen):
@@ -24,3 +26,5 @@ class Placement(Frozen):
     """Token budget of one forward."""
     verify: bool = True
     """Check an export against its contract before it scores."""
+    hash_weights: HashWeights = "sampled"
+    """How much of the weights of a model without contract its version covers."""

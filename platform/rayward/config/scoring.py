@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from rayward.config.placement import Device, Placement
+from rayward.config.placement import Device, HashWeights, Placement
 from rayward.schema import Frozen
 from rayward.wire.rules import Limits
 
@@ -52,6 +52,8 @@ class ScoringConfig(Frozen):
     """A larger request body is refused with 413, before it is parsed."""
     verify_golden: bool = True
     """Check files, head and golden scores against the contract at start and refuse to serve when they differ."""
+    hash_weights: HashWeights = "sampled"
+    """What the version of a model without contract covers of its weights: sizes, headers and a piece of every tensor, or every byte."""
 
     @model_validator(mode="after")
     def _replicas(self) -> Self:
@@ -63,7 +65,11 @@ class ScoringConfig(Frozen):
     def placement(self) -> Placement:
         """Where each replica scores; the replicas are Serve's."""
         return Placement(
-            device=self.device, gpus_per_actor=self.gpus_per_replica, tokens_per_batch=self.tokens_per_batch, verify=self.verify_golden
+            device=self.device,
+            gpus_per_actor=self.gpus_per_replica,
+            tokens_per_batch=self.tokens_per_batch,
+            verify=self.verify_golden,
+            hash_weights=self.hash_weights,
         )
 
     @property

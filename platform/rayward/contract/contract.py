@@ -15,20 +15,18 @@ cannot drift apart. The rules:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rayward.contract.conversation import Message
 from rayward.contract.reading import RewardReadout
 from rayward.contract.tokenizer import bos_for_plain, pick_pad, pick_template
 from rayward.contract.weight_sets import WEIGHT_SETS
 from rayward.errors import ContractError, ContractMismatchError
-from rayward.schema import Frozen, file_sha256
+from rayward.schema import Frozen, Versioned, file_sha256, identity, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +37,10 @@ CONTRACT_VERSION = 1
 FROZEN_DATE = "26 Jul 2024"
 Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
 """What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
+
+
+RULES_OF_TEXT = frozenset({"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens", "critique_lead_in"})
+"""Fields of a contract that decide the token ids of a text and the position that is read."""
 
 
 class GoldenScore(Frozen):
@@ -69,7 +71,7 @@ class Normaliser(Frozen):
         return centred / self.std if scale == "standardised" else centred
 
 
-class Contract(Frozen):
+class Contract(Versioned):
     """Everything that decides a score besides the weights themselves; saved as `contract.json`.
 
     Attributes:
@@ -91,6 +93,8 @@ class Contract(Frozen):
         files: sha256 of each file of the export, by name; head_sha256 is that of the head's own tensors.
     """
 
+    kind: ClassVar[str] = "contract"
+    remedy: ClassVar[str] = "export the model again"
     version: int = CONTRACT_VERSION
     template: str
     template_source: str
@@ -173,44 +177,32 @@ class Contract(Frozen):
         return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets, "reading": reading})
 
     def model_version(self) -> str:
-        """Twelve hex digits that identify the exported model: everything here but the normaliser."""
-        return hashlib.sha256(self.model_dump_json(exclude={"normaliser"}).encode()).hexdigest()[:12]
+        """Twelve hex digits that identify the exported model: everything here but the normaliser (see `schema.identity`)."""
+        return identity(self, exclude={"normaliser"})[:12]
 
     def save(self, directory: Path) -> None:
-        """Write `contract.json`."""
-        (directory / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write `contract.json`; a reader sees the old one or the new one."""
+        write_atomically(directory / CONTRACT_FILE, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Self:
         """Read `contract.json`.
 
         Raises:
-            ContractError: the file is missing, damaged or of another version.
+            ContractError: the file is missing, damaged, or of a version that is not read here.
         """
         path = directory / CONTRACT_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes()
         except OSError as exc:
             raise ContractError(
                 f"{path} cannot be read ({exc.strerror})", remedy="point at a directory that `rayward export` wrote"
             ) from exc
-        try:
-            contract = cls.model_validate_json(text)
-        except ValidationError as exc:
-            raise ContractError(f"{path} is not a valid contract: {exc}", remedy="export the model again") from exc
-        if contract.version != CONTRACT_VERSION:
-            raise ContractError(
-                f"{path} has contract version {contract.version}; this Rayward reads version {CONTRACT_VERSION}",
-                remedy="export the model again with this version",
-            )
-        return contract
+        return cls.parse(text, where=str(path), error=ContractError)
 
     def fingerprint(self) -> str:
         """Hash of the rules that turn text into ids and a position (not of weights, files or golden scores)."""
-        rules = self.model_dump(
-            include={"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens", "critique_lead_in"}
-        )
-        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+        return identity(self, include=RULES_OF_TEXT)
 
 
 def verify_files(contract: Contract, directory: Path) -> None:

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
-from pydantic import ValidationError
 
 from rayward import storage
 from rayward.batch.comparison import EncodedComparison, Float32, Labels
 from rayward.data.record import Comparison, dense_ranks
 from rayward.errors import DataError
 from rayward.objectives.base import LabelFacts
-from rayward.schema import Frozen
+from rayward.schema import Frozen, Versioned
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 3
@@ -61,7 +60,7 @@ class Grouping(Frozen):
         return ", ".join(f"{reason} {getattr(self, reason):,}" for reason in reasons if getattr(self, reason))
 
 
-class Manifest(Frozen):
+class Manifest(Versioned):
     """Counts of a prepared directory. num_input_rows = num_train + num_validation + num_merged + sum(num_quarantined.values()).
 
     Attributes:
@@ -76,6 +75,9 @@ class Manifest(Frozen):
         sources: train rows by source.
     """
 
+    kind: ClassVar[str] = "manifest"
+    remedy: ClassVar[str] = "delete the directory and prepare again"
+    oldest: ClassVar[int] = 3
     version: int = MANIFEST_VERSION
     fingerprint: str
     num_input_rows: int
@@ -113,7 +115,7 @@ class PreparedData:
         """Read the manifest.
 
         Raises:
-            DataError: the directory is not prepared, its manifest is damaged, or it was written by another version.
+            DataError: the directory is not prepared, its manifest is damaged, or of a version that is not read here.
         """
         prepared = cls.find(directory)
         if prepared is None:
@@ -125,7 +127,7 @@ class PreparedData:
         """Like `load`, but None where nothing is committed.
 
         Raises:
-            DataError: the manifest is damaged or of another version.
+            DataError: the manifest is damaged or of a version that is not read here.
         """
         filesystem, path = storage.resolve(directory)
         file = f"{path}/{MANIFEST_FILE}"
@@ -133,15 +135,7 @@ class PreparedData:
             return None
         with filesystem.open_input_stream(file) as stream:
             text = stream.read()
-        try:
-            manifest = Manifest.model_validate_json(text)
-        except ValidationError as exc:
-            raise DataError(f"{directory}/{MANIFEST_FILE} is damaged: {exc}", remedy="delete the directory and prepare again") from exc
-        if manifest.version != MANIFEST_VERSION:
-            raise DataError(
-                f"{directory}/{MANIFEST_FILE} has version {manifest.version}; this Rayward reads {MANIFEST_VERSION}",
-                remedy="delete the directory and prepare again",
-            )
+        manifest = Manifest.parse(text, where=f"{directory}/{MANIFEST_FILE}", error=DataError)
         return cls(directory if "://" in directory else path, manifest)
 
     def tables(self, split: Literal["train", "validation"], columns: Sequence[str], *, max_rows: int | None = None) -> Iterator[pa.Table]:
@@ -167,14 +161,13 @@ class PreparedData:
         remedy = "restore the file, or delete the directory and prepare again"
         try:
             with filesystem.open_input_file(path) as stream:
-                table = pq.read_table(stream, columns=list(columns))
+                file = pq.ParquetFile(stream)
+                known = set(file.schema_arrow.names)
+                table = with_columns(file.read([name for name in columns if name in known]), columns)
         except FileNotFoundError as exc:
             raise DataError(f"{self.directory}/{shard.file} is missing", remedy=remedy) from exc
         except (OSError, pa.ArrowException) as exc:
             raise DataError(f"{self.directory}/{shard.file} cannot be read ({exc})", remedy=remedy) from exc
-        absent = [name for name in columns if name not in table.column_names]
-        if absent:
-            raise DataError(f"{self.directory}/{shard.file} has no column {', '.join(absent)}", remedy=remedy)
         if table.num_rows != shard.num_rows:
             raise DataError(
                 f"{self.directory}/{shard.file} holds {table.num_rows} rows; {MANIFEST_FILE} says {shard.num_rows}", remedy=remedy
@@ -233,6 +226,23 @@ PREPARED_SCHEMA = pa.schema(
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""
+
+
+def with_columns(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """These columns in the types of PREPARED_SCHEMA; labels that were added after the rows were written are unknown.
+
+    Raises:
+        pyarrow.ArrowException: another column is absent, or has another type.
+    """
+    for name in columns:
+        field = PREPARED_SCHEMA.field(name)
+        if field.nullable and name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    absent = [name for name in columns if name not in table.column_names]
+    if absent:
+        raise pa.ArrowKeyError(f"there is no column {', '.join(absent)}")
+    return table.select(list(columns)).cast(pa.schema([PREPARED_SCHEMA.field(name) for name in columns]))
+
 
 COMPARISON_COLUMNS = ("id", "prefix_ids", "branch_ids", "text_starts", "step_ends", *LABEL_COLUMNS)
 """What `comparisons_from_table` reads."""

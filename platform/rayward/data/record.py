@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
-from rayward.contract.conversation import ROLES, Message
+from rayward.contract.conversation import BrokenRule, Message, RuleCode, broken_by_completion, broken_by_prompt, broken_by_text
 from rayward.schema import digest
 
 
@@ -50,6 +50,26 @@ class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+_REASONS: Mapping[RuleCode, BadRow] = {
+    "unknown_role": BadRow.UNKNOWN_ROLE,
+    "nul_byte": BadRow.BAD_TEXT,
+    "lone_surrogate": BadRow.BAD_TEXT,
+    "empty_prompt": BadRow.EMPTY_PROMPT,
+    "prompt_end": BadRow.WRONG_TYPE,
+    "empty_completion": BadRow.EMPTY_COMPLETION,
+}
+
+
+def require(broken: BrokenRule | None, where: str = "") -> None:
+    """Reject the row for a rule of conversations that it breaks, if any.
+
+    Raises:
+        RowRejected: with the reason that belongs to the rule.
+    """
+    if broken is not None:
+        raise RowRejected(_REASONS[broken.code], f"{where}: {broken.detail}" if where else broken.detail)
 
 
 def _column(default: float | None) -> Any:
@@ -138,33 +158,14 @@ def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> 
     Raises:
         RowRejected: with the first rule that the record breaks.
     """
-    if not comparison.prompt:
-        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt has no turn")
-    for turn in comparison.prompt:
-        if turn["role"] not in ROLES:
-            raise RowRejected(BadRow.UNKNOWN_ROLE, f"role {turn['role']!r} is not one of {', '.join(ROLES)}")
-    if not any(turn["content"].strip() for turn in comparison.prompt if turn["role"] != "system"):
-        raise RowRejected(BadRow.EMPTY_PROMPT, "the prompt holds no text")
+    require(broken_by_prompt(comparison.prompt))
     for text in (*(t["content"] for t in comparison.prompt), *comparison.completions, *(comparison.critiques or ())):
-        check_text(text)
+        require(broken_by_text(text))
     for index, completion in enumerate(comparison.completions):
-        if not completion.strip():
-            raise RowRejected(BadRow.EMPTY_COMPLETION, f"completion {index} is empty")
+        require(broken_by_completion(index, completion))
     if len(set(comparison.completions)) != len(comparison.completions):
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
     _validate_judgement(comparison, ties=ties)
-
-
-def check_text(text: str) -> None:
-    """Reject text that no tokenizer round-trips: NUL bytes and lone surrogates.
-
-    Raises:
-        RowRejected: with reason BAD_TEXT.
-    """
-    if "\x00" in text:
-        raise RowRejected(BadRow.BAD_TEXT, "the text holds a NUL byte")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise RowRejected(BadRow.BAD_TEXT, "the text holds a lone surrogate")
 
 
 def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:

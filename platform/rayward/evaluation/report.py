@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rayward.evaluation.records import BenchmarkScores, Calibration, Evaluation, Group
+from rayward.data.page import render
+from rayward.evaluation.records import BenchmarkScores, CalibrationBin, Evaluation, Group
 from rayward.evaluation.statistics import ELO_PER_REWARD
 
 _CAPTIONS = {
@@ -20,26 +21,6 @@ _CAPTIONS = {
     "accuracy_by_length": "A model that only rewards length is right at the bottom and wrong at the top.",
     "accuracy_by_source": "The same model on every source of the data, beside the longer-wins baseline.",
 }
-
-_STYLE = """
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #22303c; background: #f5f7f9; margin: 0; }
-main { max-width: 980px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 10px; }
-.sub { color: #5b6975; margin: 0 0 24px; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 20px 0; }
-.card, figure, .scroll { background: #fff; border: 1px solid #dfe5ea; border-radius: 10px; }
-.card { padding: 14px 16px; } .card b { display: block; font-size: 26px; line-height: 1.2; color: #2f6fb3; }
-.card span { color: #5b6975; font-size: 13px; }
-.verdict { background: #e9f0f8; border-left: 4px solid #2f6fb3; border-radius: 6px; padding: 10px 14px; }
-.warn { background: #fdf1e7; border-left-color: #e0803a; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: 8px 14px; text-align: right; white-space: nowrap; border-bottom: 1px solid #edf1f4; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-th { color: #5b6975; font-weight: 600; font-size: 13px; } tr:last-child td { border-bottom: 0; } tr.lead td { font-weight: 600; }
-td.text { text-align: left; white-space: normal; }
-figure { margin: 14px 0; padding: 14px; } figure img { max-width: 100%; display: block; margin: 0 auto; max-height: 640px; }
-figcaption { color: #5b6975; font-size: 13px; margin-top: 8px; } .note { color: #5b6975; font-size: 13px; }
-"""
 
 
 def verdict(evaluation: Evaluation) -> tuple[bool, str]:
@@ -62,33 +43,37 @@ def write_report(evaluation: Evaluation, path: Path, plots: Sequence[Path]) -> N
         plots: PNG files from `write_plots`.
     """
     good, sentence = verdict(evaluation)
-    body = [
-        "<h1>Reward model evaluation</h1>",
-        f'<p class="sub">{_text(evaluation.model)} · version {_text(evaluation.model_version)}<br>{_text(", ".join(evaluation.data))}</p>',
-        f'<p class="{"verdict" if good else "verdict warn"}">{_text(sentence)}</p>',
-        _cards(evaluation),
-        "<h2>Accuracy and baselines</h2>",
-        _main_table(evaluation),
-        f'<p class="note">{_text(how_computed(evaluation))}</p>',
-        *([] if evaluation.benchmark is None else [_benchmark_section(evaluation.benchmark)]),
-        *(_figure(plot) for plot in plots),
-        "<h2>By source</h2>",
-        _group_table("source", evaluation.by_source, with_longer=True),
-        f"<h2>By length difference ({_text(evaluation.length_unit)} of the completions)</h2>",
-        _group_table("the better completion is …", evaluation.by_length, with_longer=False),
-        "<h2>Calibration</h2>",
-        _calibration_table(evaluation.calibration),
-        "<h2>More numbers</h2>",
-        _table(("", "value"), [(name, value) for name, value in more_numbers(evaluation)]),
-        "<h2>Rows</h2>",
-        _rows_section(evaluation),
-    ]
-    document = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation of {_text(evaluation.model)}</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+    document = render(
+        "rayward.evaluation",
+        "report.html.j2",
+        evaluation=evaluation,
+        good=good,
+        sentence=sentence,
+        cards=_cards(evaluation),
+        accuracy=accuracy_rows(evaluation),
+        how_computed=how_computed(evaluation),
+        benchmark=None if evaluation.benchmark is None else _benchmark(evaluation.benchmark),
+        plots=[
+            {"name": plot.stem, "caption": _CAPTIONS.get(plot.stem, plot.stem), "data": base64.b64encode(plot.read_bytes()).decode()}
+            for plot in plots
+        ],
+        group_headers=("pairs (n)", "prompts", "ties", "accuracy [95 %]", "ties half", "mean margin"),
+        by_source=[(*_group(group), str(group.longer_wins)) for group in evaluation.by_source],
+        by_length=[_group(group) for group in evaluation.by_length],
+        calibration=[_bin(found) for found in evaluation.calibration.bins],
+        more_numbers=more_numbers(evaluation),
+        row_counts=_counts(evaluation),
+        num_errors=f"{evaluation.num_errors:,}",
+        first_errors=[(example.id, example.source, example.code, example.message) for example in evaluation.first_errors],
     )
     path.write_text(document, encoding="utf-8")
+
+
+def accuracy_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str, str]]:
+    """Model and baselines: name, pairs, ties, accuracy with interval, accuracy with ties as half; report and model card share it."""
+    return [
+        (row.name, f"{row.num_pairs:,}", f"{row.num_ties:,}", str(row.accuracy), number(row.accuracy_ties_half)) for row in evaluation.rows
+    ]
 
 
 def more_numbers(evaluation: Evaluation) -> tuple[tuple[str, str], ...]:
@@ -178,7 +163,8 @@ def _benchmark_table(scores: BenchmarkScores) -> Table:
     return table
 
 
-def _benchmark_section(scores: BenchmarkScores) -> str:
+def _benchmark(scores: BenchmarkScores) -> dict[str, Any]:
+    """What the page shows of a benchmark."""
     rows = [(name, "", "", number(value)) for name, value in _benchmark_totals(scores)]
     for section in scores.sections:
         rows.append((section.name, f"{section.num_rows:,}", f"{section.num_ties:,}", number(section.value)))
@@ -186,8 +172,7 @@ def _benchmark_section(scores: BenchmarkScores) -> str:
             for part in section.parts:
                 counts = (f"{part.num_rows:,}", f"{part.num_ties:,}") if part.num_rows else ("", "")
                 rows.append((f"… {part.name}", *counts, number(part.value)))
-    note = f'<p class="verdict warn">{_text(_not_whole(scores))}</p>' if scores.deviations else ""
-    return f"<h2>Benchmark: {_text(_benchmark_title(scores))}</h2>{note}{_table(('', 'rows', 'ties', 'score'), rows, lead=True)}"
+    return {"title": _benchmark_title(scores), "not_whole": _not_whole(scores) if scores.deviations else "", "rows": rows}
 
 
 def _row_counts(evaluation: Evaluation) -> str:
@@ -196,61 +181,28 @@ def _row_counts(evaluation: Evaluation) -> str:
     return f"{counts} ({errors})" if errors else counts
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, lead: bool = False, text_columns: frozenset[int] = frozenset()) -> str:
-    head = "".join(f"<th>{_text(header)}</th>" for header in headers)
-    lines = []
-    for index, row in enumerate(rows):
-        cells = "".join(f'<td class="text">{_text(c)}</td>' if i in text_columns else f"<td>{_text(c)}</td>" for i, c in enumerate(row))
-        lines.append(f'<tr class="lead">{cells}</tr>' if lead and index == 0 else f"<tr>{cells}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _cards(evaluation: Evaluation) -> str:
+def _cards(evaluation: Evaluation) -> list[tuple[str, str]]:
     overall = evaluation.overall
     accuracy, gain = overall.accuracy, evaluation.over_longer
-    cards = (
+    return [
         (number(accuracy.value), f"accuracy, 95 % interval {number(accuracy.low)} to {number(accuracy.high)}"),
         (f"{gain.value:+.3f}" if gain.value is not None else "n/a", f"over longer wins, {number(gain.low)} to {number(gain.high)}"),
         (number(evaluation.calibration.ece), "expected calibration error"),
         (f"{overall.num_ties:,}", f"ties in {overall.num_pairs:,} pairs"),
-    )
-    return f'<div class="cards">{"".join(f"<div class=card><b>{_text(b)}</b><span>{_text(s)}</span></div>" for b, s in cards)}</div>'
-
-
-def _main_table(evaluation: Evaluation) -> str:
-    rows = [
-        (row.name, f"{row.num_pairs:,}", f"{row.num_ties:,}", str(row.accuracy), number(row.accuracy_ties_half)) for row in evaluation.rows
     ]
-    return _table(("", "pairs (n)", "ties", "accuracy [95 %]", "ties half"), rows, lead=True)
 
 
-def _group_table(name: str, groups: Sequence[Group], *, with_longer: bool) -> str:
-    headers = [name, "pairs (n)", "prompts", "ties", "accuracy [95 %]", "ties half", "mean margin"]
-    rows = []
-    for group in groups:
-        row = [group.name, f"{group.num_pairs:,}", f"{group.num_prompts:,}", f"{group.num_ties:,}", str(group.accuracy)]
-        row += [number(group.accuracy_ties_half), number(group.mean_margin)]
-        rows.append(row + ([str(group.longer_wins)] if with_longer else []))
-    return _table(headers + (["longer wins [95 %]"] if with_longer else []), rows)
+def _group(group: Group) -> tuple[str, ...]:
+    row = (group.name, f"{group.num_pairs:,}", f"{group.num_prompts:,}", f"{group.num_ties:,}", str(group.accuracy))
+    return (*row, number(group.accuracy_ties_half), number(group.mean_margin))
 
 
-def _calibration_table(calibration: Calibration) -> str:
-    rows = [(f"{b.low:.2f} to {b.high:.2f}", f"{b.num_pairs:,}", number(b.confidence), number(b.accuracy)) for b in calibration.bins]
-    return _table(("confidence sigma(|margin|)", "pairs (n)", "mean confidence", "accuracy (ties half)"), rows)
+def _bin(found: CalibrationBin) -> tuple[str, ...]:
+    return (f"{found.low:.2f} to {found.high:.2f}", f"{found.num_pairs:,}", number(found.confidence), number(found.accuracy))
 
 
-def _figure(plot: Path) -> str:
-    data = base64.b64encode(plot.read_bytes()).decode()
-    caption = _CAPTIONS.get(plot.stem, plot.stem)
-    return f'<figure><img alt="{_text(plot.stem)}" src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'
-
-
-def _rows_section(evaluation: Evaluation) -> str:
-    counts = [
+def _counts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    return [
         ("comparisons given", f"{evaluation.num_rows:,}"),
         ("scored", f"{evaluation.num_scored:,}"),
         ("… of these without ranks", f"{evaluation.num_unranked:,}"),
@@ -258,9 +210,3 @@ def _rows_section(evaluation: Evaluation) -> str:
         ("not scored", f"{evaluation.num_errors:,}"),
         *((f"… {code}", f"{count:,}") for code, count in evaluation.errors.items()),
     ]
-    section = _table(("", "rows"), counts)
-    if not evaluation.first_errors:
-        return section
-    rows = [(example.id, example.source, example.code, example.message) for example in evaluation.first_errors]
-    shown = f"The first {len(rows)} of {evaluation.num_errors:,} rows without a score; scores.jsonl holds all."
-    return f'{section}<p class="note">{shown}</p>{_table(("id", "source", "code", "message"), rows, text_columns=frozenset((1, 2, 3)))}'

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from rayward.batch.layout import Layout
 from rayward.config.model import ModelConfig
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
 from rayward.model.gate import GATING_FILE, Gating
+from rayward.model.heads import HeadShape, MlpHead, build_head, set_head_shape
+from rayward.model.pretrained import fill, scoring_source
 from rayward.model.reward_model import RewardModel
-from rayward.model.weights import LANGUAGE_HEAD, check_language_head, is_tied, resolve_model_dir, weight_map
+from rayward.model.weights import Checkpoint, check_language_head, persistent_buffers, resolve_model_dir
 
 
 def resolve_hf_config(model: ModelConfig, contract: Contract, *, vocab_size: int) -> PretrainedConfig:
@@ -50,12 +51,18 @@ def resolve_hf_config(model: ModelConfig, contract: Contract, *, vocab_size: int
     config.pad_token_id = contract.pad_token_id
     config.vocab_size = max(config.vocab_size, vocab_size)
     config.use_cache = False
+    set_head_shape(config, None if model.path is None or model.head == "fresh" else _stored_head(model.path, model.revision))
     if getattr(config, "num_key_value_heads", 0) is None:
         config.num_key_value_heads = config.num_attention_heads
     for name, value in list(vars(config).items()):
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(config, name, 0.0)
     return cast(PretrainedConfig, config)
+
+
+def _stored_head(path: str, revision: str | None) -> HeadShape | None:
+    checkpoint = Checkpoint.open(resolve_model_dir(path, revision))
+    return HeadShape.of({name: view.shape for name, view in checkpoint.views.items()})
 
 
 def build_reward_model(
@@ -79,6 +86,7 @@ def build_reward_model(
     try:
         with no_init_weights():
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            build_head(model)
             return RewardModel(model, max_tokens=max_tokens, layout=layout, with_language=with_language)
     except (ValueError, KeyError) as exc:
         raise ModelLoadError(
@@ -101,31 +109,31 @@ def load_reward_model(
     Raises:
         ModelLoadError: it cannot be loaded, or its head would be newly initialised.
     """
-    verbosity = transformers_logging.get_verbosity()
+    checkpoint = Checkpoint.open(directory)
     try:
-        # Its report of a kept language-model head reads like a fault; what is missing is our own error.
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        model, info = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
-        raise ModelLoadError(
-            f"{directory} cannot be loaded as a sequence-classification model: {exc}", remedy="check the directory"
-        ) from exc
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelLoadError(
-            f"{directory} lacks weights for {', '.join(missing[:4])}: they would be random numbers",
-            remedy="give a trained reward model; a language model has no reward head yet",
-        )
-    model = model.to(device)
-    if isinstance(getattr(model, "score", None), nn.Linear):
-        model.score.float()
-    gate = Gating.load(directory / GATING_FILE).to(device) if (directory / GATING_FILE).is_file() else None
-    loaded = RewardModel(model, max_tokens=max_tokens, layout=layout, gate=gate, with_language=with_language).eval()
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ModelLoadError(f"{directory} cannot be loaded: no model configuration: {exc}", remedy="check the directory") from exc
+    head = HeadShape.of({name: view.shape for name, view in checkpoint.views.items()})
+    set_head_shape(config, head)
+    if head is not None and head.num_outputs != config.num_labels:
+        # A language model's config says nothing about the head that was put on it.
+        config.num_labels = head.num_outputs
     if with_language:
-        check_language_head(directory, model.config)
-        if not is_tied(model.config):
-            with safe_open(directory / weight_map(directory)[LANGUAGE_HEAD], framework="pt") as file, torch.no_grad():
-                cast(nn.Linear, model.lm_head).weight.copy_(file.get_tensor(LANGUAGE_HEAD))
-    return loaded
+        check_language_head(directory, config)
+    loaded = build_reward_model(config, max_tokens=max_tokens, dtype=dtype, layout=layout, with_language=with_language)
+    _keep_in_fp32(loaded.model, dtype)
+    fill(loaded.model, scoring_source(loaded.model, checkpoint))
+    loaded.gate = Gating.load(directory / GATING_FILE) if (directory / GATING_FILE).is_file() else None
+    return loaded.to(device).eval()
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # The head, and what the architecture marks as too sensitive for 16 bits.
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
+            if tensor.is_floating_point() and any(re.search(pattern, name) for pattern in patterns):
+                tensor.data = tensor.data.float()
+    if isinstance(getattr(model, "score", None), (nn.Linear, MlpHead)):
+        model.score.float()

@@ -16,7 +16,7 @@ from rayward.batch.layout import LanguageLossTokens, Layout, PackedBatch
 from rayward.errors import ModelLoadError
 from rayward.model.attention import SEGMENT_ATTENTION, flex_mask, why_not_shareable
 from rayward.model.gate import Gating
-from rayward.model.heads import LanguageHead, LinearHead
+from rayward.model.heads import LanguageHead, LinearHead, MlpHead
 
 AttentionKind = Literal["segments", "flex"]
 
@@ -99,7 +99,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model = model
         self.gate = gate
-        self.has_linear_head = isinstance(getattr(model, "score", None), nn.Linear)
+        self.has_linear_head = isinstance(getattr(model, "score", None), (nn.Linear, MlpHead))
         self.why_padded = why_not_shareable(model, max_tokens=max_tokens) if self.has_linear_head else "it has its own pooler"
         self.layout: Layout = layout or ("padded" if self.why_padded else "packed")
         self.attention: AttentionKind = "flex" if torch.cuda.is_available() else "segments"
@@ -166,9 +166,10 @@ class RewardModel(nn.Module):
 
 def _use_fp32_head(model: PreTrainedModel) -> None:
     # Same parameters under the same names; only the arithmetic changes.
-    model.score.__class__ = LinearHead
+    if isinstance(model.score, nn.Linear):
+        model.score.__class__ = LinearHead
 
 
 def _add_language_head(model: PreTrainedModel) -> None:
     embedding = model.get_input_embeddings().weight
-    model.lm_head = LanguageHead(model.config, cast(nn.Linear, model.score).in_features, cast(nn.Parameter, embedding))
+    model.lm_head = LanguageHead(model.config, cast(nn.Linear | MlpHead, model.score).in_features, cast(nn.Parameter, embedding))

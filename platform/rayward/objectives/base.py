@@ -4,8 +4,8 @@ Light to import: torch and numpy are loaded by the functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -33,6 +33,7 @@ class LabelFacts:
         num_unrated: comparisons without a single rating.
         num_without_strength: comparisons without a strength.
         num_without_steps: comparisons without labels of steps.
+        missing: by label (columns of the prepared rows), comparisons in which it is unknown; a label that is always known is not in it.
         weakest, strongest: range of the strengths, None without any.
     """
 
@@ -43,6 +44,7 @@ class LabelFacts:
     num_without_steps: int = 0
     weakest: float | None = None
     strongest: float | None = None
+    missing: Mapping[str, int] = field(default_factory=dict)
 
 
 class ObjectiveSettings(Frozen):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,8 +12,9 @@ import pyarrow as pa
 import ray.data
 from ray.exceptions import RayActorError
 
+from rayward.cluster import Deferred, ray_errors
 from rayward.config.placement import Placement
-from rayward.errors import DataError, RaywardError, ScoringError
+from rayward.errors import DataError, ScoringError, marking
 from rayward.wire.items import Asked, ItemError, ScoreItem
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ ROWS_PER_CALL = 256
 
 REWARDS_TYPE = pa.list_(pa.float32())
 ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
-FAILURE = "failure"
-"""Column of a block that is no result but the error of its actor."""
 
 Blocks: TypeAlias = "Sequence[pa.Table] | ray.data.Dataset"
 Work: TypeAlias = "Callable[[ScoredModel, pa.Table], pa.Table]"
@@ -84,11 +82,9 @@ def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_p
         num_gpus=placement.gpus_per_actor,
     )
     try:
-        found: Any = done.iter_batches(batch_size=None, batch_format="pyarrow")
-        for block in found:
-            if FAILURE in block.column_names:
-                raise _error_in(block)
-            yield block
+        with ray_errors():
+            found: Any = done.iter_batches(batch_size=None, batch_format="pyarrow")
+            yield from found
     except RayActorError as exc:
         raise ScoringError(
             f"an actor that held the model died: {exc}", remedy="give it more memory, or fewer actors or tokens per batch; see its log"
@@ -96,36 +92,17 @@ def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_p
 
 
 class _Worker:
-    # One per actor of the pool: loads the model once. Ray Data keeps nothing of an exception but its text, and for an actor whose
-    # constructor raises not even the text in full: a typed error is therefore kept, and handed over as a block.
+    # One per actor of the pool: loads the model once.
 
     def __init__(self, work: Work, model: str, placement: Placement) -> None:
         from rayward.scoring.load import load_scored_model
 
         self._work = work
-        self._loaded: ScoredModel | RaywardError
-        try:
-            self._loaded = load_scored_model(model, placement)
-        except RaywardError as exc:
-            self._loaded = exc
+        self._model = Deferred(lambda: load_scored_model(model, placement))
 
+    @marking
     def __call__(self, block: pa.Table) -> pa.Table:
-        if isinstance(self._loaded, RaywardError):
-            return _failed(self._loaded)
-        try:
-            return self._work(self._loaded, block)
-        except RaywardError as exc:
-            return _failed(exc)
-
-
-def _failed(error: RaywardError) -> pa.Table:
-    return pa.table({FAILURE: pa.array([pickle.dumps(error)], pa.binary())})
-
-
-def _error_in(block: pa.Table) -> RaywardError:
-    # Ray Data may have put the blocks of several calls together.
-    error: RaywardError = pickle.loads(block[FAILURE].drop_null()[0].as_py())
-    return error
+        return self._work(self._model.get(), block)
 
 
 def _score(model: ScoredModel, block: pa.Table, *, asked: Asked) -> pa.Table:

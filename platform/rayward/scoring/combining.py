@@ -7,25 +7,28 @@ implicit.json   {"policy": directory, "reference": directory, "beta": 0.1}
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rayward.contract.contract import Normaliser
 from rayward.errors import ModelLoadError
-from rayward.schema import Frozen
+from rayward.schema import Versioned, write_atomically
 
 
-class ScoringRule(Frozen):
+class ScoringRule(Versioned):
     """Content of a rule's file.
 
     Attributes:
         normaliser: statistics for centred and standardised rewards.
     """
 
+    kind: ClassVar[str] = "rule"
+    remedy: ClassVar[str] = "correct the file"
     file: ClassVar[str]
     normaliser: Normaliser | None = None
 
@@ -34,17 +37,18 @@ class ScoringRule(Frozen):
         """Read the rule's file.
 
         Raises:
-            ModelLoadError: it cannot be read or breaks a rule.
+            ModelLoadError: it cannot be read, breaks a rule, or is of a version that is not read here.
         """
         path = directory / cls.file
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as exc:
-            raise ModelLoadError(f"{path} is not valid: {exc}", remedy="correct the file") from exc
+            text = path.read_bytes()
+        except OSError as exc:
+            raise ModelLoadError(f"{path} cannot be read ({exc.strerror})", remedy="check that it is there and may be read") from exc
+        return cls.parse(text, where=str(path), error=ModelLoadError)
 
     def save(self, directory: Path) -> None:
-        """Write the rule's file."""
-        (directory / self.file).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write the rule's file; a reader sees the old one or the new one."""
+        write_atomically(directory / self.file, self.model_dump_json(indent=2) + "\n")
 
 
 class EnsembleRule(ScoringRule):
@@ -69,6 +73,10 @@ class EnsembleRule(ScoringRule):
         if self.rule == "safety_gate" and len(self.members) != 2:
             raise ValueError(f"safety_gate has {len(self.members)} members; the rule is two: helpfulness, then safety")
         return self
+
+    def moved(self, source: Path, target: Path) -> Self:
+        """The same rule for a file in `target`: relative directories lead to where they led from `source`."""
+        return self.model_copy(update={"members": tuple(_from(target, source, name) for name in self.members)})
 
     def combine(self, rewards: Sequence[float]) -> float:
         """One reward from those of the members."""
@@ -101,6 +109,14 @@ class ImplicitRule(ScoringRule):
     beta: float = Field(0.1, gt=0.0)
     max_tokens: int = Field(2048, ge=8)
     per_token: bool = False
+
+    def moved(self, source: Path, target: Path) -> Self:
+        """The same rule for a file in `target`: relative directories lead to where they led from `source`."""
+        return self.model_copy(update={"policy": _from(target, source, self.policy), "reference": _from(target, source, self.reference)})
+
+
+def _from(target: Path, source: Path, name: str) -> str:
+    return name if Path(name).is_absolute() else os.path.relpath(source / name, target)
 
 
 def rule_kind(directory: Path) -> type[EnsembleRule] | type[ImplicitRule] | None:

@@ -6,14 +6,13 @@ are the members' rewards and their spread (population standard deviation).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from rayward.config.placement import Device
+from rayward.config.placement import Device, HashWeights
+from rayward.schema import digest, identity
 from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.scorer import Scorer
@@ -29,9 +28,7 @@ class Ensemble:
         self._rule = rule
         self._members = tuple(members)
         self.model_id = model_id
-        self.version = hashlib.sha256(
-            json.dumps([rule.model_dump(mode="json", exclude={"normaliser", "members"}), [m.version for m in members]]).encode()
-        ).hexdigest()[:12]
+        self.version = digest([identity(rule, exclude={"normaliser", "members"}), *(member.version for member in members)])[:12]
         names = (f"{index}_{member.model_id}" for index, member in enumerate(members))
         self.facts = ModelFacts(
             outputs=(*names, SPREAD),
@@ -41,7 +38,15 @@ class Ensemble:
         )
 
     @classmethod
-    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: Device = "auto",
+        tokens_per_batch: int = 8192,
+        verify: bool = True,
+        hash_weights: HashWeights = "sampled",
+    ) -> Self:
         """Load and verify every member.
 
         Raises:
@@ -50,7 +55,10 @@ class Ensemble:
         """
         directory = Path(path)
         rule = EnsembleRule.load(directory)
-        members = [Scorer.load(directory / name, device=device, tokens_per_batch=tokens_per_batch, verify=verify) for name in rule.members]
+        members = [
+            Scorer.load(directory / name, device=device, tokens_per_batch=tokens_per_batch, verify=verify, hash_weights=hash_weights)
+            for name in rule.members
+        ]
         return cls(rule, members, model_id=directory.resolve().name)
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:

@@ -6,8 +6,6 @@ reward it compares completions of one prompt only. There are no golden scores: s
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +17,18 @@ import torch
 from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
-from rayward.config.placement import Device
+from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import Contract
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.language_model import LanguageModel
+from rayward.model.weights_identity import weights_identity
+from rayward.schema import digest, identity
 from rayward.scoring.combining import ImplicitRule
 from rayward.scoring.scored_model import ModelFacts
-from rayward.scoring.verify import pick_device
+from rayward.scoring.verify import pick_device, read_config
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 OUTPUTS = ("policy_log_prob", "reference_log_prob")
@@ -45,8 +45,17 @@ class ImplicitScorer:
         self.facts = ModelFacts(OUTPUTS, encoder.contract.max_tokens, (), rule.normaliser)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
-        """Load both models; the text rules are those of the policy's tokenizer and template.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: Device = "auto",
+        tokens_per_batch: int = 8192,
+        verify: bool = True,
+        hash_weights: HashWeights = "sampled",
+    ) -> Self:
+        """Load both models; the text rules are those of the policy's tokenizer and template. The version covers what both directories
+        hold, not where they lie.
 
         Raises:
             ModelLoadError: `implicit.json` or a model cannot be read, or the two tokenizers differ.
@@ -63,13 +72,18 @@ class ImplicitScorer:
         contract = Contract.from_tokenizer(tokenizers[0], max_tokens=rule.max_tokens)
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         policy, reference = (LanguageModel.load(folder, device=target, dtype=dtype, max_tokens=rule.max_tokens) for folder in where)
-        identity = [rule.model_dump(mode="json", exclude={"normaliser"}), contract.fingerprint(), *(_weights_identity(f) for f in where)]
+        content = [
+            identity(rule, exclude={"normaliser", "policy", "reference"}),
+            contract.fingerprint(),
+            tokenizer_fingerprint(tokenizers[0]),
+            *((read_config(folder), weights_identity(folder, full=hash_weights == "full")) for folder in where),
+        ]
         return cls(
             rule,
             Encoder(contract, tokenizers[0]),
             (policy, reference),
             model_id=directory.resolve().name,
-            version=f"unverified-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}",
+            version=f"unverified-{digest(content)[:12]}",
             budget=tokens_per_batch,
         )
 
@@ -126,8 +140,3 @@ class ImplicitScorer:
             tokens=2 * comparison.num_tokens_unshared,
             tokens_computed=2 * comparison.num_tokens,
         )
-
-
-def _weights_identity(directory: Path) -> list[tuple[str, int]]:
-    # Names and sizes: hashing two policies of 140 GB at every start would take longer than loading them.
-    return sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))

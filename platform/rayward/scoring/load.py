@@ -17,7 +17,13 @@ def load_scored_model(path: str | Path, placement: Placement = Placement()) -> S
     """Load what lies in the directory; raises as the `load` of its kind does."""
     kinds: dict[object, type[Scorer] | type[Ensemble] | type[ImplicitScorer]] = {EnsembleRule: Ensemble, ImplicitRule: ImplicitScorer}
     kind = kinds.get(rule_kind(Path(path)), Scorer)
-    return kind.load(path, device=placement.device, tokens_per_batch=placement.tokens_per_batch, verify=placement.verify)
+    return kind.load(
+        path,
+        device=placement.device,
+        tokens_per_batch=placement.tokens_per_batch,
+        verify=placement.verify,
+        hash_weights=placement.hash_weights,
+    )
 
 
 def reward_model_of(model: ScoredModel) -> Scorer:

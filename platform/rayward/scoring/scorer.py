@@ -6,8 +6,6 @@ An item that cannot be scored gets an error; the others are scored. A score does
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +16,22 @@ import torch
 from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
-from rayward.config.placement import Device
+from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, Encoding, gate_position
+from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
-from rayward.contract.tokenizer import load_tokenizer
+from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ContractError, ModelLoadError, TooLongError
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
+from rayward.model.weights_identity import weights_identity
+from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.scored_model import ModelFacts
-from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
+from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
@@ -79,7 +80,15 @@ class Scorer:
         self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
 
     @classmethod
-    def load(cls, path: str | Path, *, device: Device = "auto", tokens_per_batch: int = 8192, verify: bool = True) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: Device = "auto",
+        tokens_per_batch: int = 8192,
+        verify: bool = True,
+        hash_weights: HashWeights = "sampled",
+    ) -> Self:
         """Load an export, or any Hugging Face sequence-classification model (its contract derives from its tokenizer).
 
         Args:
@@ -87,10 +96,12 @@ class Scorer:
             device: `auto` takes CUDA when there is one.
             tokens_per_batch: token budget of one forward.
             verify: check files, head and golden scores of an export against its contract.
+            hash_weights: how much of the weights of a model without contract its version covers.
 
         Raises:
             ContractError: there is no readable contract or tokenizer.
             ContractMismatchError: an artifact, or a golden score, is not the contract's; says which part.
+            UnverifiedError: `verify`, and the contract holds no golden score.
             ModelLoadError: the weights cannot be loaded, or the device is not there.
         """
         directory = Path(path)
@@ -99,12 +110,14 @@ class Scorer:
         target = pick_device(device)
         if (directory / CONTRACT_FILE).is_file():
             return cls._load_export(directory, target, tokens_per_batch, verify)
-        return cls._load_foreign(directory, target, tokens_per_batch)
+        return cls._load_foreign(directory, target, tokens_per_batch, hash_weights)
 
     @classmethod
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
+            if not contract.golden:
+                raise unverified(str(directory))
             verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
         model = load_reward_model(
@@ -120,7 +133,7 @@ class Scorer:
         return scorer
 
     @classmethod
-    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int) -> Self:
+    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
         context = config.get("max_position_embeddings")
@@ -140,12 +153,13 @@ class Scorer:
                 "head_sha256": head_sha256(model.model.state_dict()),
             }
         )
-        identity = hashlib.sha256(json.dumps([contract.model_dump(mode="json"), config], sort_keys=True).encode()).hexdigest()
+        weights = weights_identity(directory, full=hash_weights == "full")
+        content = [identity(contract), config, tokenizer_fingerprint(tokenizer), weights]
         return cls(
             model,
             Encoder(contract, tokenizer),
             model_id=directory.resolve().name,
-            version=f"unverified-{identity[:12]}",
+            version=f"unverified-{digest(content)[:12]}",
             tokens_per_batch=tokens_per_batch,
         )
 
@@ -194,9 +208,12 @@ class Scorer:
         """Recompute the contract's golden scores.
 
         Raises:
+            UnverifiedError: the contract holds none.
             ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
         """
         contract = self.contract
+        if not contract.golden:
+            raise unverified(self.model_id)
         for index, golden in enumerate(contract.golden):
             ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
@@ -216,16 +233,29 @@ class Scorer:
                         f"(tolerance {contract.golden_tolerance:g})"
                     )
 
-    def golden_scores(self, golden: Sequence[GoldenScore]) -> tuple[GoldenScore, ...]:
-        """The same conversations with the ids and outputs that this model gives them; those the contract cannot hold are left out."""
-        rescored = []
-        for entry, result in zip(golden, self.score(_items_of(golden)), strict=True):
+    def golden_scores(self, golden: Sequence[GoldenScore] = ()) -> tuple[GoldenScore, ...]:
+        """Golden conversations with the ids and outputs that this model gives them; those that it cannot score are left out.
+
+        Args:
+            golden: their ids and rewards are not read; empty: those that the contract can hold.
+
+        Raises:
+            ModelLoadError: a reward is not finite, or none is left.
+            ContractError: the contract can hold no conversation at all.
+        """
+        asked = golden or [entry for entry, _ in golden_conversations(self._encoder)]
+        rescored, problem = [], ""
+        for entry, result in zip(asked, self.score(_items_of(asked)), strict=True):
             if result.error is not None and result.error.code == "non_finite":
                 raise ModelLoadError(f"a golden conversation has no reward: {result.error.message}", remedy="do not use this model")
-            if result.rewards is not None:
-                ids = tuple(self._encoder.encode(entry.prompt, entry.completion, entry.critique))
-                values = result.rewards if result.outputs is None else result.outputs[0]
-                rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
+            if result.rewards is None:
+                problem = "" if result.error is None else result.error.message
+                continue
+            ids = tuple(self._encoder.encode(entry.prompt, entry.completion, entry.critique))
+            values = result.rewards if result.outputs is None else result.outputs[0]
+            rescored.append(entry.model_copy(update={"token_ids": ids, "reward": values}))
+        if not rescored:
+            raise ModelLoadError(f"no golden conversation has a reward: {problem}", remedy="use the template that the model was made with")
         return tuple(rescored)
 
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from rayward.config.placement import Device
 from rayward.contract.contract import Contract, verify_files
-from rayward.errors import ContractError, ContractMismatchError, ModelLoadError
+from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, UnverifiedError
 from rayward.model.weights import HEAD_PREFIX, head_sha256
 
 
@@ -51,6 +51,14 @@ def _stored_head_sha256(directory: Path) -> str | None:
 def mismatch(problem: str) -> ContractMismatchError:
     """The error that something is not the contract's."""
     return ContractMismatchError(problem, remedy="restore the exported files, or export the model again")
+
+
+def unverified(name: str) -> UnverifiedError:
+    """The error that a contract holds nothing to verify the scores by."""
+    return UnverifiedError(
+        f"the contract of {name} holds no golden scores, so nothing says that it scores as it did",
+        remedy="export the model again, or ask for it unverified: --no-verify (commands), verify_golden: false (server)",
+    )
 
 
 def pick_device(device: Device) -> torch.device:

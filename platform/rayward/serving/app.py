@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 
 from rayward.cluster import connect
 from rayward.config.scoring import ScoringConfig
-from rayward.errors import OverloadedError, RaywardError, RequestError, RuleError, ServerError
+from rayward.errors import OverloadedError, RaywardError, RequestError, RuleError, ServerError, marking
 from rayward.serving.preflight import check_model, free_port, startup_error
 from rayward.wire.items import ItemResult, ScoreItem
 from rayward.wire.native import ErrorReply, Health, ModelInfo, ModelList, ScoreReply, ScoreRequest, WireNormaliser, build_reply, error_reply
@@ -71,6 +71,8 @@ def _sum_shares(calls: list[_Call]) -> int:
 class ScorerDeployment:
     """Holds one `Scorer`; merges the requests that wait into one call of it."""
 
+    # Of a constructor that fails, Serve keeps the text of the traceback only.
+    @marking
     def __init__(self, config: ScoringConfig, model_name: str) -> None:
         import torch
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from contextlib import closing
 from pathlib import Path
 
-from rayward import errors
 from rayward.contract.contract import CONTRACT_FILE, Contract
-from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError
+from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError, find_in
 from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
 
 
@@ -27,7 +25,7 @@ def check_model(directory: Path) -> None:
         for member in EnsembleRule.load(directory).members:
             check_model(directory / member)
     elif rule is ImplicitRule:
-        return
+        ImplicitRule.load(directory)
     elif (directory / CONTRACT_FILE).exists():
         Contract.load(directory)
     elif not (directory / "config.json").is_file():
@@ -51,11 +49,7 @@ def free_port(host: str, port: int) -> int:
 
 
 def startup_error(message: str) -> RaywardError:
-    """The typed error inside the status message of a failed application."""
-    found = re.findall(r"rayward\.errors\.(\w+): (.*?)\n\s*remedy: ([^\n]*)", message, flags=re.DOTALL)
-    for class_name, problem, remedy in reversed(found):
-        kind = getattr(errors, class_name, None)
-        if kind is not None and kind.__init__ is RaywardError.__init__:
-            error: RaywardError = kind(problem, remedy=remedy)
-            return error
-    return ServerError(f"the application did not start: {message}", remedy="read the scorer's log under the Ray session directory")
+    """The error that a constructor marked in the status message of a failed application, else the message as a whole."""
+    return find_in(message) or ServerError(
+        f"the application did not start: {message}", remedy="read the scorer's log under the Ray session directory"
+    )

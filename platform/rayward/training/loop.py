@@ -208,9 +208,10 @@ def run_steps(
         share = next(shares, None)
         waited_s = time.perf_counter() - started
         found = None if share is None else (epoch_start + share.step, share.rank, share.world_size)
-        if share is None or found != (step, engine.rank, engine.world_size):
+        if share is None or found != (step, engine.data_parallel_rank, engine.data_parallel_size):
             raise StreamOrderError(
-                f"rank {engine.rank} of {engine.world_size} waits for step {step} and the stream has {found or 'ended'}",
+                f"data-parallel rank {engine.data_parallel_rank} of {engine.data_parallel_size} waits for step {step} "
+                f"and the stream has {found or 'ended'}",
                 remedy="the run restarts from its last checkpoint; if it happens again, report it with the Ray version",
             )
         metrics = train_step(engine, share, objective, schedule.at(step))

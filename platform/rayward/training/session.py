@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from rayward import storage
 from rayward.batch.comparison import comparison_of
 from rayward.batch.layout import pack
-from rayward.config.run import Config
+from rayward.config.model import ModelConfig
+from rayward.config.run import Config, ObjectiveConfig
 from rayward.contract.contract import Contract, GoldenScore
 from rayward.contract.encoder import Encoder
-from rayward.contract.golden import GOLDEN_CONVERSATIONS, GOLDEN_CRITIQUE
+from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.data.stream.shares import StepShare
-from rayward.errors import CheckpointError, ConfigError, ContractError
+from rayward.errors import CheckpointError, ConfigError
 from rayward.objectives.table import Objective
+from rayward.schema import Frozen, identity
 from rayward.training.checkpoints.format import CommittedCheckpoint
 from rayward.training.checkpoints.store import CheckpointStore, CommitDraft
 from rayward.training.engines.protocol import Engine
@@ -29,6 +30,31 @@ from rayward.training.loop import Schedule, run_steps, validate
 from rayward.training.tracking import GAP_WARNING_NATS, MetricsLog, over_fitting
 
 logger = logging.getLogger(__name__)
+
+
+class Trajectory(Frozen):
+    """The settings that decide the trajectory; workers, budgets and logging are not among them. A setting that is added here later needs a
+    default that means what runs did before.
+
+    Attributes:
+        data, contract: fingerprints of the prepared data and of the rules of text.
+    """
+
+    seed: int
+    data: str
+    contract: str
+    model: ModelConfig
+    objective: ObjectiveConfig
+    total_steps: int
+    comparisons_per_step: int
+    learning_rate: float
+    warmup_fraction: float
+    min_lr_fraction: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip_norm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +75,26 @@ class Job:
     data_fingerprint: str
 
     @property
-    def trajectory(self) -> dict[str, Any]:
-        """The settings that decide the trajectory; workers, budgets and logging are not among them."""
-        training = self.config.training.model_dump(
-            mode="json",
-            include={
-                "comparisons_per_step", "learning_rate", "warmup_fraction", "min_lr_fraction", "weight_decay",
-                "beta1", "beta2", "epsilon", "clip_norm",
-            },
-        )  # fmt: skip
-        return {
-            "seed": self.config.run.seed,
-            "data": self.data_fingerprint,
-            "contract": self.contract.fingerprint(),
-            "model": self.config.model.model_dump(mode="json"),
-            "objective": self.config.objective.model_dump(mode="json"),
-            "total_steps": self.total_steps,
-            **training,
-        }
+    def trajectory(self) -> Trajectory:
+        """What a checkpoint of this run must have been made with."""
+        training = self.config.training
+        return Trajectory(
+            seed=self.config.run.seed,
+            data=self.data_fingerprint,
+            contract=self.contract.fingerprint(),
+            model=self.config.model,
+            objective=self.config.objective,
+            total_steps=self.total_steps,
+            comparisons_per_step=training.comparisons_per_step,
+            learning_rate=training.learning_rate,
+            warmup_fraction=training.warmup_fraction,
+            min_lr_fraction=training.min_lr_fraction,
+            weight_decay=training.weight_decay,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            epsilon=training.epsilon,
+            clip_norm=training.clip_norm,
+        )
 
     @property
     def store(self) -> CheckpointStore:
@@ -82,10 +110,10 @@ def resume_point(job: Job) -> CommittedCheckpoint | None:
     checkpoint = job.store.latest()
     if checkpoint is None:
         return None
-    theirs, ours = checkpoint.commit.trajectory, json.loads(json.dumps(job.trajectory))
-    changed = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-    if changed:
-        listing = "; ".join(f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key in changed)
+    stored, wanted = _stored_trajectory(checkpoint), job.trajectory
+    if identity(stored) != identity(wanted):
+        theirs, ours = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
+        listing = "; ".join(f"{key}: {theirs[key]!r} -> {ours[key]!r}" for key in sorted(ours) if theirs[key] != ours[key])
         raise ConfigError(
             f"run {job.config.run.name!r} has checkpoints of other settings ({listing}); a run has one trajectory",
             remedy="choose another run.name, restore the settings, or delete the run's directory",
@@ -93,25 +121,32 @@ def resume_point(job: Job) -> CommittedCheckpoint | None:
     return checkpoint
 
 
+def _stored_trajectory(checkpoint: CommittedCheckpoint) -> Trajectory:
+    # Stored in full, so that a setting which is new here, or whose default has changed, is compared by what the run was made with.
+    try:
+        return Trajectory.model_validate(checkpoint.commit.trajectory)
+    except ValidationError as exc:
+        raise ConfigError(
+            f"{checkpoint.directory} was made with settings that this Rayward does not know: {exc}",
+            remedy="continue the run with the Rayward that started it, or choose another run.name",
+        ) from exc
+
+
 def golden_scores(engine: Engine, encoder: Encoder) -> tuple[GoldenScore, ...]:
-    """Rewards of the fixed texts in the training forward; texts that the contract cannot hold are left out."""
+    """Rewards of the golden conversations in the training forward.
+
+    Raises:
+        ContractError: the contract can hold no conversation at all.
+    """
     scores = []
     contract, layout = encoder.contract, engine.reward_model.layout
     reading = contract.reading
-    critique = None if contract.critique_lead_in is None else GOLDEN_CRITIQUE
-    for prompt, completion in GOLDEN_CONVERSATIONS:
-        try:
-            encoding = encoder.encode_parts(prompt, completion, critique, separator=None if reading is None else reading.separator)
-        except ContractError:
-            continue
-        ids = encoding.ids
+    for golden, encoding in golden_conversations(encoder):
         batch = pack([comparison_of("golden", [encoding])], layout=layout, pad_token_id=contract.pad_token_id, read=place_of(reading))
         with torch.no_grad():
             outputs = engine.forward(batch)
         values = outputs if reading is None else reading.combine(outputs, batch.num_reads.tolist())
-        scores.append(
-            GoldenScore(prompt=prompt, completion=completion, critique=critique, token_ids=tuple(ids), reward=tuple(values[0].tolist()))
-        )
+        scores.append(golden.model_copy(update={"reward": tuple(values[0].tolist())}))
     return tuple(scores)
 
 
@@ -211,7 +246,7 @@ class Session:
         draft = CommitDraft(
             step=step,
             total_steps=self.job.total_steps,
-            trajectory=self.job.trajectory,
+            trajectory=self.job.trajectory.model_dump(mode="json"),
             keep_last=self.job.config.checkpoint.keep_last,
             dtype=str(next(self.engine.reward_model.parameters()).dtype).removeprefix("torch."),
             golden=golden_scores(self.engine, self.encoder),

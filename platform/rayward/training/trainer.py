@@ -7,7 +7,6 @@ checkpoint, for the world size that the new group has.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayward import storage
@@ -33,13 +32,13 @@ from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepared import PreparedData
 from rayward.data.stream.shares import StepShare, read_share
 from rayward.data.stream.stream import StepShares, dataset_factory
-from rayward.errors import ConfigError, DataError, RaywardError, TrainingError
+from rayward.errors import ConfigError, DataError, TrainingError, carried_by
 from rayward.training.checkpoints.format import CommittedCheckpoint
+from rayward.training.failures import clear_failure, failure_on_record, run_recorded
 from rayward.training.session import Job, Session, resume_point
 from rayward.training.tracking import follow
 
 logger = logging.getLogger(__name__)
-FAILURE_FILE = "failure.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,8 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     from accelerate import init_empty_weights
 
     from rayward.model.build import build_reward_model, resolve_hf_config
-    from rayward.model.weights import check_language_head, head_row, resolve_model_dir
+    from rayward.model.pretrained import weight_source
+    from rayward.model.weights import check_language_head, resolve_model_dir
 
     # Workers run in other directories than the driver.
     local = {key: os.path.abspath(path) for key in ("path", "tokenizer") if (path := getattr(config.model, key)) and os.path.isdir(path)}
@@ -94,13 +94,11 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     contract = contract.for_head(config.outputs, objective.reward_weights(config.outputs), objective.reading(config.data.step_separator))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=tokenizer_length)
     with_language = objective.language_coefficient > 0
-    if config.model.path is not None:
-        directory = resolve_model_dir(config.model.path, config.model.revision)
-        head_row(directory, config.model, config.outputs)
-        if with_language:
-            check_language_head(directory, hf_config)
+    if config.model.path is not None and with_language:
+        check_language_head(resolve_model_dir(config.model.path, config.model.revision), hf_config)
     with init_empty_weights(include_buffers=False):
         model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=with_language)
+    weight_source(model.model, config.model, seed=config.run.seed, announce=True)
     if objective.place != "end" and not model.has_linear_head:
         raise ConfigError(
             f"objective {objective.type} reads the head at {objective.place}, and {type(model.model).__name__} pools by itself",
@@ -144,8 +142,7 @@ def train(config: Config, prepared: PreparedData) -> TrainResult:
         logger.warning("run %s continues at step %d of %d", config.run.name, checkpoint.commit.step, job.total_steps)
     if checkpoint is None or checkpoint.commit.step < job.total_steps:
         storage.write_text(filesystem, f"{root}/config.json", dump_config(config))
-        if storage.exists(filesystem, f"{root}/{FAILURE_FILE}"):
-            filesystem.delete_file(f"{root}/{FAILURE_FILE}")
+        clear_failure(job.location)
         _fit(job, prepared, layout)
         checkpoint = job.store.latest()
     if checkpoint is None or checkpoint.commit.step < job.total_steps:
@@ -156,8 +153,8 @@ def train(config: Config, prepared: PreparedData) -> TrainResult:
 
 
 def _contract_and_vocabulary(prepared: PreparedData) -> tuple[Contract, int]:
-    directory = storage.localize(prepared.directory, "contract.json", "tokenizer")
-    return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
+    with storage.localized(prepared.directory, "contract.json", "tokenizer") as directory:
+        return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
 
 
 def _check_resources(config: Config) -> None:
@@ -238,6 +235,10 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
         trainer.fit()
     except TrainingFailedError as exc:
         _raise_recorded(job.location)
+        # What Ray's controller met on the way to the workers, such as data that is gone.
+        own = carried_by(exc.controller_failure) if isinstance(exc, ControllerError) else None
+        if own is not None:
+            raise own from exc
         raise TrainingError(
             f"training failed more than {training.max_failures} times: {exc}",
             remedy=f"the last committed checkpoint stays; correct the cause and run the same command to continue {job.config.run.name!r}",
@@ -254,43 +255,29 @@ def _worker_environment(num_threads: int, on_cuda: bool) -> dict[str, str]:
 
 
 def _raise_recorded(location: str) -> None:
-    filesystem, root = storage.resolve(location)
-    path = f"{root}/{FAILURE_FILE}"
-    if not storage.exists(filesystem, path):
-        return
-    recorded = json.loads(storage.read_text(filesystem, path))
-    raise TrainingError(f"{recorded['type']}: {recorded['problem']}", remedy=recorded["remedy"])
+    error = failure_on_record(location)
+    if error is not None:
+        raise error
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker.
-
-    An error that a restart cannot cure is recorded in the run's directory before it is raised; the restarted group finds the
-    record and ends, so that it costs one restart instead of `max_failures`.
-    """
-    filesystem, root = storage.resolve(settings["location"])
-    if storage.exists(filesystem, f"{root}/{FAILURE_FILE}"):
-        return
-    try:
-        _run_session(settings)
-    except RaywardError as exc:
-        if not exc.retryable:
-            record = {"type": type(exc).__name__, "problem": exc.problem, "remedy": exc.remedy}
-            storage.write_text(filesystem, f"{root}/{FAILURE_FILE}", json.dumps(record))
-        raise
+    """What Ray Train runs on every worker; an error that a restart cannot cure ends the run (`failures`)."""
+    alone = ray.train.get_context().get_world_size() == 1
+    run_recorded(settings["location"], partial(_run_session, settings), alone=alone)
 
 
 def _run_session(settings: dict[str, Any]) -> None:
     import torch
 
     from rayward.model.build import build_reward_model, resolve_hf_config
-    from rayward.model.weights import weight_source
+    from rayward.model.pretrained import weight_source
     from rayward.training.engines.build import build_engine, initialize, pretrained
 
     config = Config.model_validate(settings["config"])
     contract = Contract.model_validate_json(settings["contract"])
     torch.set_num_threads(config.training.threads_per_worker)
-    tokenizer = load_tokenizer(str(storage.localize(settings["prepared"], "tokenizer") / "tokenizer"))
+    with storage.localized(settings["prepared"], "tokenizer") as directory:
+        tokenizer = load_tokenizer(str(directory / "tokenizer"))
     job = Job(config, contract, *(settings[key] for key in ("location", "total_steps", "steps_per_epoch", "data_fingerprint")))
     hf_config = resolve_hf_config(config.model, contract, vocab_size=len(tokenizer))
     with_language = config.objective.language_coefficient > 0

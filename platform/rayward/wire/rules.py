@@ -6,13 +6,21 @@ Pydantic and the standard library only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from rayward.contract.conversation import ROLES
+from rayward.contract.conversation import (
+    BrokenRule,
+    Message,
+    RuleCode,
+    broken_by_completion,
+    broken_by_prompt,
+    broken_by_role,
+    broken_by_text,
+)
 from rayward.errors import RuleError
 from rayward.wire.items import Asked, ScoreItem
 from rayward.wire.native import ScoreRequest, WireItem, WireMessage
@@ -107,9 +115,9 @@ def _check_characters(raw: Any) -> None:
     items = raw.get("items") if isinstance(raw, dict) else None
     for index, item in enumerate(items if isinstance(items, list) else ()):
         for text in _strings(item):
-            _check_text(text, f"item {index}", index)
+            _require(broken_by_text(text), f"item {index}", index)
     for text in _strings({k: v for k, v in raw.items() if k != "items"} if isinstance(raw, dict) else raw):
-        _check_text(text, "the request", None)
+        _require(broken_by_text(text), "the request", None)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -125,16 +133,19 @@ def _strings(value: Any) -> Iterator[str]:
             pending += current
 
 
-def _check_text(text: str, where: str, item: int | None) -> None:
-    if "\x00" in text:
-        raise RuleError("nul_byte", f"{where}: a text holds a NUL byte", remedy="remove it from the text", item=item)
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise RuleError(
-            "lone_surrogate",
-            f"{where}: a text holds a lone surrogate, which is no character",
-            remedy="send a surrogate pair, or remove it",
-            item=item,
-        )
+_REMEDIES: Mapping[RuleCode, str] = {
+    "unknown_role": "use one of these roles",
+    "nul_byte": "remove it from the text",
+    "lone_surrogate": "send a surrogate pair, or remove it",
+    "empty_prompt": "send at least one turn with text",
+    "prompt_end": "move the last assistant turn into completions",
+    "empty_completion": "send text, or leave it out",
+}
+
+
+def _require(broken: BrokenRule | None, where: str, item: int | None) -> None:
+    if broken is not None:
+        raise RuleError(broken.code, f"{where}: {broken.detail}", remedy=_REMEDIES[broken.code], item=item)
 
 
 _SCHEMA_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
@@ -189,17 +200,7 @@ def _check_critiques(asked: Asked, limits: Limits) -> None:
 
 def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[dict[str, str], ...]:
     turns = (WireMessage(role="user", content=prompt),) if isinstance(prompt, str) else prompt
-    for turn in turns:
-        _check_role(index, turn.role)
-    if not any(turn.content.strip() for turn in turns if turn.role != "system"):
-        raise RuleError("empty_prompt", f"item {index}: the prompt holds no text", remedy="send at least one turn with text", item=index)
-    if turns[-1].role not in ("user", "tool"):
-        raise RuleError(
-            "prompt_end",
-            f"item {index}: the prompt ends with a {turns[-1].role} turn; the rule is a user or tool turn",
-            remedy="move the last assistant turn into completions",
-            item=index,
-        )
+    _require(broken_by_prompt([Message(role=turn.role, content=turn.content) for turn in turns]), f"item {index}", index)
     return tuple({"role": turn.role, "content": turn.content} for turn in turns)
 
 
@@ -208,7 +209,7 @@ def _completion_text(index: int, k: int, completion: str | Sequence[WireMessage]
         text = completion
     else:
         for turn in completion:
-            _check_role(index, turn.role)
+            _require(broken_by_role(turn.role), f"item {index}", index)
         if [turn.role for turn in completion] != ["assistant"]:
             raise RuleError(
                 "completion_turns",
@@ -218,16 +219,5 @@ def _completion_text(index: int, k: int, completion: str | Sequence[WireMessage]
                 item=index,
             )
         text = completion[0].content
-    if not text.strip():
-        raise RuleError("empty_completion", f"item {index}: completion {k} is empty", remedy="send text, or leave it out", item=index)
+    _require(broken_by_completion(k, text), f"item {index}", index)
     return text
-
-
-def _check_role(index: int, role: str) -> None:
-    if role not in ROLES:
-        raise RuleError(
-            "unknown_role",
-            f"item {index}: role {role[:40]!r} is not one of {', '.join(ROLES)}",
-            remedy="use one of these roles",
-            item=index,
-        )

@@ -2,7 +2,7 @@
 
 prepared rows ──blocks (Ray Data)──> actors write critiques ──> cache, a file a block ──> rows of format `ranking` with `critiques`
 
-The cache is keyed by model version, sample and seed: the same command goes on where it was stopped, and a new model starts anew.
+The cache is keyed by model version, row and sampling: the same command goes on where it was stopped, and a new model starts anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.data.prepared import LABEL_COLUMNS
 from rayward.errors import ConfigError, DataError
-from rayward.schema import digest
+from rayward.schema import digest, identity
 from rayward.scoring.batch import Work, items_of, pool
 from rayward.wire.items import Asked, ItemError
 
@@ -43,13 +44,25 @@ COLUMNS = ["id", "source", *LABEL_COLUMNS, "prompt_json", "completions_json"]
 _TASK = pa.schema([("key", pa.string()), ("prompt_json", pa.string()), ("completions_json", pa.string())])
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How critiques are written.
+
+    Attributes:
+        temperature: 0 takes the likeliest text.
+        seed: of sampled texts, and part of the cache's key.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
 def write_critiques(
     model: str,
     output: str,
     config: Config,
     *,
-    asked: Asked = Asked(),
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
     placement: Placement = Placement(),
 ) -> dict[str, tuple[int, int]]:
     """Write `<output>/train.jsonl` and `validation.jsonl`, rows of format `ranking` with a critique for every completion.
@@ -58,7 +71,7 @@ def write_critiques(
         model: directory of an exported model that writes critiques.
         output: local directory or URI that all nodes share; what it holds in its cache is not written again.
         config: names the data, as for `prepare`; critiques in it are not read.
-        asked: the temperature of the sampling; seed: of sampled texts. Both are part of the cache's key.
+        sampling: how they are written.
         placement: where the writers run, and how many.
 
     Returns:
@@ -79,12 +92,12 @@ def write_critiques(
     prepared = prepare(config.model_copy(update={"data": config.data.model_copy(update={"critique_lead_in": None})}))
     output = storage.absolute(output)
     place = storage.join(output, CACHE_FOLDER)
-    identity = [contract.model_version(), asked.temperature, seed]
-    rows = {split: [_keyed(row, identity) for table in prepared.tables(split, COLUMNS) for row in table.to_pylist()] for split in SPLITS}
+    writer = (contract.model_version(), identity(sampling))
+    rows = {split: [_keyed(row, writer) for table in prepared.tables(split, COLUMNS) for row in table.to_pylist()] for split in SPLITS}
     known = _cached(place)
     waiting = [row for split in SPLITS for row in rows[split] if row["key"] not in known]
     if waiting:
-        work = partial(_write, place=place, asked=asked, seed=seed)
+        work = partial(_write, place=place, sampling=sampling)
         _run(waiting, work, model, place, placement)
         known = _cached(place)
     counts: dict[str, tuple[int, int]] = {}
@@ -96,8 +109,8 @@ def write_critiques(
     return counts
 
 
-def _keyed(row: dict[str, Any], identity: Sequence[Any]) -> dict[str, Any]:
-    return {**row, "key": digest([*identity, row["id"], row["prompt_json"], row["completions_json"]])}
+def _keyed(row: dict[str, Any], writer: tuple[str, str]) -> dict[str, Any]:
+    return {**row, "key": digest([*writer, row["id"], row["prompt_json"], row["completions_json"]])}
 
 
 def _run(rows: Sequence[Mapping[str, Any]], work: Work, model: str, place: str, placement: Placement) -> None:
@@ -112,12 +125,12 @@ def _run(rows: Sequence[Mapping[str, Any]], work: Work, model: str, place: str, 
         raise DataError(f"{len(tasks)} rows were sent to the writers and {total} came back", remedy="run the same command again")
 
 
-def _write(model: ScoredModel, block: pa.Table, *, place: str, asked: Asked, seed: int) -> pa.Table:
+def _write(model: ScoredModel, block: pa.Table, *, place: str, sampling: Sampling) -> pa.Table:
     # In an actor: a cache file for every block.
     from rayward.scoring.load import reward_model_of
 
     keys = block["key"].to_pylist()
-    items = items_of(block, asked, seed=seed)
+    items = items_of(block, Asked(temperature=sampling.temperature), seed=sampling.seed)
     lines = []
     for key, found in zip(keys, reward_model_of(model).criticise(items), strict=True):
         critiques = None if isinstance(found, ItemError) or found.critiques is None else [texts[0] for texts in found.critiques]

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rayward.contract.contract import Contract
-from rayward.contract.golden import unscored
 from rayward.errors import ModelLoadError
 from rayward.workflows.mixture import OTHER_HEADS, write_mixture
-
-if TYPE_CHECKING:
-    import torch
 
 
 def import_armo(source: Path, output: Path, *, attributes: tuple[str, ...], gate_ids: tuple[int, ...], max_tokens: int) -> Contract:
@@ -27,22 +22,16 @@ def import_armo(source: Path, output: Path, *, attributes: tuple[str, ...], gate
     Raises:
         ModelLoadError: a tensor of the layout is missing.
     """
-    from safetensors import safe_open
-
+    from rayward.artifacts.tensors import TensorFiles
     from rayward.contract.tokenizer import load_tokenizer
     from rayward.model.gate import Gating
-    from rayward.model.weights import weight_map
 
-    files = weight_map(source)
-    needed = {"regression_layer.weight", "gating.logit_scale"} - set(files)
-    if needed:
-        raise ModelLoadError(f"{source} lacks {', '.join(sorted(needed))}", remedy="give a checkpoint in ArmoRM's layout")
-    extra: dict[str, torch.Tensor] = {}
-    for name, file in files.items():
-        if name.startswith(OTHER_HEADS):
-            with safe_open(source / file, framework="pt") as stream:
-                extra[name] = stream.get_tensor(name)
-    contract = Contract.from_tokenizer(load_tokenizer(str(source)), max_tokens=max_tokens).model_copy(update={"golden": unscored()})
+    with TensorFiles(source) as files:
+        needed = {"regression_layer.weight", "gating.logit_scale"} - set(files.names)
+        if needed:
+            raise ModelLoadError(f"{source} lacks {', '.join(sorted(needed))}", remedy="give a checkpoint in ArmoRM's layout")
+        extra = {name: files.read(name) for name in files.names if name.startswith(OTHER_HEADS)}
+    contract = Contract.from_tokenizer(load_tokenizer(str(source)), max_tokens=max_tokens)
     gate = Gating.from_tensors({name: value for name, value in extra.items() if not name.startswith("regression_layer.")})
     return write_mixture(
         source, output, extra["regression_layer.weight"], gate, contract, attributes, gate_ids=gate_ids,

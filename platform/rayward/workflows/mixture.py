@@ -7,7 +7,7 @@ pairs ─────features (Ray Data)─────────────�
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,20 +19,19 @@ from rayward import storage
 from rayward.config.load import dump_config, parse_config
 from rayward.config.mixture import MixtureConfig
 from rayward.config.run import Config
-from rayward.contract.contract import CONTRACT_FILE, Contract
-from rayward.errors import ConfigError, DataError
-from rayward.schema import file_sha256
+from rayward.contract.contract import Contract
+from rayward.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
+    from rayward.artifacts.tensors import TensorFiles
     from rayward.data.prepared import PreparedData
     from rayward.model.gate import Gating
     from rayward.workflows.mixture_fit import RidgeFit
 
 
 SCORE = "score"
-HEAD_FILE = "model-head.safetensors"
 REPORT_FILE = "mixture.json"
 OTHER_HEADS = ("regression_layer.", "gating.", "reward_transform_matrix")
 """Prefixes of the published layout's tensors that are no backbone."""
@@ -96,11 +95,18 @@ def fit_mixture(config: MixtureConfig) -> Path:
     )  # fmt: skip
     output = Path(storage.absolute(config.run.storage_path)) / config.run.name / "export"
     report = _report(attributes, found, gate, losses, num_pairs=len(compared.pairs))
-    contract = write_mixture(
-        Path(config.model), output, weights, gate, base, attributes, gate_ids=(), report=report, settings=dump_config(config)
+    described = {
+        "objective": {"type": "mixture"},
+        "model": {"path": config.model},
+        "run": {"name": config.run.name, "seed": config.run.seed},
+    }
+
+    def card(directory: Path, contract: Contract) -> None:
+        write_model_card(directory, contract=contract, config_json=json.dumps(described), manifest=None, evaluation=None)
+
+    write_mixture(
+        Path(config.model), output, weights, gate, base, attributes, gate_ids=(), report=report, settings=dump_config(config), card=card
     )
-    described = {"objective": {"type": "mixture"}, "model": {"path": config.model}, "run": {"seed": config.run.seed}}
-    write_model_card(output, contract=contract, config_json=json.dumps(described), manifest=None, evaluation=None, plots=[])
     return output
 
 
@@ -176,6 +182,7 @@ def write_mixture(
     gate_ids: tuple[int, ...],
     report: dict[str, Any],
     settings: str,
+    card: Callable[[Path, Contract], object] | None = None,
 ) -> Contract:
     """Backbone of `source`, regression layer, gate and contract as one export, with golden scores of its own, verified.
 
@@ -183,76 +190,38 @@ def write_mixture(
         weights: float32 [A, H], the regression layer.
         base: the contract whose rules of text stay.
         gate_ids: see `Contract.gate`.
+        card: writes the model card into the directory.
 
     Raises:
         ConfigError: `output` exists and is not an export.
     """
-    from rayward.scoring.scorer import Scorer
+    from rayward.artifacts.tensors import TensorFiles
+    from rayward.artifacts.writer import SETTINGS_FILE, new_model
 
-    if output.exists() and not (output / CONTRACT_FILE).is_file() and any(output.iterdir()):
-        raise ConfigError(f"{output} exists and is not an exported model", remedy="choose another run.name")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    head = _copy_backbone(source, partial, weights, attributes)
-    gate.save(partial)
-    (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (partial / "training_config.json").write_text(settings + "\n", encoding="utf-8")
-    outputs = (*attributes, SCORE)
-    contract = base.for_head(outputs, (*(0.0,) * len(attributes), 1.0)).model_copy(
-        update={
-            "gate": gate_ids,
-            "normaliser": None,
-            "golden": (),
-            "files": {path.name: file_sha256(path) for path in sorted(partial.iterdir()) if path.is_file()},
-            "head_sha256": head,
+    with new_model(output, replace=True) as writer, TensorFiles(source) as files:
+        writer.copy_small_files(source)
+        hf_config = json.loads((writer.directory / "config.json").read_text(encoding="utf-8"))
+        hf_config |= {
+            "num_labels": len(attributes),
+            "id2label": {str(index): name for index, name in enumerate(attributes)},
+            "label2id": {name: index for index, name in enumerate(attributes)},
         }
-    )
-    contract.save(partial)
-    golden = Scorer.load(partial, verify=False).golden_scores(base.golden)
-    contract = contract.model_copy(update={"golden": golden})
-    contract.save(partial)
-    Scorer.load(partial, verify=True)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+        writer.write_json("config.json", hf_config)
+        writer.write_weights(_with_head(files, weights))
+        gate.save(writer.directory)
+        writer.write_json(REPORT_FILE, report)
+        (writer.directory / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+        contract = base.for_head((*attributes, SCORE), (*(0.0,) * len(attributes), 1.0))
+        contract = writer.finish(contract.model_copy(update={"gate": gate_ids, "normaliser": None}), rescore=True)
+        if card is not None:
+            card(writer.directory, contract)
     return contract
 
 
-def _copy_backbone(source: Path, target: Path, weights: torch.Tensor, attributes: tuple[str, ...]) -> str:
-    """Copy a model shard by shard with another head; returns the head's hash."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def _with_head(files: TensorFiles, weights: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    from rayward.model.weights import HEAD_PREFIX
 
-    from rayward.model.weights import HEAD_PREFIX, INDEX_FILE, head_sha256, weight_map
-
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (
-            CONTRACT_FILE, INDEX_FILE, "training_config.json", "data_manifest.json", "merge.json", REPORT_FILE,
-        ):  # fmt: skip
-            shutil.copyfile(path, target / path.name)
-    files: dict[str, list[str]] = {}
-    for name, file in weight_map(source).items():
+    for name in files.names:
         if not name.startswith((HEAD_PREFIX, *OTHER_HEADS)):
-            files.setdefault(file, []).append(name)
-    placed: dict[str, str] = {}
-    for index, (file, names) in enumerate(sorted(files.items()), 1):
-        # Never `model.safetensors`: Transformers would take it for the whole model and miss the head.
-        renamed = f"model-{index:05d}-of-{len(files):05d}.safetensors"
-        with safe_open(source / file, framework="pt") as stream:
-            save_file({name: stream.get_tensor(name) for name in names}, target / renamed, metadata={"format": "pt"})
-        placed |= dict.fromkeys(names, renamed)
-    head = {f"{HEAD_PREFIX}weight": weights.float().contiguous()}
-    save_file(head, target / HEAD_FILE, metadata={"format": "pt"})
-    placed |= dict.fromkeys(head, HEAD_FILE)
-    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    (target / INDEX_FILE).write_text(
-        json.dumps({"metadata": {"total_size": size}, "weight_map": placed}, indent=2) + "\n", encoding="utf-8"
-    )
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    config |= {
-        "num_labels": len(attributes),
-        "id2label": {str(index): name for index, name in enumerate(attributes)},
-        "label2id": {name: index for index, name in enumerate(attributes)},
-    }
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return head_sha256(head)
+            yield name, files.read(name)
+    yield f"{HEAD_PREFIX}weight", weights.float()

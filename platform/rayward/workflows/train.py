@@ -10,10 +10,12 @@ from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.workflows.console import console
 from rayward.workflows.evaluate import evaluate_pipeline
-from rayward.workflows.export import default_export, export_and_verify, write_card
-from rayward.workflows.normalise import normalise_by_evaluation
+from rayward.workflows.export import default_export, export_result, write_card
+from rayward.workflows.normalise import normaliser_of_evaluation
 
 if TYPE_CHECKING:
+    from rayward.data.prepared import PreparedData
+    from rayward.evaluation.records import Evaluation
     from rayward.training.trainer import TrainResult
 
 
@@ -28,13 +30,22 @@ def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) 
     manifest = prepared.manifest
     console.print(f"data: {manifest.num_train} train, {manifest.num_validation} validation rows; report {prepared.directory}/report.html")
     result = train(config, prepared)
-    export_and_verify(config, result, output)
-    judged = None
+    export_result(config, result, output)
     if evaluation and manifest.num_validation:
         placement = Placement(gpus_per_actor=min(config.training.gpus_per_worker, 1.0))
         folder = f"{output}-evaluation"
         judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, placement=placement)
-        normalise_by_evaluation(output, Path(folder))
-    write_card(config, prepared, output, judged)
+        _publish_evaluated(config, prepared, output, judged, Path(folder))
     console.print(f"model: {output}\nmetrics: {result.location}/metrics.jsonl\nmodel card: {output}/README.md")
     return result
+
+
+def _publish_evaluated(config: Config, prepared: PreparedData, output: Path, evaluation: Evaluation, folder: Path) -> None:
+    # The export once more, with what its evaluation showed in contract and card; it takes the place of the first as a whole.
+    from rayward.artifacts.writer import new_model
+    from rayward.contract.contract import Contract
+
+    contract = Contract.load(output).model_copy(update={"normaliser": normaliser_of_evaluation(folder)})
+    with new_model(output, replace=True) as writer:
+        writer.finish_revision(output, contract)
+        write_card(config, prepared, writer.directory, contract, evaluation, plots=folder / "plots")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.helpers.prepared import make_manifest, prepared_row, write_prepared
 from rayward.data.prepare.report import build_report, render_html
 from rayward.data.prepare.rows import ENCODED_SCHEMA
 from rayward.data.prepare.stats import SplitStats, bin_of
-from rayward.data.prepared import MANIFEST_FILE, PreparedData, ShardEntry
+from rayward.data.prepared import COMPARISON_COLUMNS, MANIFEST_FILE, PREPARED_SCHEMA, PreparedData, ShardEntry, comparisons_from_table
 from rayward.errors import DataError
 
 MANIFEST = make_manifest({"train": [ShardEntry(file="train/part-00000.parquet", num_rows=2)]}, num_quarantined={"tie": 1})
@@ -38,7 +39,8 @@ def test_split_stats_by_hand() -> None:
     assert stats.tokens == 18 + 82 + 7 + 3
     assert stats.tokens_unshared == 28 + 82 + 8 + 3
     assert (stats.longest_comparison, stats.longest_conversation, stats.max_completions) == (82, 40, 3)
-    assert (stats.num_unranked, stats.num_unrated, stats.num_without_strength, stats.weakest, stats.strongest) == (1, 3, 2, 0.5, 3.0)
+    assert (stats.num_unrated, stats.weakest, stats.strongest) == (3, 0.5, 3.0)
+    assert stats.missing == {"ranks": 1, "margin": 4, "strength": 2, "weight": 4, "attributes": 3, "step_labels": 4}
     assert (stats.longer_wins, stats.shorter_wins, stats.equal_length, stats.tied_pairs) == (3, 1, 0, 1)
     assert stats.lengths == {32: 3, 96: 1}
     assert stats.prompt_lengths == {32: 3, 0: 1}
@@ -65,7 +67,16 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
     assert prepared.manifest == MANIFEST
 
 
-@pytest.mark.parametrize(("text", "says"), [(None, "holds no"), ("{", "damaged"), ('{"version": 1}', "damaged"), ("version", "version 99")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "holds no"),
+        ("{", "not a valid manifest"),
+        ('{"version": 3}', "not a valid manifest"),
+        ('{"version": 2}', "version 2, which is no longer read"),
+        ("version", "newer Rayward: it has version 99"),
+    ],
+)
 def test_a_directory_that_is_not_prepared_is_an_error_that_names_it(tmp_path: Path, text: str | None, says: str) -> None:
     if text == "version":
         text = json.dumps(MANIFEST.model_dump() | {"version": 99})
@@ -82,6 +93,17 @@ def test_tables_are_the_rows_of_a_split_in_order(tmp_path: Path) -> None:
     assert [table["row"].to_pylist() for table in prepared.tables("train", ["row", "id"])] == [[0, 1, 2], [3]]
     assert [table["id"].to_pylist() for table in prepared.tables("train", ["id"], max_rows=2)] == [["r0", "r1"], ["r2"], ["r3"]]
     assert [table.to_pylist() for table in prepared.tables("validation", ["id"])] == [[{"id": "held out"}]]
+
+
+def test_a_label_that_is_younger_than_the_shards_is_unknown_in_them(tmp_path: Path) -> None:
+    prepared = write_prepared(str(tmp_path), {"train": [[prepared_row(0)]]})
+    shard = tmp_path / "train/part-00000.parquet"
+    pq.write_table(pq.read_table(shard).drop(["strength", "step_labels"]), shard)
+    (table,) = prepared.tables("train", COMPARISON_COLUMNS)
+    assert table.schema == pa.schema([PREPARED_SCHEMA.field(name) for name in COMPARISON_COLUMNS])
+    (comparison,) = comparisons_from_table(table)
+    assert math.isnan(comparison.labels.strength)
+    assert comparison.labels.step_labels is None
 
 
 @pytest.mark.parametrize(
@@ -125,3 +147,25 @@ def test_the_report_escapes_what_the_data_says_and_needs_no_network() -> None:
     assert "<script" not in page
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 3
+
+
+def test_no_name_of_the_data_becomes_html() -> None:
+    evil = "<script>alert('x')</script>\"onload="
+    record = {"reason": "tie", "detail": evil, "source": evil, "file": evil, "row": 3, "raw": evil}
+    report = build_report(
+        fingerprint=evil,
+        num_input_rows=5,
+        quarantined={"tie": 1},
+        quarantined_by_source={evil: 1},
+        examples={"tie": [record]},
+        train=SplitStats(),
+        validation=SplitStats(),
+        files=[evil],
+        ignored_files=[evil],
+        formats={evil: 1},
+        overlap=0,
+    )
+    page = render_html(report)
+    assert "<script" not in page
+    assert '"onload' not in page
+    assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") == 8

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.helpers.models import make_export
+from tests.helpers.models import change_contract, make_export
 from tests.unit.evaluation.table import evaluation_of, make_records
 
 from rayward.config.load import dump_config
@@ -89,6 +89,22 @@ def test_tables_keep_their_shape_whatever_a_source_is_called(export: Path, evalu
         assert len(widths) == 1, block
 
 
+def test_no_name_becomes_html_or_a_link(export: Path, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script> [x](javascript:1) `a` | b\n# c"
+    records = [record.model_copy(update={"source": evil}) for record in make_records(40)]
+    config = json.dumps({"run": {"name": evil, "seed": evil}, "objective": {"type": evil}, "model": {"path": f"/models/{evil}"}})
+    manifest = MANIFEST | {"sources": {evil: 3}, "fingerprint": evil}
+    contract = Contract.load(export).model_copy(update={"outputs": (evil,), "end_token": evil})
+    card = write_model_card(export, contract=contract, config_json=config, manifest=manifest, evaluation=evaluation_of(records))
+    text = card.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert not re.search(r"(?<!\\)\[x\]\(", text.split("---\n")[2])
+    assert "\n# c" not in text
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == evil
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, block
+
+
 def test_card_without_evaluation_or_manifest_says_so(export: Path) -> None:
     card = write(export, None, manifest=None)
     assert "was not evaluated on held-out data" in card
@@ -126,9 +142,8 @@ def run_block(code: str) -> str:
 @pytest.mark.parametrize("template_source", ["tokenizer", "plain"])
 def test_the_code_in_the_card_runs_and_gives_the_score(export: Path, monkeypatch: pytest.MonkeyPatch, template_source: str) -> None:
     if template_source == "plain":
-        contract = Contract.load(export)
         template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if loop.last %}{{ end_token }}{% endif %}{% endfor %}"
-        contract.model_copy(update={"template": template, "template_source": "plain", "golden": ()}).save(export)
+        change_contract(export, template=template, template_source="plain")
     monkeypatch.chdir(export)
     transformers_code, rayward_code = re.findall(r"```python\n(.*?)```", write(export), flags=re.DOTALL)
     prompt = ({"role": "user", "content": "What is the capital of France?"},)

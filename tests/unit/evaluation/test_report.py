@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.unit.evaluation.table import evaluation_of, make_records, pair
 
 from rayward.evaluation.plots import write_plots
-from rayward.evaluation.records import Evaluation, Record
+from rayward.evaluation.records import BenchmarkScores, BenchmarkSection, Evaluation, Record
 from rayward.evaluation.report import print_table, verdict, write_report
 from rayward.evaluation.run import write_results
 
@@ -103,6 +103,41 @@ def test_report_shows_numbers_with_intervals_and_escapes_names(evaluation: Evalu
     assert "row-7" in page.text
     assert "the last user turn takes <3,000> tokens" in page.text
     assert str(evaluation.num_errors) in page.text
+
+
+def test_no_text_of_the_data_becomes_html(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>\"onload="
+    records = [pair(f"{evil}{i}", rewards=(1.0, 0.0)).model_copy(update={"source": f"{evil}{i % 2}"}) for i in range(6)]
+    records.append(records[0].model_copy(update={"id": evil, "rewards": None, "error_code": "too_long", "error": evil}))
+    evaluation = evaluation_of(records).model_copy(
+        update={
+            "model": evil,
+            "model_version": evil,
+            "data": (evil,),
+            "benchmark": BenchmarkScores(
+                name=evil,
+                counts=evil,
+                overall=0.5,
+                overall_with_prior=None,
+                sections=(BenchmarkSection(name=evil, value=0.5, num_rows=1, num_ties=0, parts=()),),
+                num_rows=1,
+                num_scored=1,
+                num_ties=0,
+                deviations=(evil,),
+            ),
+        }
+    )
+    plot = tmp_path / "<img src=x>.png"
+    plot.write_bytes(b"png")
+    write_report(evaluation, tmp_path / "report.html", (plot,))
+    document = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in document
+    assert "<img src=x" not in document
+    page = _Page()
+    page.feed(document)
+    assert page.open == []
+    for text in (evil, f"{evil}1", f"Benchmark: {evil}, counts {evil}", f"Evaluation of {evil}"):
+        assert text in page.text
 
 
 def test_terminal_table(evaluation: Evaluation) -> None:

@@ -21,8 +21,9 @@ from rayward.data.stream.shares import StepShare
 from rayward.errors import ModelLoadError
 from rayward.model import heads
 from rayward.model.build import build_reward_model, load_reward_model
+from rayward.model.pretrained import weight_source
 from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
-from rayward.model.weights import RandomInit, check_language_head, weight_source
+from rayward.model.weights import RandomInit, check_language_head
 from rayward.objectives.language import LanguageObjective
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.table import Objective
@@ -141,7 +142,7 @@ def test_the_published_joint_losses(coefficient: float, expected: float) -> None
     class Fixed:
         """An engine whose model gives rewards 1.5 apart and a language-model loss of 2 a token."""
 
-        rank, world_size, device = 0, 1, CPU
+        device = CPU
 
         def forward(self, batch: Any) -> torch.Tensor:
             return torch.tensor([[1.5], [0.0]], requires_grad=True)

@@ -15,7 +15,8 @@ from rayward.config.model import ModelConfig
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
 from rayward.model.build import build_reward_model, load_reward_model, resolve_hf_config, resolve_model_dir
-from rayward.model.weights import INDEX_FILE, INIT_CHUNK, SINGLE_FILE, RandomInit, WeightSource, head_sha256, weight_source
+from rayward.model.pretrained import weight_source
+from rayward.model.weights import INDEX_FILE, INIT_CHUNK, SINGLE_FILE, RandomInit, WeightSource, head_sha256
 
 CPU = torch.device("cpu")
 
@@ -306,7 +307,7 @@ def test_a_whole_model_for_inference(saved: tuple[Path, PreTrainedModel]) -> Non
     assert not loaded.training
     assert torch.equal(loaded.model.score.weight, model.score.weight)
     (directory / SINGLE_FILE).write_bytes(b"no tensors")
-    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+    with pytest.raises(ModelLoadError, match="cannot be read"):
         load_reward_model(directory, device=CPU, dtype=torch.float32, max_tokens=64)
 
 

@@ -122,8 +122,10 @@ def test_its_rewards_can_be_normalised(policies: Path) -> None:
     directory = write_rule(policies, "normalised")
     before = ImplicitScorer.load(directory, device="cpu")
     lines = [json.dumps({"prompt": "Name a colour.", "completions": list(ITEMS[0].completions)})]
-    found = normalise_pipeline(str(directory), lines, reference="three colours", placement=Placement(device="cpu"))
-    after = ImplicitScorer.load(directory, device="cpu")
+    output, given = policies / "normalised-again", (directory / ImplicitRule.file).read_bytes()
+    found = normalise_pipeline(str(directory), lines, output=output, reference="three colours", placement=Placement(device="cpu"))
+    assert (directory / ImplicitRule.file).read_bytes() == given
+    after = ImplicitScorer.load(output, device="cpu")
     assert after.version == before.version
     rewards = after.score([replace(ITEMS[0], asked=Asked(normalise="standardised"))])[0].rewards
     assert rewards is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.models import make_export
+from tests.helpers.models import change_contract, make_export
 from transformers import LlamaForSequenceClassification
 
 from rayward.contract.contract import Contract
@@ -27,9 +27,7 @@ ITEMS = [
 
 def export_with(directory: Path, reading: RewardReadout) -> Path:
     make_export(directory)
-    contract = Contract.load(directory)
-    # The golden scores were those of the end token.
-    contract.model_copy(update={"reading": reading, "golden": ()}).save(directory)
+    change_contract(directory, reading=reading)
     return directory
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForSequenceClassification
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
-from rayward.errors import ContractMismatchError, ModelLoadError
+from rayward.errors import ContractMismatchError, ModelLoadError, UnverifiedError
 from rayward.scoring.scorer import ScoreItem, Scorer
 
 
@@ -214,3 +214,16 @@ def test_model_with_several_outputs_is_refused(tmp_path: Path) -> None:
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="is not a directory"):
         Scorer.load(tmp_path / "nothing")
+
+
+def test_a_contract_without_golden_scores_is_unverified_and_says_what_to_ask_for(tmp_path: Path) -> None:
+    directory = make_export(tmp_path / "model")
+    Contract.load(directory).model_copy(update={"golden": ()}).save(directory)
+    with pytest.raises(UnverifiedError, match="no golden scores") as caught:
+        Scorer.load(directory, device="cpu")
+    assert "--no-verify" in caught.value.remedy
+    assert "verify_golden: false" in caught.value.remedy
+    loaded = Scorer.load(directory, device="cpu", verify=False)
+    with pytest.raises(UnverifiedError):
+        loaded.verify_golden()
+    assert len(loaded.golden_scores()) > 3

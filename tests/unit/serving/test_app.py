@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+import traceback
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rayward.config.scoring import ScoringConfig
-from rayward.errors import ConfigError, ContractMismatchError, ModelLoadError, ServerError
+from rayward.errors import ConfigError, ContractMismatchError, ModelLoadError, RaywardError, ServerError
 from rayward.serving.preflight import check_model, free_port, startup_error
 
 # Ray Serve 2.60 is imported inside the tests: its own models warn about deprecated pydantic settings.
@@ -52,29 +53,35 @@ def test_replicas_and_limits_reach_serve() -> None:
     assert scorer.init_args[1] == "my-model"
 
 
-TRACEBACK = """The deployment failed to start 1 times in a row. See controller logs for details. Error:
+STATUS = """The deployment failed to start 1 times in a row. See controller logs for details. Error:
 Traceback (most recent call last):
+  File "replica.py", line 1928, in initialize
+{}
   File "scorer.py", line 98, in _load_export
-    raise ContractMismatchError(
-rayward.errors.{kind}: tokenizer: a.json is not the file
-that the contract was written for
-  remedy: export the model again
 """
 
 
 @pytest.mark.parametrize("kind", [ContractMismatchError, ModelLoadError])
-def test_start_up_error_gets_its_type_back(kind: type[Exception]) -> None:
-    error = startup_error(TRACEBACK.format(kind=kind.__name__))
+def test_start_up_error_gets_its_type_back(kind: type[RaywardError]) -> None:
+    original = kind("tokenizer: a.json is not the file\nthat the contract was written for", remedy="export the model\n  again")
+    error = startup_error(STATUS.format("\n".join(traceback.format_exception(original.marked()))))
     assert type(error) is kind
-    assert error.problem == "tokenizer: a.json is not the file\nthat the contract was written for"
-    assert error.remedy == "export the model again"
+    assert (error.problem, error.remedy) == (original.problem, original.remedy)
 
 
-@pytest.mark.parametrize("message", ["out of memory", TRACEBACK.format(kind="NonFiniteError"), TRACEBACK.format(kind="NoSuchError")])
-def test_other_start_up_failures_are_reported_whole(message: str) -> None:
-    error = startup_error(message)
+@pytest.mark.parametrize("reason", ["out of memory", "rayward.errors.NoSuchError: x\n  remedy: y"])
+def test_other_start_up_failures_are_reported_whole(reason: str) -> None:
+    error = startup_error(STATUS.format(reason))
     assert type(error) is ServerError
-    assert message in error.problem
+    assert STATUS.format(reason) in error.problem
+
+
+def test_a_scorer_that_cannot_load_its_model_marks_the_reason(tmp_path: Path) -> None:
+    from rayward.serving.app import ScorerDeployment
+
+    with pytest.raises(ModelLoadError) as caught:
+        ScorerDeployment.func_or_class(ScoringConfig(model=str(tmp_path / "absent")), "m")
+    assert type(startup_error(STATUS.format("\n".join(traceback.format_exception(caught.value))))) is ModelLoadError
 
 
 def test_missing_model_is_refused_before_anything_starts(tmp_path: Path) -> None:

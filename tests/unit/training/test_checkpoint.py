@@ -7,7 +7,10 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
+import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +22,7 @@ from rayward.contract.contract import GoldenScore
 from rayward.errors import CheckpointError
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.table import Objective
+from rayward.training.checkpoints import reader as reader_module
 from rayward.training.checkpoints.format import COMMIT_FILE, Commit
 from rayward.training.checkpoints.reader import CheckpointReader
 from rayward.training.checkpoints.store import CheckpointStore, CommitDraft
@@ -138,6 +142,49 @@ def test_any_range_can_be_read(store: CheckpointStore, saved_at: int) -> None:
         for start in range(numel + 1):
             for stop in range(start, numel + 1):
                 assert torch.equal(reader.read(name, shape, start, stop, kind="exp_avg"), state[name, "exp_avg"][start:stop])
+
+
+def test_rank_files_are_closed_and_few_at_once(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = whole_state(seed=0)
+    save_at(store, 5, state, step=1)
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    opened: list[pa.NativeFile] = []
+    most = 0
+
+    class Counting:
+        def open_input_file(self, path: str) -> pa.NativeFile:
+            nonlocal most
+            opened.append(store.filesystem.open_input_file(path))
+            most = max(most, sum(not file.closed for file in opened))
+            return opened[-1]
+
+    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
+    with CheckpointReader(cast(pafs.FileSystem, Counting()), checkpoint) as reader:
+        for name, shape in SHAPES.items():
+            assert torch.equal(reader.read(name, shape, 0, math.prod(shape)), state[name, "weight"])
+        assert most == 2
+    assert len(opened) >= 5
+    assert all(file.closed for file in opened)
+
+
+def test_loading_leaves_no_file_open(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_at(store, 3, whole_state(seed=0), step=1)
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    files: list[pa.NativeFile] = []
+    real = CheckpointReader._file
+
+    def remembered(self: CheckpointReader, rank: int) -> pa.NativeFile:
+        files.append(real(self, rank))
+        return files[-1]
+
+    monkeypatch.setattr(CheckpointReader, "_file", remembered)
+    group = Group(2)
+    engines = [PartitionedEngine(group, rank, SHAPES, None) for rank in range(2)]
+    group.run(lambda rank: store.load(engines[rank], checkpoint))
+    assert files
+    assert all(file.closed for file in files)
 
 
 def test_a_model_of_another_shape_is_refused(store: CheckpointStore) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -175,6 +176,17 @@ def test_the_share_of_another_rank_stops_the_run(comparisons: list[EncodedCompar
     for other in (StepShare(0, 1, 2, share.microbatches), StepShare(0, 0, 2, share.microbatches)):
         with pytest.raises(StreamOrderError):
             train(tiny_engine(), iter([other]), OBJECTIVE)
+
+
+def test_a_share_is_for_a_data_parallel_rank_not_for_a_process(comparisons: list[EncodedComparison]) -> None:
+    # Process 2 of 4, which computes with process 3 on the shares of the second of two.
+    engine = tiny_engine()
+    engine.rank, engine.world_size, engine.data_parallel_rank, engine.data_parallel_size = 2, 4, 1, 2
+    batches = next(make_shares(comparisons)).microbatches
+    run = partial(run_steps, objective=OBJECTIVE, schedule=SCHEDULE, first_step=0, stop_step=1, on_step=lambda _step, _metrics: None)
+    run(engine, iter([StepShare(0, 1, 2, batches)]))
+    with pytest.raises(StreamOrderError, match="rank 1 of 2 waits for step 0"):
+        run(engine, iter([StepShare(0, 2, 4, batches)]))
 
 
 def test_a_stream_that_ends_early_stops_the_run(comparisons: list[EncodedComparison]) -> None:

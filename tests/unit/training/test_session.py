@@ -15,7 +15,9 @@ from tests.helpers.training import make_shares, steps_in
 from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.config.load import parse_config
 from rayward.config.run import Config
+from rayward.contract.encoder import Encoder
 from rayward.contract.golden import GOLDEN_CONVERSATIONS
+from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepared import PreparedData
 from rayward.data.stream.shares import StepShare
 from rayward.errors import CheckpointError, ConfigError, StreamOrderError
@@ -50,7 +52,7 @@ def test_a_run_commits_validates_and_logs(tmp_path: Path, prepared: PreparedData
     latest = job.store.latest()
     assert latest is not None
     assert latest.commit.validation_accuracy == records(job, "validation")[-1]["accuracy"]
-    assert latest.commit.trajectory == json.loads(json.dumps(job.trajectory))
+    assert latest.commit.trajectory == job.trajectory.model_dump(mode="json")
 
 
 def test_a_run_that_dies_continues_and_ends_with_the_same_weights(tmp_path: Path, prepared: PreparedData) -> None:
@@ -242,3 +244,12 @@ def test_golden_scores_are_those_of_the_conversations_alone(tmp_path: Path, prep
         with torch.no_grad():
             plain = model(input_ids=torch.tensor([score.token_ids])).logits[0, 0].item()
         assert score.reward[0] == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_run_of_very_short_conversations_has_golden_scores_too(tmp_path: Path, prepared: PreparedData) -> None:
+    job = make_job(tmp_path, prepared)
+    encoder = Encoder(job.contract.model_copy(update={"max_tokens": 24}), load_tokenizer(f"{prepared.directory}/tokenizer"))
+    golden = golden_scores(make_engine(job), encoder)
+    assert len(golden) >= 2
+    assert len({score.reward for score in golden}) == len(golden)
+    assert all(len(score.token_ids) <= 24 for score in golden)

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from rayward.contract.conversation import ROLES as RECORD_ROLES
 from rayward.errors import RequestError, RuleError
 from rayward.wire.items import Asked, ItemError, ItemResult
 from rayward.wire.native import ScoreReply, build_reply, error_reply
-from rayward.wire.rules import ROLES, Limits, parse_request
+from rayward.wire.rules import Limits, parse_request
 
 LIMITS = Limits(max_items=100, max_completions_per_item=4, max_chars_per_text=1000, max_body_bytes=1_000_000)
 GOOD = {"prompt": "Hi", "completions": ["Hello"]}
@@ -151,10 +150,6 @@ def test_request_at_every_limit_is_accepted() -> None:
     body = {"items": [{"prompt": "x" * 1000, "completions": ["y" * 1000] * 4}] * 20}
     parsed, _ = parse_request(json.dumps(body).encode(), LIMITS)
     assert len(parsed) == 20
-
-
-def test_roles_are_those_of_the_record() -> None:
-    assert ROLES == RECORD_ROLES
 
 
 def test_rule_error_is_a_request_error() -> None:

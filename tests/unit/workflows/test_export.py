@@ -101,7 +101,7 @@ def test_the_model_is_a_regression_model_with_a_pad_token_of_its_own(run: Run) -
     assert contract.max_tokens == MAX_TOKENS
     assert contract.fingerprint() == run.job.contract.fingerprint()
     names = {path.name for path in run.exported.iterdir()}
-    assert names == {*contract.files, "contract.json"}
+    assert names == {*contract.files, "contract.json", "README.md"}
     assert {"model.safetensors", "training_config.json", "data_manifest.json", "tokenizer.json", "config.json"} <= names
     assert json.loads((run.exported / "data_manifest.json").read_text())["fingerprint"] == run.prepared.manifest.fingerprint
 
@@ -148,7 +148,7 @@ def test_an_export_is_replaced_as_a_whole(run: Run, copy: Path) -> None:
     (copy / "left over.txt").write_text("old")
     export(run.job.config, run.prepared, choose_checkpoint(run.job.store, "4"), run.job.store, copy)
     assert not (copy / "left over.txt").exists()
-    assert not copy.with_name("copy.partial").exists()
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
     Scorer.load(copy)
 
 

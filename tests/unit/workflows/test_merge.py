@@ -13,7 +13,7 @@ from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
 from rayward.model.weights import INDEX_FILE
 from rayward.scoring.scorer import Scorer
-from rayward.workflows.merge import merge, merge_pipeline
+from rayward.workflows.merge import merge
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def test_shards_of_different_models_need_not_agree(tmp_path: Path) -> None:
     one = make_export(tmp_path / "one", seed=0)
     sharded = make_export(tmp_path / "sharded", seed=1, max_shard_size="20KB")
     assert (sharded / INDEX_FILE).is_file()
-    merge([one, sharded], (0.5, 0.5), tmp_path / "merged")
+    merge([one, sharded], (0.5, 0.5), tmp_path / "merged", max_shard_bytes=20_000)
     assert (tmp_path / "merged" / INDEX_FILE).is_file()
     found = tensors_of(tmp_path / "merged")
     for name, tensor in tensors_of(one).items():
@@ -62,8 +62,9 @@ def test_shards_of_different_models_need_not_agree(tmp_path: Path) -> None:
 
 
 def test_the_result_is_a_verified_model_with_its_own_golden_scores(models: list[Path], tmp_path: Path) -> None:
-    output = merge_pipeline(tmp_path / "merged", [str(model) for model in models[:2]], (0.5, 0.5))
-    contract = Contract.load(output)
+    output = tmp_path / "merged"
+    contract = merge(models[:2], (0.5, 0.5), output)
+    assert contract == Contract.load(output)
     assert [golden.token_ids for golden in contract.golden] == [golden.token_ids for golden in Contract.load(models[0]).golden]
     assert contract.golden[0].reward != Contract.load(models[0]).golden[0].reward
     versions = {Scorer.load(directory, device="cpu").version for directory in (output, *models)}

@@ -188,7 +188,7 @@ def test_an_exported_mixture_scores_as_the_formula_says(mixture: Path, tokens_pe
     assert len(contract.golden[0].reward) == 4
     scorer = Scorer.load(mixture / "mixed", device="cpu", tokens_per_batch=tokens_per_batch)
     backbone = AutoModel.from_pretrained(mixture / "mixed").eval()
-    weights = load_file(mixture / "mixed" / "model-head.safetensors")["score.weight"]
+    weights = load_file(mixture / "mixed" / "model.safetensors")["score.weight"]
     gate = random_gate(32, 3)
     encoder = Encoder(contract, load_tokenizer(str(mixture / "mixed")))
     for item, result in zip(ITEMS, scorer.score(ITEMS), strict=True):

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayward.contract.conversation import ROLES, Message
-from rayward.data.record import NUMBER_COLUMNS, BadRow, Comparison, RowRejected, check_text, ranked_by
+from rayward.contract.conversation import Message, broken_by_prompt, broken_by_role, broken_by_text
+from rayward.data.record import NUMBER_COLUMNS, BadRow, Comparison, RowRejected, ranked_by, require
 from rayward.schema import digest
 
 Row = Mapping[str, Any]
@@ -97,8 +97,7 @@ def as_messages(value: Any, key: str) -> tuple[Message, ...]:
         if not isinstance(turn, dict):
             raise RowRejected(BadRow.WRONG_TYPE, f"{where} is {kind_of(turn)}; the rule is an object with role and content")
         role, content = as_text(required(turn, "role"), f"{where}.role"), as_text(required(turn, "content"), f"{where}.content")
-        if role not in ROLES:
-            raise RowRejected(BadRow.UNKNOWN_ROLE, f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+        require(broken_by_role(role), where)
         turns.append(Message(role=role, content=content))
     return tuple(turns)
 
@@ -113,10 +112,8 @@ def as_prompt(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def require_user_last(turns: tuple[Message, ...], key: str) -> tuple[Message, ...]:
-    """The turns, if they end with a user or tool turn."""
-    # A completion is an answer: templates print two assistant turns in a row in ways nobody trained on.
-    if turns and turns[-1]["role"] == "assistant":
-        raise RowRejected(BadRow.WRONG_TYPE, f"the prompt in {key!r} ends with an assistant turn; the rule is a user or tool turn")
+    """The turns, if they are a prompt: they end with a user or tool turn."""
+    require(broken_by_prompt(turns), repr(key))
     return turns
 
 
@@ -188,8 +185,8 @@ def build_comparison(
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
         comparison = ranked_by(comparison, options.attributes.index(options.rank_by), options.rank_by)
-    check_text(comparison.id)
-    check_text(comparison.source)
+    for text in (comparison.id, comparison.source):
+        require(broken_by_text(text))
     return comparison if comparison.id else replace(comparison, id=digest([comparison.content_key(), comparison.judgement_key()]))
 
 

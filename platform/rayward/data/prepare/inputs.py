@@ -11,16 +11,19 @@ from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.data.formats.table import SourceOptions, choose_format
-from rayward.data.prepared import MANIFEST_VERSION
 from rayward.data.record import BadRow
 from rayward.data.sources.find import Role, SourceFile, find_files
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
 from rayward.data.sources.read import ReadUnit, content_hash, plan_units, sample_rows
 from rayward.errors import DataError
-from rayward.schema import digest
+from rayward.schema import digest, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+PREPARATION = 3
+"""Raised when the same files and settings would give other rows, so that nobody reads rows of the old rules; not the manifest's version."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def _fingerprint(config: Config, files: list[SourceFile], contract: Contract, to
     with ThreadPoolExecutor(8) as pool:
         hashes = list(pool.map(content_hash, files))
     contents = sorted([file.role, file.source, content] for file, content in zip(files, hashes, strict=True))
-    rules = config.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_fraction"})
-    return digest([MANIFEST_VERSION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
+    rules = identity(config.data, exclude={"train", "validation", "max_bad_fraction"})
+    return digest([PREPARATION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
 
 
 def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple[str, SourceOptions]], list[ReadUnit]]:

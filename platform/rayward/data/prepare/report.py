@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rayward.data.page import render
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepared import Grouping
 from rayward.data.record import BadRow
 
 EXAMPLES_PER_REASON = 3
+SOURCES_SHOWN = 50
 
 MEANING: dict[BadRow, str] = {
     BadRow.UNPARSABLE: "the line is not JSON, not UTF-8, or not a transcript",
@@ -72,7 +73,7 @@ def build_report(
         "num_merged": num_merged,
         "grouping": (grouping or Grouping()).model_dump(),
         "num_quarantined": dict(sorted(quarantined.items())),
-        "unranked": both.num_unranked,
+        "unranked": both.missing.get("ranks", 0),
         "unrated": both.num_unrated,
         "duplicates": quarantined.get(BadRow.DUPLICATE, 0),
         "contradictions": quarantined.get(BadRow.CONTRADICTION, 0),
@@ -130,26 +131,29 @@ def render_html(report: Mapping[str, Any]) -> str:
         ("Shared prompt", merged.prompt_lengths, "comparisons"),
         ("One completion", merged.completion_lengths, "completions"),
     ]
-    body = [
-        "<h1>Data report</h1>",
-        f"<p class='dim'>fingerprint <code>{html.escape(report['fingerprint'])}</code> · formats: "
-        + ", ".join(f"{html.escape(name)} ({count} files)" for name, count in report["formats"].items())
-        + "</p>",
-        "<div class='cards'>" + "".join(f"<div><b>{v}</b><span>{k}</span><small>{n}</small></div>" for k, v, n in cards) + "</div>",
-        "<h2>Lengths in tokens</h2>",
-        "<div class='plots'>" + "".join(_histogram(*plot) for plot in plots if plot[1]) + "</div>",
-        "<h2>Checks</h2>" + _checks(report),
-        "<h2>Sources</h2>" + _sources(report["sources"]),
-        "<h2>Quarantine</h2>" + _quarantine(report),
-        _files(report),
-    ]
-    return _PAGE.replace("{{body}}", "\n".join(body))
+    sources = sorted(report["sources"].items(), key=lambda item: (-sum(item[1].values()), item[0]))
+    return render(
+        "rayward.data.prepare",
+        "report.html.j2",
+        report=report,
+        cards=cards,
+        plots=[(title, _histogram(title, bins, unit)) for title, bins, unit in plots if bins],
+        checks=_checks(report),
+        sources=[(name, f"{c['train']:,}", f"{c['validation']:,}", f"{c['quarantined']:,}") for name, c in sources[:SOURCES_SHOWN]],
+        more_sources=max(0, len(sources) - SOURCES_SHOWN),
+        quarantine=[
+            (reason, f"{count:,}", MEANING.get(BadRow(reason), ""), report["quarantine_examples"].get(reason, ()))
+            for reason, count in Counter(report["num_quarantined"]).most_common()
+        ],
+        files=[("files read", report["files"]), ("files passed over because of their suffix", report["ignored_files"])],
+    )
 
 
-def _checks(report: Mapping[str, Any]) -> str:
+def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value and note of each."""
     wins = report["longer_wins"]
     groups = Grouping.model_validate(report["grouping"])
-    rows = [
+    return [
         ("prompts in train and in validation", f"{report['train_validation_prompt_overlap']:,}", "0 by construction"),
         ("duplicates", f"{report['duplicates']:,}", "one copy of each was kept"),
         ("contradictions", f"{report['contradictions']:,}", "same completions, other judgement: none was kept"),
@@ -165,48 +169,10 @@ def _checks(report: Mapping[str, Any]) -> str:
         *([("rows that did not join", groups.left(), "each stays a comparison of its own")] if groups.left() else []),
         ("longest comparison", f"{max(report['train']['longest_comparison'], report['validation']['longest_comparison']):,}", "tokens"),
     ]
-    return _table(("check", "value", "note"), rows)
-
-
-def _sources(sources: Mapping[str, Mapping[str, int]]) -> str:
-    ordered = sorted(sources.items(), key=lambda item: (-sum(item[1].values()), item[0]))
-    rows = [(name, f"{c['train']:,}", f"{c['validation']:,}", f"{c['quarantined']:,}") for name, c in ordered[:50]]
-    more = f"<p class='dim'>and {len(ordered) - 50} more in report.json</p>" if len(ordered) > 50 else ""
-    return _table(("source", "train", "validation", "quarantined"), rows) + more
-
-
-def _quarantine(report: Mapping[str, Any]) -> str:
-    counts = Counter(report["num_quarantined"])
-    if not counts:
-        return "<p>Every row was used.</p>"
-    parts = []
-    for reason, count in counts.most_common():
-        shown = "".join(
-            f"<pre><em>{html.escape(str(record['file']))}:{record['row']}</em> {html.escape(str(record['detail']))}\n"
-            f"{html.escape(str(record['raw'])[:400])}</pre>"
-            for record in report["quarantine_examples"].get(reason, ())
-        )
-        meaning = MEANING.get(BadRow(reason), "")
-        summary = f"<b>{count:,}</b> {html.escape(reason)} <span class='dim'>{html.escape(meaning)}</span>"
-        parts.append(f"<details><summary>{summary}</summary>{shown}</details>")
-    return "".join(parts)
-
-
-def _files(report: Mapping[str, Any]) -> str:
-    lists = [("files read", report["files"]), ("files passed over because of their suffix", report["ignored_files"])]
-    return "".join(
-        f"<details><summary>{len(names)} {title}</summary><pre>{html.escape(chr(10).join(names))}</pre></details>"
-        for title, names in lists
-        if names
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{title}</th>" for title in head) + f"</tr>{cells}</table>"
 
 
 def _histogram(title: str, bins: Mapping[int, int], unit: str) -> str:
+    """A PNG in base64."""
     # Figure without pyplot: no global state, no display, safe in any thread.
     from matplotlib.figure import Figure
 
@@ -224,25 +190,4 @@ def _histogram(title: str, bins: Mapping[int, int], unit: str) -> str:
     axes.set_axisbelow(True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return f"<img alt='{html.escape(title)}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Rayward data report</title>
-<style>
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#f6f7f9;max-width:1080px;margin:2rem auto;padding:0 1rem}
-h1{margin-bottom:0}h2{margin-top:2.2rem;font-size:1.15rem}.dim{color:#6a7482}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(155px,1fr));gap:.8rem;margin-top:1.2rem}
-.cards div{background:#fff;border-radius:10px;padding:.9rem 1rem;box-shadow:0 1px 3px #0001;display:flex;flex-direction:column}
-.cards b{font-size:1.5rem}.cards span{font-weight:600;color:#3b6fb6}.cards small{color:#6a7482}
-.plots{display:flex;flex-wrap:wrap;gap:.8rem}
-.plots img{width:340px;max-width:100%;background:#fff;border-radius:10px;box-shadow:0 1px 3px #0001}
-table{border-collapse:collapse;background:#fff;border-radius:10px;box-shadow:0 1px 3px #0001;width:100%}
-th,td{text-align:left;padding:.45rem .9rem;border-bottom:1px solid #eceff3}th{color:#6a7482;font-weight:600}
-details{background:#fff;border-radius:10px;box-shadow:0 1px 3px #0001;margin:.5rem 0;padding:.6rem .9rem}summary{cursor:pointer}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f7f9;border-radius:6px;padding:.6rem;font-size:12.5px}em{color:#3b6fb6;font-style:normal}
-</style></head><body>
-{{body}}
-</body></html>
-"""
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from rayward.data.prepared import LABEL_COLUMNS
+
 LENGTH_BIN = 32
 """Width of one histogram bin in tokens; a bin is named by its upper bound, inclusive."""
 
@@ -25,8 +27,7 @@ class SplitStats(BaseModel):
         longer_wins, shorter_wins, equal_length: pairs with a winner, by which one has more tokens.
         tied_pairs: pairs of equal rank.
         truncated: rows in which at least one conversation lost its oldest turns.
-        num_unranked, num_unrated, num_without_strength: rows without ranks, without a single rating, without a strength;
-            num_without_steps: rows without labels of steps.
+        missing: by label column, rows in which the label is unknown; num_unrated: rows without a single rating.
         weakest, strongest: range of the strengths, None without any.
     """
 
@@ -37,10 +38,8 @@ class SplitStats(BaseModel):
     longest_comparison: int = 0
     longest_conversation: int = 0
     max_completions: int = 0
-    num_unranked: int = 0
+    missing: dict[str, int] = {}
     num_unrated: int = 0
-    num_without_strength: int = 0
-    num_without_steps: int = 0
     weakest: float | None = None
     strongest: float | None = None
     lengths: dict[int, int] = {}
@@ -56,13 +55,13 @@ class SplitStats(BaseModel):
     @classmethod
     def of(cls, table: pa.Table) -> Self:
         """Sums over prepared rows; `table` has the columns of PREPARED_SCHEMA and `truncated`."""
-        stats = cls()
+        stats = cls(missing={name: count for name in LABEL_COLUMNS if (count := table.column(name).null_count)})
         lengths, prompts, completions, sources = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
-        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "step_labels", "source", "truncated")]
+        columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "source", "truncated")]
         prefixes = _sizes(table.column("prefix_ids"))
         flat = iter(_sizes(pc.list_flatten(table.column("branch_ids"))))
         branches = [[next(flat) for _ in range(count)] for count in _sizes(table.column("branch_ids"))]
-        for prefix, branch, ranks, attributes, strength, steps, source, truncated in zip(prefixes, branches, *columns, strict=True):
+        for prefix, branch, ranks, attributes, strength, source, truncated in zip(prefixes, branches, *columns, strict=True):
             shared = prefix + sum(branch)
             stats.num_rows += 1
             stats.tokens += shared
@@ -70,10 +69,7 @@ class SplitStats(BaseModel):
             stats.longest_comparison = max(stats.longest_comparison, shared)
             stats.longest_conversation = max(stats.longest_conversation, prefix + max(branch))
             stats.max_completions = max(stats.max_completions, len(branch))
-            stats.num_unranked += ranks is None
             stats.num_unrated += attributes is None or all(math.isnan(rating) for row in attributes for rating in row)
-            stats.num_without_strength += strength is None
-            stats.num_without_steps += steps is None
             stats.weakest = _extreme(min, stats.weakest, strength)
             stats.strongest = _extreme(max, stats.strongest, strength)
             stats.truncated += bool(truncated)

@@ -11,8 +11,8 @@ import pyarrow as pa
 from rayward.batch.layout import Layout, PackedBatch, pack
 from rayward.batch.planner import plan_step
 from rayward.contract.reading import Place
-from rayward.data.prepared import COMPARISON_COLUMNS, PREPARED_SCHEMA, comparisons_from_table
-from rayward.errors import StreamOrderError
+from rayward.data.prepared import COMPARISON_COLUMNS, PREPARED_SCHEMA, comparisons_from_table, with_columns
+from rayward.errors import StreamOrderError, marking
 
 STREAM_COLUMNS = ["row", *COMPARISON_COLUMNS]
 ROW_SCHEMA = pa.schema([PREPARED_SCHEMA.field(name) for name in COMPARISON_COLUMNS])
@@ -42,6 +42,7 @@ class StepShare:
         return tuple(c.id for batch in self.microbatches for c in batch.comparisons)
 
 
+@marking
 def plan_block(block: pa.Table, *, world_size: int, comparisons_per_step: int, tokens_per_microbatch: int, layout: Layout) -> pa.Table:
     """The rows of one optimizer step -> one row per rank.
 
@@ -56,9 +57,9 @@ def plan_block(block: pa.Table, *, world_size: int, comparisons_per_step: int, t
             f"a block holds rows {rows[0]}..{rows[-1]} ({len(rows)} rows) instead of the rows of step {step}",
             remedy="this is a bug in the stream or an unsupported Ray version; the run stops rather than train on other data",
         )
-    comparisons = comparisons_from_table(block)
+    rows_of_step = with_columns(block, COMPARISON_COLUMNS)
+    comparisons = comparisons_from_table(rows_of_step)
     plan = plan_step(comparisons, world_size=world_size, tokens_per_microbatch=tokens_per_microbatch, layout=layout)
-    rows_of_step = block.select(COMPARISON_COLUMNS).cast(ROW_SCHEMA)
     shares = [
         {
             "step": step,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray.data
 from ray.train import DataConfig
 
@@ -38,7 +39,9 @@ def prepared_rows(directory: str, shards: Sequence[ShardEntry], *, start_row: in
         rows = block["row"]
         return block.filter(pc.and_(pc.greater_equal(rows, start_row), pc.less(rows, stop_row)))
 
-    dataset = ray.data.read_parquet(paths, filesystem=filesystem, columns=STREAM_COLUMNS)
+    with filesystem.open_input_file(paths[0]) as stream:
+        known = set(pq.read_schema(stream).names)
+    dataset = ray.data.read_parquet(paths, filesystem=filesystem, columns=[name for name in STREAM_COLUMNS if name in known])
     return dataset.map_batches(select, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
 
 

@@ -11,12 +11,12 @@ scores. Nothing is pickled: loading a checkpoint runs no code from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from rayward.contract.contract import GoldenScore
-from rayward.schema import Frozen
+from rayward.schema import Frozen, Versioned
 
 COMMIT_FILE = "commit.json"
 DAMAGED_FILE = "damaged.json"
@@ -37,7 +37,7 @@ class ParameterEntry(Frozen):
     partition_size: int
 
 
-class Commit(Frozen):
+class Commit(Versioned):
     """Content of `commit.json`.
 
     Attributes:
@@ -47,6 +47,8 @@ class Commit(Frozen):
         validation_accuracy: measured at this step, or None.
     """
 
+    kind: ClassVar[str] = "commit file"
+    remedy: ClassVar[str] = "continue the run with the Rayward that started it, or choose another run.name"
     version: int = COMMIT_VERSION
     step: int
     total_steps: int

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs as pafs
-from pydantic import ValidationError
 
 from rayward import storage
 from rayward.contract.contract import GoldenScore
-from rayward.errors import CheckpointError
+from rayward.errors import CheckpointError, CheckpointVersionError
 from rayward.training.checkpoints.format import COMMIT_FILE, DAMAGED_FILE, Commit, CommittedCheckpoint, FileEntry, ParameterEntry
 from rayward.training.checkpoints.reader import CheckpointReader
 from rayward.training.checkpoints.writer import sha256_of, write_rank_file
-from rayward.training.engines.protocol import Engine
+from rayward.training.engines.protocol import SharedState
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,11 @@ class CheckpointStore:
         self.filesystem, self.root = storage.resolve(location)
 
     def committed(self) -> list[CommittedCheckpoint]:
-        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message."""
+        """Usable checkpoints, newest first; what is half written or damaged is skipped with a message.
+
+        Raises:
+            CheckpointVersionError: another Rayward wrote one; going on from an older one would throw its steps away.
+        """
         if not storage.exists(self.filesystem, self.root):
             return []
         directories = [
@@ -50,26 +53,29 @@ class CheckpointStore:
         return found[0] if found else None
 
     def _read(self, directory: str) -> CommittedCheckpoint | None:
-        problem = None
+        problem, file = None, f"{directory}/{COMMIT_FILE}"
         try:
             if storage.exists(self.filesystem, f"{directory}/{DAMAGED_FILE}"):
                 problem = "its content was found damaged"
             else:
-                commit = Commit.model_validate_json(storage.read_text(self.filesystem, f"{directory}/{COMMIT_FILE}"))
+                text = storage.read_text(self.filesystem, file)
+                commit = Commit.parse(text, where=file, error=CheckpointError, other_version=CheckpointVersionError)
                 for name, entry in commit.files.items():
                     info = self.filesystem.get_file_info(f"{directory}/{name}")
                     if info.size != entry.num_bytes:
                         problem = f"{name} has {info.size} bytes instead of {entry.num_bytes}"
         except FileNotFoundError:
             problem = "it was never committed"
-        except (ValidationError, UnicodeDecodeError) as exc:
-            problem = f"its {COMMIT_FILE} is damaged ({type(exc).__name__})"
+        except CheckpointVersionError:
+            raise
+        except (CheckpointError, UnicodeDecodeError) as exc:
+            problem = f"its {COMMIT_FILE} is damaged ({exc})"
         if problem is not None:
             logger.warning("skipping checkpoint %s: %s", directory, problem)
             return None
         return CommittedCheckpoint(directory, commit)
 
-    def save(self, engine: Engine, commit: CommitDraft) -> str | None:
+    def save(self, engine: SharedState, commit: CommitDraft) -> str | None:
         """Write and commit a checkpoint; called by all ranks.
 
         Returns:
@@ -106,7 +112,7 @@ class CheckpointStore:
             self._prune(commit.keep_last)
         return None
 
-    def _commit(self, directory: str, draft: CommitDraft, engine: Engine, files: dict[str, FileEntry]) -> None:
+    def _commit(self, directory: str, draft: CommitDraft, engine: SharedState, files: dict[str, FileEntry]) -> None:
         parameters = {
             p.name: ParameterEntry(shape=p.shape, partition_size=-(-math.prod(p.shape) // engine.world_size)) for p in engine.partitions()
         }
@@ -139,7 +145,7 @@ class CheckpointStore:
             if best is None or checkpoint.directory != best.directory:
                 self._discard(checkpoint.directory)
 
-    def load(self, engine: Engine, checkpoint: CommittedCheckpoint) -> None:
+    def load(self, engine: SharedState, checkpoint: CommittedCheckpoint) -> None:
         """Load a checkpoint written at any world size; called by all ranks.
 
         Raises:
@@ -157,8 +163,8 @@ class CheckpointStore:
                 f"checkpoint {checkpoint.directory}: the content of {', '.join(damaged)} is not what was committed",
                 remedy="the run restarts from the checkpoint before it; check the storage",
             )
-        reader = CheckpointReader(self.filesystem, checkpoint)
-        engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
+        with CheckpointReader(self.filesystem, checkpoint) as reader:
+            engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,17 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from rayward.training.checkpoints.format import FileEntry
-from rayward.training.engines.protocol import STATE_KINDS, Engine, Partition, StateKind
+from rayward.training.engines.protocol import STATE_KINDS, Partition, State, StateKind
 
 
-def _state_tensors(engine: Engine) -> Iterator[tuple[str, Partition, StateKind]]:
+def _state_tensors(engine: State) -> Iterator[tuple[str, Partition, StateKind]]:
     for kind in STATE_KINDS:
         for partition in engine.partitions():
             if partition.stop > partition.start:
                 yield f"{kind}/{partition.name}", partition, kind
 
 
-def write_rank_file(filesystem: pafs.FileSystem, path: str, engine: Engine) -> FileEntry:
+def write_rank_file(filesystem: pafs.FileSystem, path: str, engine: State) -> FileEntry:
     # A safetensors file, tensor by tensor: the host never holds more than one of them.
     header: dict[str, Any] = {}
     offset = 0

@@ -30,6 +30,8 @@ class DeepSpeedEngine:
 
         self._distributed = distributed
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        # Every rank computes comparisons of its own: nothing but the data is divided.
+        self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
         on_cuda = config.gpus_per_worker > 0
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         settings = deepspeed_settings(config, bf16=on_cuda)
@@ -51,9 +53,9 @@ class DeepSpeedEngine:
         return cast(tuple[Tensor, Tensor], self._engine(to_tensors(batch, self.device), language_loss_tensors(tokens, self.device)))
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        # DeepSpeed averages over ranks; the loop's loss is already divided by the global count.
+        # DeepSpeed averages over the data-parallel ranks; the loop's loss is already divided by the global count.
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.world_size)
+        self._engine.backward(loss * self.data_parallel_size)
 
     def step(self, learning_rate: float) -> float:
         for group in self._zero.optimizer.param_groups:

@@ -1,7 +1,7 @@
 """What the loop needs of a training engine, and the two that exist: DeepSpeed ZeRO-3 and plain torch.
 
-An engine owns the model, the optimizer and the collectives. It exposes its state as flat partitions per parameter, which
-is all that initialisation, checkpoints and resharding need.
+An engine is three things, each a protocol of its own: it computes (`Compute`), its ranks talk (`Collectives`), and it shows
+its state as flat partitions per parameter (`State`), which is all that initialisation, checkpoints and resharding need.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ class Partition:
     stop: int
 
 
-class Engine(Protocol):
-    """The verbs of the training loop; every method is called by all ranks in the same order."""
+class Compute(Protocol):
+    """The model and its optimizer; every method is called by all ranks in the same order."""
 
-    rank: int
-    world_size: int
     device: torch.device
     reward_model: RewardModel
 
@@ -48,20 +46,39 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Accumulate gradients; the gradient of the step is the sum over micro-batches and ranks."""
+        """Accumulate gradients; the gradient of the step is the sum over micro-batches and data-parallel ranks."""
         ...
 
     def step(self, learning_rate: float) -> float:
         """Clip, apply, clear; returns the global gradient norm before clipping (inf or NaN: nothing usable was applied)."""
         ...
 
+
+class Collectives(Protocol):
+    """Who this process is, and what the ranks tell each other.
+
+    Attributes:
+        rank, world_size: of all processes; the files of a checkpoint go by them.
+        data_parallel_rank, data_parallel_size: of those processes that compute different comparisons; whatever divides work
+            asks for them.
+    """
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
+        """Sum over the data-parallel ranks."""
         ...
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order; also a barrier."""
         ...
+
+
+class State(Protocol):
+    """Weights and moments as flat partitions per parameter."""
 
     def partitions(self) -> list[Partition]:
         """This rank's share of every parameter, in model order."""
@@ -74,3 +91,11 @@ class Engine(Protocol):
     def load_state(self, read: Callable[[Partition, StateKind], Tensor], *, optimizer_steps: int) -> None:
         """Overwrite weights and, when optimizer_steps > 0, the moments."""
         ...
+
+
+class SharedState(Collectives, State, Protocol):
+    """What a checkpoint is written from and read into: the state of all ranks, without anything that computes."""
+
+
+class Engine(Compute, SharedState, Protocol):
+    """What a training session needs: all three."""

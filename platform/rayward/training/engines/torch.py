@@ -20,6 +20,7 @@ class TorchEngine:
 
     def __init__(self, build: ModelBuilder, config: TrainingConfig) -> None:
         self.rank, self.world_size = 0, 1
+        self.data_parallel_rank, self.data_parallel_size = 0, 1
         self.device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
         self.reward_model = build(torch.float32).to(self.device)
         prepare_model(self.reward_model, config)

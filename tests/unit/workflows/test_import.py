@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.helpers.models import CONVERSATIONS, make_model
+from tests.helpers.tokenizer import make_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rayward import cli
+from rayward.artifacts import writer as writer_module
+from rayward.config.placement import Placement
+from rayward.contract.contract import Contract
+from rayward.errors import ConfigError, ContractMismatchError, ModelLoadError
+from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.workflows.import_model import import_model
+
+ITEMS = [ScoreItem(tuple({"role": t["role"], "content": t["content"]} for t in prompt), (text,)) for prompt, text in CONVERSATIONS]
+
+
+def make_foreign(directory: Path, *, num_labels: int = 1, dtype: torch.dtype = torch.float32) -> LlamaForSequenceClassification:
+    """A model as others publish it: no contract."""
+    directory.mkdir(parents=True)
+    model = make_model(make_tokenizer(directory), num_labels=num_labels, seed=7).to(dtype)
+    model.save_pretrained(directory)
+    return model
+
+
+def rewards(scorer: Scorer) -> list[float]:
+    found = [result.rewards for result in scorer.score(ITEMS)]
+    assert None not in found
+    return [row[0] for row in found if row is not None]
+
+
+def test_an_imported_model_scores_as_its_source_and_is_verified(tmp_path: Path) -> None:
+    make_foreign(tmp_path / "source")
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    imported, foreign = Scorer.load(tmp_path / "model", device="cpu"), Scorer.load(tmp_path / "source", device="cpu")
+    assert rewards(imported) == pytest.approx(rewards(foreign), abs=1e-5)
+    assert len(contract.golden) > 3
+    assert contract.max_tokens == 512, "the context of the model"
+    assert not imported.version.startswith("unverified")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["problem_type"], config["pad_token_id"], config["architectures"]) == (
+        "regression",
+        0,
+        ["LlamaForSequenceClassification"],
+    )
+    assert "trained elsewhere" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_weights_keep_their_type(tmp_path: Path) -> None:
+    make_foreign(tmp_path / "source", dtype=torch.bfloat16)
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), max_tokens=100)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "model"))
+    assert contract.dtype == "bfloat16"
+    assert contract.max_tokens == 100
+    assert {name for name, value in after.items() if value.dtype == torch.float32} == {"score.weight"}
+    assert all(torch.equal(after[name].float(), value.float()) for name, value in before.items())
+
+
+def test_several_outputs_are_named_and_weighted(tmp_path: Path) -> None:
+    make_foreign(tmp_path / "source", num_labels=2)
+    for given in ({}, {"outputs": ("a", "b")}, {"outputs": ("a",), "weights": (1.0,)}, {"outputs": ("a", "a"), "weights": (1.0, 1.0)}):
+        with pytest.raises(ConfigError, match="2 outputs"):
+            import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), outputs=("a", "b"), weights=(0.25, 2.0))
+    (result,) = Scorer.load(tmp_path / "model", device="cpu").score(ITEMS[:1])
+    assert result.outputs is not None
+    assert result.rewards == pytest.approx([0.25 * result.outputs[0][0] + 2.0 * result.outputs[0][1]], abs=1e-5)
+
+
+def without_pad(directory: Path) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer(directory)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The pad token becomes an ordinary one, so that the contract has to add its own.
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] != "<|pad|>"]
+    (directory / "tokenizer.json").write_text(json.dumps(backend))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in ("pad_token", "added_tokens_decoder")}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def test_a_pad_token_of_our_own_gets_a_row(tmp_path: Path) -> None:
+    make_foreign(tmp_path / "source")
+    before = len(without_pad(tmp_path / "source"))
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    assert contract.pad_token_id == before
+    rows = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    assert (len(rows), float(rows[before:].abs().sum())) == (before + 1, 0.0)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "model"),
+    )
+    ids = [list(golden.token_ids) for golden in contract.golden[:2]]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits[:, 0].tolist()
+    assert logits == pytest.approx([golden.reward[0] for golden in contract.golden[:2]], abs=1e-4)
+
+
+def test_an_encoder_keeps_its_own_classifier(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    tokenizer = make_tokenizer(tmp_path / "source")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, num_labels=1, initializer_range=0.2,
+    )  # fmt: skip
+    BertForSequenceClassification(config).eval().save_pretrained(tmp_path / "source")
+    import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    found = rewards(Scorer.load(tmp_path / "model", device="cpu"))
+    assert found == pytest.approx(rewards(Scorer.load(tmp_path / "source", device="cpu")), abs=1e-5)
+    assert len(set(found)) == len(found)
+
+
+def test_a_copy_that_scores_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_foreign(tmp_path / "source")
+    save = writer_module.save_file
+
+    def faulty(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        damaged = {name: tensor if name.startswith("score.") else tensor * 1.01 for name, tensor in tensors.items()}
+        save(damaged, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(writer_module, "save_file", faulty)
+    with pytest.raises(ContractMismatchError, match="golden scores"):
+        import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
+    make_foreign(tmp_path / "source")
+    with pytest.raises(ConfigError, match="--max-tokens is 513"):
+        import_model(tmp_path / "source", tmp_path / "model", max_tokens=513, placement=Placement(device="cpu"))
+    import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    with pytest.raises(ConfigError, match="exists already"):
+        import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    with pytest.raises(ConfigError, match="has a contract already"):
+        import_model(tmp_path / "model", tmp_path / "again", placement=Placement(device="cpu"))
+    headless = shutil.copytree(tmp_path / "source", tmp_path / "headless")
+    tensors = load_file(headless / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match="random numbers"):
+        import_model(headless, tmp_path / "again", placement=Placement(device="cpu"))
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_foreign(tmp_path / "source", num_labels=2)
+    arguments = [str(tmp_path / "source"), str(tmp_path / "model"), "--outputs", "a,b", "--weights", "1,-0.5", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["rayward", "import", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "golden scores" in capsys.readouterr().out
+    contract = Contract.load(tmp_path / "model")
+    assert (contract.outputs, contract.reward_weights) == (("a", "b"), (1.0, -0.5))
