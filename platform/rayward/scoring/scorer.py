@@ -7,10 +7,11 @@ An item that cannot be scored gets an error; the others are scored. A score does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
+import numpy as np
 import torch
 
 from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
@@ -23,13 +24,14 @@ from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
-from rayward.errors import ContractError, ModelLoadError, TooLongError
+from rayward.errors import ModelLoadError
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
+from rayward.scoring.isolation import each, settled, together
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
@@ -38,12 +40,7 @@ __all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    # Some completions of one item, as one comparison; an item over the budget becomes several.
-    item: int
-    comparison: EncodedComparison
+ENCODING = "while it was made into tokens"
 
 
 class Scorer:
@@ -168,35 +165,27 @@ class Scorer:
 
         Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
         `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none), `no_critiques` (the model
-        writes none).
+        writes none), `failed` (anything else that this item alone raises).
+
+        Raises:
+            Exception: the device is broken, or out of memory for a single item.
         """
-        results: list[ItemResult | None] = [None] * len(items)
-        parts: list[_Part] = []
         criticised = self.criticise(items)
-        for index, item in enumerate(criticised):
-            if isinstance(item, ItemError):
-                results[index] = ItemResult(error=item)
+        encoded = each(criticised, self._comparisons, doing=ENCODING)
+        parts = [comparison for found in encoded if not isinstance(found, ItemError) for comparison in found]
+        outputs = iter(self._forward(parts, self._outputs))
+        results: list[ItemResult] = []
+        for item, found in zip(criticised, encoded, strict=True):
+            if isinstance(item, ItemError) or isinstance(found, ItemError):
+                results.append(ItemResult(error=cast(ItemError, found)))
                 continue
-            try:
-                conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
-            except TooLongError as exc:
-                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
-            except ContractError as exc:
-                results[index] = ItemResult(error=ItemError("template", exc.problem))
-            else:
-                parts += [_Part(index, c) for c in self._split(index, conversations, gated=self.contract.gate is not None)]
-        outputs = self._forward([part.comparison for part in parts], self._outputs)
-        by_item: dict[int, list[tuple[EncodedComparison, torch.Tensor]]] = {}
-        for part, values in zip(parts, outputs, strict=True):
-            by_item.setdefault(part.item, []).append((part.comparison, values))
-        for index, scored in by_item.items():
-            results[index] = self._result(cast(ScoreItem, criticised[index]), scored)
-        assert all(result is not None for result in results)
-        return cast(list[ItemResult], results)
+            values = [next(outputs) for _ in found]
+            results.append(settled(partial(self._result, item, found, values)))
+        return results
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
-        found: list[ScoreItem | ItemError] = [self.facts.refusal(item.asked) or item for item in items]
+        found = each(items, lambda item: self.facts.refusal(item.asked) or item, doing="while it was checked")
         if self._writer is None:
             return found
         waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]
@@ -260,17 +249,25 @@ class Scorer:
 
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
         """What a head reads: for each item float32 [K, 2, hidden] (end of the completion, gate position), or why there is none."""
+        encoded = each(items, partial(self._comparisons, gated=True, plain=True), doing=ENCODING)
         results: list[torch.Tensor | ItemError] = []
-        for index, item in enumerate(items):
-            try:
-                conversations = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
-            except ContractError as exc:
-                results.append(ItemError("too_long" if isinstance(exc, TooLongError) else "template", exc.problem))
+        for comparisons in encoded:
+            if isinstance(comparisons, ItemError):
+                results.append(comparisons)
                 continue
-            comparisons = self._split(index, conversations, gated=True)
             found = self._forward(comparisons, lambda batch: torch.stack(self._model.features(batch), dim=1))
-            results.append(torch.cat(found))
+            failed = next((value for value in found if isinstance(value, ItemError)), None)
+            results.append(failed or torch.cat(cast(list[torch.Tensor], found)))
         return results
+
+    def _comparisons(self, item: ScoreItem, *, gated: bool | None = None, plain: bool = False) -> list[EncodedComparison]:
+        # plain: the conversations as they end, whatever the head reads.
+        if plain:
+            prompt = cast(Sequence[Message], item.prompt)
+            conversations = [self._encoder.encode_parts(prompt, text) for text in item.completions]
+        else:
+            conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
+        return self._split(conversations, gated=self.contract.gate is not None if gated is None else gated)
 
     def _encode(self, item: ScoreItem, k: int) -> list[Encoding]:
         # The conversations of one completion: one, or one for each of its critiques.
@@ -284,7 +281,7 @@ class Scorer:
     def _outputs(self, batch: BatchTensors) -> torch.Tensor:
         return cast(torch.Tensor, self._model(batch))
 
-    def _split(self, item: int, conversations: list[Encoding], *, gated: bool) -> list[EncodedComparison]:
+    def _split(self, conversations: list[Encoding], *, gated: bool) -> list[EncodedComparison]:
         # Truncation is decided per completion, so prefixes are compared as ids, not as text.
         prefix = shared_prefix_length([conversation.ids for conversation in conversations])
         comparisons: list[EncodedComparison] = []
@@ -293,7 +290,7 @@ class Scorer:
 
         def comparison() -> EncodedComparison:
             gates = tuple(gate_position(self.contract, encoding.ids, encoding.text_start) for encoding in group) if gated else None
-            return comparison_of(str(item), group, prefix=prefix, gate_positions=gates)
+            return comparison_of("item", group, prefix=prefix, gate_positions=gates)
 
         for conversation in conversations:
             length = len(conversation.ids) - prefix
@@ -304,25 +301,31 @@ class Scorer:
             used += length
         return [*comparisons, comparison()]
 
-    @torch.inference_mode()
-    def _forward(self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]) -> list[torch.Tensor]:
+    def _forward(
+        self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]
+    ) -> list[torch.Tensor | ItemError]:
         # float32 [readings, ...] on the CPU for each comparison.
-        found: list[torch.Tensor] = [torch.zeros(0) for _ in comparisons]
-        layout, place = self._model.layout, place_of(self.contract.reading)
-        for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=layout):
-            batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id, read=place)
-            outputs = compute(to_tensors(batch, self._device)).cpu()
-            start = completion = 0
-            for index in group:
-                last = completion + comparisons[index].num_completions
-                stop = start + int(batch.num_reads[completion:last].sum())
-                found[index] = outputs[start:stop]
-                start, completion = stop, last
+        found: list[torch.Tensor | ItemError] = [torch.zeros(0) for _ in comparisons]
+        for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=self._model.layout):
+            members = [comparisons[i] for i in group]
+            outputs = together(members, partial(self._group, compute), device=self._device, good=_is_finite)
+            for index, values in zip(group, outputs, strict=True):
+                found[index] = values
         return found
 
-    def _result(self, item: ScoreItem, scored: list[tuple[EncodedComparison, torch.Tensor]]) -> ItemResult:
-        comparisons = [comparison for comparison, _ in scored]
-        outputs = torch.cat([values for _, values in scored])
+    @torch.inference_mode()
+    def _group(self, compute: Callable[[BatchTensors], torch.Tensor], comparisons: Sequence[EncodedComparison]) -> list[torch.Tensor]:
+        batch = pack(comparisons, layout=self._model.layout, pad_token_id=self._pad_id, read=place_of(self.contract.reading))
+        outputs = compute(to_tensors(batch, self._device)).cpu()
+        ends = np.cumsum([comparison.num_completions for comparison in comparisons])[:-1]
+        sizes = [int(reads.sum()) for reads in np.split(np.asarray(batch.num_reads), ends)]
+        return list(torch.split(outputs, sizes))
+
+    def _result(self, item: ScoreItem, comparisons: list[EncodedComparison], values: list[torch.Tensor | ItemError]) -> ItemResult:
+        failed = next((value for value in values if isinstance(value, ItemError)), None)
+        if failed is not None:
+            return ItemResult(error=failed)
+        outputs = torch.cat(cast(list[torch.Tensor], values))
         reading = self.contract.reading
         tokens = sum(c.num_tokens_unshared for c in comparisons)
         computed = tokens if self._model.layout == "padded" else sum(c.num_tokens for c in comparisons)
@@ -357,6 +360,10 @@ class Scorer:
         asked = item.asked.weights
         weights = contract.reward_weights if asked is None else contract.weight_sets[asked]
         return outputs[..., 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:

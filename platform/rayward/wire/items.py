@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, TypeAlias
 
@@ -92,6 +93,11 @@ class ItemResult:
     def __post_init__(self) -> None:
         if (self.rewards is None) == (self.error is None):
             raise ValueError("a result holds either rewards or an error")
+
+    def is_finite(self) -> bool:
+        """Whether every number in it is finite."""
+        rows = (self.rewards or (), self.reward_std or (), *(self.outputs or ()), *(self.steps or ()))
+        return all(math.isfinite(value) for row in rows for value in row)
 
     def as_json(self) -> dict[str, Any]:
         """What a reply and a result line hold: JSON values, without what is absent.
