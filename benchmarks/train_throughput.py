@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import common
 from smollm2 import smollm2
@@ -30,7 +30,7 @@ CLIP_NORM = 1.0
 TRL_DEFAULT_BATCH = 8
 
 # side -> (engine, layout, how micro-batches are made); the last one is what `rayward train` does.
-OURS = {
+OURS: dict[str, tuple[str, Literal["packed", "padded"], str]] = {
     "rows as TRL pads them": ("torch", "padded", "given"),
     "rows sorted by length": ("torch", "padded", "planned"),
     "packed, nothing shared": ("torch", "packed", "unshared"),

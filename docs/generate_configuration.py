@@ -60,7 +60,8 @@ def table(model: type[BaseModel], *, without: tuple[str, ...] = ()) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    if field.annotation == SourceFormat:
+    annotation: Any = field.annotation
+    if annotation == SourceFormat:
         return "one of the names below"
     if get_origin(field.annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(field.annotation))

@@ -42,22 +42,16 @@ Verify = Annotated[bool, typer.Option(help="Check an exported model against its 
 
 def load(settings: list[str] | None) -> Config:
     """Resolve `FILE.yaml … section.key=value …`."""
+    from rayward.cluster import lasting
     from rayward.config.load import load_config
 
     given = settings or []
-    return anchored(load_config([s for s in given if "=" not in s], [s for s in given if "=" in s]))
-
-
-def anchored(config: Config) -> Config:
-    """A submitted job's working directory is deleted after it: a relative storage path is then taken from the home directory."""
-    from rayward.cluster import in_submitted_job
-
-    path = config.run.storage_path
-    if not in_submitted_job() or "://" in path or Path(path).expanduser().is_absolute():
-        return config
-    moved = str(Path.home() / "rayward" / path)
+    resolved: Config = load_config([s for s in given if "=" not in s], [s for s in given if "=" in s])
+    path = resolved.run.storage_path
+    if (moved := lasting(path)) == path:
+        return resolved
     typer.echo(f"note: in a submitted job, run.storage_path {path!r} is {moved}", err=True)
-    return config.model_copy(update={"run": config.run.model_copy(update={"storage_path": moved})})
+    return resolved.model_copy(update={"run": resolved.run.model_copy(update={"storage_path": moved})})
 
 
 @app.command()
@@ -172,8 +166,7 @@ def score(
     asked = _asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.score import score_lines
 
-    stream = sys.stdin if items == "-" else _open(items)
-    failed = 0
+    stream, failed = _open(items), 0
     for result in score_lines(model, stream, asked=asked, placement=placement):
         failed += "error" in result
         typer.echo(json.dumps(result, ensure_ascii=False))
@@ -196,12 +189,11 @@ def normalise(
     placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
     from rayward.workflows.normalise import default_output, normalise_pipeline
 
-    stream = sys.stdin if items == "-" else _open(items)
-    reference = "standard input" if items == "-" else Path(items).name
-    target = output or default_output(model)
-    found = normalise_pipeline(model, stream, output=target, reference=reference, placement=placement)
-    typer.echo(f"model: {target}")
-    typer.echo(f"mean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}")
+    reference, target = "standard input" if items == "-" else Path(items).name, output or default_output(model)
+    found = normalise_pipeline(model, _open(items), output=target, reference=reference, placement=placement)
+    typer.echo(
+        f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
+    )
 
 
 @app.command()
@@ -212,16 +204,11 @@ def merge(
     expo: Annotated[float | None, typer.Option(help="Extrapolate: first + ALPHA (second - first), for example 1.52.")] = None,
 ) -> None:
     """Average or extrapolate the weights of exported models, shard by shard."""
-    if expo is not None and (weights is not None or len(models) != 2):
-        raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
     from rayward.workflows.merge import merge as run
+    from rayward.workflows.merge import shares_of
 
-    # ExPO (arXiv 2404.16792): start + alpha (trained - start).
-    if expo is not None:
-        shares: tuple[float, ...] = (1.0 - expo, expo)
-    else:
-        shares = (1.0 / len(models),) * len(models) if weights is None else _numbers(weights, float, "--weights")
-    run([Path(model) for model in models], shares, output)
+    given = None if weights is None else _numbers(weights, float, "--weights")
+    run([Path(model) for model in models], shares_of(len(models), given, expo), output)
     typer.echo(f"model: {output}")
 
 
@@ -301,8 +288,8 @@ def import_armo(
     """Write a published mixture-of-objectives checkpoint as an export with a contract."""
     from rayward.workflows.import_armo import import_armo as run_import
 
-    ids = _numbers(gate_ids, int, "--gate-ids")
-    run_import(source, output, attributes=tuple(attributes.split(",")), gate_ids=ids, max_tokens=max_tokens)
+    names, ids = tuple(attributes.split(",")), _numbers(gate_ids, int, "--gate-ids")
+    run_import(source, output, attributes=names, gate_ids=ids, max_tokens=max_tokens)
     typer.echo(f"model: {output}")
 
 
@@ -376,7 +363,7 @@ def _open(path: str) -> TextIO:
     from rayward.errors import DataError
 
     try:
-        return open(path, encoding="utf-8")
+        return sys.stdin if path == "-" else open(path, encoding="utf-8")
     except OSError as exc:
         raise DataError(f"{path} cannot be read ({exc.strerror})", remedy="check the path") from exc
 

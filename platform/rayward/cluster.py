@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rayward.errors import carried_by, marking
 
@@ -37,6 +37,13 @@ def started_here() -> bool:
 def in_submitted_job() -> bool:
     """Whether this driver runs in a `ray job submit` working directory, which is deleted afterwards."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def lasting(path: str) -> str:
+    """A place for results that is still there afterwards: in a submitted job, a relative path is taken from the home directory."""
+    if not in_submitted_job() or "://" in path or Path(path).expanduser().is_absolute():
+        return path
+    return str(Path.home() / "rayward" / path)
 
 
 def connect() -> None:
@@ -74,6 +81,25 @@ def _quiet_data_logs() -> None:
 
     DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def gpu_reserved() -> bool | None:
+    """Whether Ray reserved a GPU for this task or actor; None outside of Ray and in a driver, for which nothing is reserved."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return bool(context.get_accelerator_ids().get("GPU")) if context.worker.mode == ray.WORKER_MODE else None
+
+
+def device_environment(gpus: float) -> dict[str, str]:
+    """Environment variables of a worker or actor with so many reserved GPUs: with none, it sees none."""
+    return {} if gpus > 0 else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def actor_options(gpus: float) -> dict[str, Any]:
+    """Options of a Ray Data actor that computes on so many GPUs."""
+    return {"num_gpus": gpus, "runtime_env": {"env_vars": device_environment(gpus)}}
 
 
 class Deferred(Generic[T]):

@@ -14,20 +14,31 @@ import pyarrow.fs as pafs
 from rayward.errors import DataError
 from rayward.schema import write_atomically
 
+ARROW_SCHEMES = frozenset({"file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss"})
+"""Schemes that pyarrow opens itself; all others go to fsspec, which knows many and takes more by `fsspec.register_implementation`."""
+
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem and the path in it for a local path or a URI (s3://…, gs://…, file://…).
+    """The filesystem and the path in it for a local path or a URI (s3://…, gs://…, file://…, or any scheme of fsspec).
 
     Raises:
-        DataError: no pyarrow filesystem can be opened for the URI.
+        DataError: no filesystem can be opened for the URI.
     """
     if "://" not in location:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
     try:
-        filesystem, path = pafs.FileSystem.from_uri(location)
-    except (pa.ArrowException, OSError, ValueError) as exc:
+        if location.partition("://")[0] in ARROW_SCHEMES:
+            filesystem, path = pafs.FileSystem.from_uri(location)
+        else:
+            # Imported here: most runs never need it. ImportError: fsspec knows the scheme and its package is not installed.
+            from fsspec.core import url_to_fs
+
+            opened, path = url_to_fs(location)
+            filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(opened))
+    except (pa.ArrowException, OSError, ValueError, ImportError) as exc:
         raise DataError(
-            f"{location}: no filesystem can be opened ({exc})", remedy="use a local path, or a URI such as s3://, gs://, hdfs:// or file://"
+            f"{location}: no filesystem can be opened ({exc})",
+            remedy="use a local path, a URI such as s3://, gs://, hdfs://, abfs:// or file://, or install the fsspec package of the scheme",
         ) from exc
     return filesystem, path
 
@@ -38,13 +49,23 @@ def absolute(location: str) -> str:
 
 
 def join(location: str, *parts: str) -> str:
-    """Append path parts to a path or URI."""
-    return "/".join([location.rstrip("/"), *parts])
+    """Append path parts to a path or URI, before its options."""
+    place, options = split_options(location)
+    return "/".join([place.rstrip("/"), *parts]) + options
+
+
+def split_options(location: str) -> tuple[str, str]:
+    """`s3://bucket/data?region=eu-west-1` -> `s3://bucket/data` and `?region=eu-west-1`; only pyarrow's URIs have options."""
+    scheme, separator, _ = location.partition("://")
+    if not separator or scheme not in ARROW_SCHEMES:
+        return location, ""
+    place, mark, options = location.partition("?")
+    return place, mark + options
 
 
 def read_text(filesystem: pafs.FileSystem, path: str) -> str:
     """Raises FileNotFoundError or OSError."""
-    with filesystem.open_input_stream(path) as stream:
+    with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read()).decode("utf-8")
 
 
@@ -55,7 +76,7 @@ def write_text(filesystem: pafs.FileSystem, path: str, text: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), data)
         return
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
 
 
@@ -84,6 +105,6 @@ def localized(location: str, *names: str) -> Iterator[Path]:
                 (target / name).mkdir(parents=True)
                 pafs.copy_files(info.path, str(target / name), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
             elif info.type == pafs.FileType.File:
-                with filesystem.open_input_stream(info.path) as stream:
+                with filesystem.open_input_stream(info.path, compression=None) as stream:
                     (target / name).write_bytes(bytes(stream.read()))
         yield target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.helpers.comparisons import random_comparisons
@@ -53,18 +54,21 @@ def make_prepared(directory: Path) -> PreparedData:
     return PreparedData(str(directory), manifest)
 
 
-def make_config(storage: Path, tokenizer: str, **training: object) -> Config:
-    """A two-layer llama, checkpoints every two of six steps."""
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def make_config(storage: Path, tokenizer: str, architecture: dict[str, Any] | None = None, **training: object) -> Config:
+    """A two-layer llama unless told otherwise, checkpoints every two of six steps."""
     return parse_config(
         {
             "run": {"name": "run", "storage_path": str(storage)},
             "model": {
                 "tokenizer": tokenizer,
                 "max_tokens": MAX_TOKENS,
-                "architecture": {
-                    "model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
-                },
+                "architecture": {"vocab_size": 259, **(architecture or LLAMA)},
             },
             "training": {
                 "engine": "torch", "comparisons_per_step": COMPARISONS_PER_STEP, "tokens_per_microbatch": 256, "learning_rate": 3e-3,
@@ -77,10 +81,10 @@ def make_config(storage: Path, tokenizer: str, **training: object) -> Config:
     )  # fmt: skip
 
 
-def make_job(storage: Path, prepared: PreparedData, **training: object) -> Job:
+def make_job(storage: Path, prepared: PreparedData, *, architecture: dict[str, Any] | None = None, **training: object) -> Job:
     """What the driver would have resolved."""
     return Job(
-        config=make_config(storage, f"{prepared.directory}/tokenizer", **training),
+        config=make_config(storage, f"{prepared.directory}/tokenizer", architecture, **training),
         contract=Contract.load(Path(prepared.directory)),
         location=f"{storage}/run",
         total_steps=STEPS,
@@ -139,6 +143,7 @@ def run_session(
         per_step=COMPARISONS_PER_STEP,
         first_step=first,
         read=job.config.objective.place,
+        layout=engine.reward_model.layout,
     )
     session.run(lambda _epoch: shares, checkpoint)
     assert reported

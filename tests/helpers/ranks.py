@@ -74,6 +74,9 @@ class PartitionedEngine:
             result.append(Partition(name, shape, min(self.rank * size, numel), min((self.rank + 1) * size, numel)))
         return result
 
+    def buffers(self) -> dict[str, Tensor]:
+        return {}
+
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
         if self._full_disk:
             raise OSError(28, "No space left on device")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from rayward.config.load import parse_config
 from rayward.config.run import Config
 from rayward.demo.files import write_demo
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_TRAIN = 192
 COMPARISONS_PER_STEP = 8
 NUM_STEPS = NUM_TRAIN // COMPARISONS_PER_STEP
@@ -67,3 +71,40 @@ def final_weights(run: Path, step: int = NUM_STEPS) -> dict[str, bytes]:
     """Bytes of the rank files of one checkpoint."""
     directory = run / "checkpoints" / f"step_{step:08d}"
     return {path.name: path.read_bytes() for path in sorted(directory.glob("rank_*.safetensors"))}
+
+
+def run_ranks(world: Path, storage: Path, *, world_size: int, budget: int, engine: str = "deepspeed") -> list[float]:
+    """Losses of a run without Ray, one process per rank."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from rayward.data.prepare.job import prepare
+
+    config = tiny_config(world, storage, "ranks", tokens_per_microbatch=budget, engine=engine)
+    prepared = prepare(config)
+    path = storage / "config.json"
+    path.write_text(config.model_dump_json())
+    # The store listens here on a port of its own choice and the ranks join it: a port that is chosen, closed and used later may be taken.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    arguments = [str(path), prepared.directory]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.zero3_rank", *arguments, str(rank), str(world_size), str(store.port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, outputs[0][1][-3000:]
+    (line,) = [line for line in outputs[0][0].splitlines() if line.startswith("LOSSES ")]
+    history: list[float] = json.loads(line.removeprefix("LOSSES "))
+    return history

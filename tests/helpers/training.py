@@ -11,7 +11,7 @@ from tests.helpers.comparisons import VOCAB_SIZE
 from transformers import AutoConfig
 
 from rayward.batch.comparison import EncodedComparison
-from rayward.batch.layout import pack
+from rayward.batch.layout import Layout, pack
 from rayward.batch.planner import plan_step
 from rayward.config.training import TrainingConfig
 from rayward.contract.reading import Place
@@ -57,13 +57,19 @@ def tiny_engine(*, seed: int = 0, with_language: bool = False, **training: Any) 
 
 
 def make_shares(
-    comparisons: Sequence[EncodedComparison], *, per_step: int = 8, budget: int = 400, first_step: int = 0, read: Place = "end"
+    comparisons: Sequence[EncodedComparison],
+    *,
+    per_step: int = 8,
+    budget: int = 400,
+    first_step: int = 0,
+    read: Place = "end",
+    layout: Layout = "packed",
 ) -> Iterator[StepShare]:
     """The steps of one rank that is alone."""
     for start in range(first_step * per_step, len(comparisons), per_step):
         members = comparisons[start : start + per_step]
-        (plan,) = plan_step(members, world_size=1, tokens_per_microbatch=budget)
-        yield StepShare(start // per_step, 0, 1, tuple(pack([members[i] for i in group], read=read) for group in plan))
+        (plan,) = plan_step(members, world_size=1, tokens_per_microbatch=budget, layout=layout)
+        yield StepShare(start // per_step, 0, 1, tuple(pack([members[i] for i in group], layout=layout, read=read) for group in plan))
 
 
 def train(

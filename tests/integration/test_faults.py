@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,6 +25,7 @@ from rayward.errors import NonFiniteError, RaywardError
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("default")]
 
 ROOT = Path(__file__).resolve().parents[2]
+ATTEMPTS = 5  # a run on a fast machine may be over before it is killed; then it is tried again
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,6 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
         time.sleep(0.02)
 
 
-def step_reached(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return 0
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    return max((json.loads(line)["step"] for line in lines), default=0)
-
-
 def committed(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*/commit.json"))
 
@@ -78,46 +71,69 @@ def training_workers(of: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def test_a_killed_worker_costs_nothing(world: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    killed: list[int] = []
+def run_with_a_killer(world: Path, run: Path) -> None:
+    """Train; once a checkpoint is committed a worker dies, unless the run is over by then."""
+    over = threading.Event()
 
     def kill_one() -> None:
-        wait_for(lambda: len(committed(run)) >= 1 and step_reached(run) >= 8)
-        victim = training_workers(psutil.Process())[-1]
-        killed.append(victim.pid)
-        victim.send_signal(signal.SIGKILL)
+        wait_for(lambda: bool(committed(run)) or over.is_set(), timeout_s=300.0)
+        for victim in training_workers(psutil.Process())[-1:]:
+            victim.send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    run_here(world, tmp_path, max_failures=1)
-    killer.join()
-    assert killed
-    notes = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"note"' in line]
+    try:
+        run_here(world, run.parent, max_failures=1)
+    finally:
+        over.set()
+        killer.join()
+
+
+def test_a_killed_worker_costs_nothing(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for attempt in range(ATTEMPTS):
+        run = tmp_path / str(attempt) / "run"
+        run_with_a_killer(world, run)
+        notes = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"note"' in line]
+        if notes:
+            break
     assert [note["message"].split(" with ")[0] for note in notes] == [f"continuing at step {notes[0]['step']}"]
     assert notes[0]["step"] >= 6
     assert losses(run) == losses(undisturbed)
     assert final_weights(run) == final_weights(undisturbed)
 
 
-def test_a_killed_driver_continues_with_the_same_command(world: Path, undisturbed: Path, tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(dump_config(tiny_config(world, tmp_path, "run", num_workers=2)))
-    run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "jobs" / "train_rm.py"), str(config), "--no-evaluation"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
-    with (tmp_path / "first.log").open("w") as log:
-        driver = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    wait_for(lambda: (len(committed(run)) >= 1 and step_reached(run) >= 8) or driver.poll() is not None)
-    assert driver.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
-    children = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(signal.SIGKILL)
+def write_command(world: Path, directory: Path) -> list[str]:
+    """The command line of a job in its own directory."""
+    directory.mkdir()
+    config = directory / "config.yaml"
+    config.write_text(dump_config(tiny_config(world, directory, "run", num_workers=2)))
+    return [sys.executable, str(ROOT / "jobs" / "train_rm.py"), str(config), "--no-evaluation"]
+
+
+def kill_the_driver(command: Sequence[str], run: Path, environment: Mapping[str, str]) -> None:
+    """Start the job and kill its driver once a checkpoint is committed; its Ray is gone afterwards."""
+    with (run.parent / "first.log").open("w") as log:
+        driver = subprocess.Popen(command, cwd=run.parent, env=environment, stdout=log, stderr=log)
+    wait_for(lambda: bool(committed(run)) or driver.poll() is not None, timeout_s=300.0)
+    assert driver.poll() in (None, 0), (run.parent / "first.log").read_text()[-3000:]
+    children = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
+    driver.kill()
     driver.wait()
     wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+
+
+def test_a_killed_driver_continues_with_the_same_command(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
+    for attempt in range(ATTEMPTS):
+        directory = tmp_path / str(attempt)
+        run, command = directory / "run", write_command(world, directory)
+        kill_the_driver(command, run, environment)
+        if not (run / "checkpoints" / f"step_{NUM_STEPS:08d}").exists():
+            break
     assert not (run / "checkpoints" / f"step_{NUM_STEPS:08d}").exists()
 
-    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    second = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-3000:]
     assert "continues at step" in second.stdout + second.stderr
     assert losses(run) == losses(undisturbed)

@@ -50,30 +50,43 @@ def submit(address: str, *entrypoint: str) -> subprocess.CompletedProcess[str]:
 def job_server() -> Iterator[str]:
     """Address of a fresh head node's job server; the node and all its processes are gone afterwards."""
     directory = tempfile.mkdtemp(prefix="rw", dir="/tmp")  # short: socket paths are limited to 107 characters
+    head, address = start_head(directory)
+    try:
+        deadline = time.monotonic() + 240
+        patience = time.monotonic() + 60
+        while (trial := submit(address, "true")).returncode != 0:  # the job agent registers some time after the server answers
+            assert time.monotonic() < deadline, f"the head node takes no job: {trial.stdout[-1000:]}{trial.stderr[-2000:]}"
+            if head.poll() is not None or time.monotonic() > patience:  # one of the ports was taken before the head took it
+                stop(head)
+                head, address = start_head(directory)
+                patience = time.monotonic() + 60
+            time.sleep(0.5)
+        yield address
+    finally:
+        stop(head)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def start_head(directory: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A head node and the address of its job server; it lives when all of its ports were still free."""
     # The agent too: its default port belongs to the cluster of the other tests, and without an agent no job is taken.
     port, dashboard, agent, client = free_ports(4)
-    address = f"http://127.0.0.1:{dashboard}"
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={directory}", "--disable-usage-stats",
     ]  # fmt: skip
-    with open(Path(directory) / "head.log", "w") as log:
-        head = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while (trial := submit(address, "true")).returncode != 0:  # the job agent registers some time after the server answers
-            assert head.poll() is None, (Path(directory) / "head.log").read_text()
-            assert time.monotonic() < deadline, f"the head node takes no job: {trial.stdout[-1000:]}{trial.stderr[-2000:]}"
-            time.sleep(0.5)
-        yield address
-    finally:
-        processes = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(timeout=60)
-        _, alive = psutil.wait_procs(processes, timeout=20)
-        for process in alive:
-            process.kill()
-        shutil.rmtree(directory, ignore_errors=True)
+    with open(Path(directory) / "head.log", "a") as log:
+        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log), f"http://127.0.0.1:{dashboard}"
+
+
+def stop(head: subprocess.Popen[bytes]) -> None:
+    """End the node and all its processes."""
+    processes = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+    head.terminate()
+    head.wait(timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        process.kill()
 
 
 def test_a_submitted_job_trains_and_exports(job_server: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import pack
 from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import Contract
+from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 
@@ -30,7 +32,7 @@ pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.filterwarnings("
 NUM_TEXTS = 50
 TOLERANCE = 1e-5
 
-Text = tuple[tuple[dict[str, str], ...], str]
+Text = tuple[tuple[Message, ...], str]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,8 @@ def texts(world: Path) -> list[Text]:
     rows = [json.loads(line) for line in (world / "rankings.jsonl").read_text().splitlines()]
     found = [(tuple(row["prompt"]), completion) for row in rows for completion in row["completions"]]
     strange = [
-        (({"role": "user", "content": "Grüße, 你好 🙂 \t tabs\n\nand lines"},), "ok " * 30),
-        (({"role": "user", "content": "a"},), "b"),
+        ((Message(role="user", content="Grüße, 你好 🙂 \t tabs\n\nand lines"),), "ok " * 30),
+        ((Message(role="user", content="a"),), "b"),
     ]
     return [*strange, *found][:NUM_TEXTS]
 
@@ -132,7 +134,7 @@ def endpoint(trained: tuple[Path, object], ray_local: None) -> Iterator[str]:
 
 def test_over_http(endpoint: str, texts: list[Text], plain: list[float]) -> None:
     with RewardClient(endpoint) as client:
-        rewards = [client.score(list(prompt), [completion])[0] for prompt, completion in texts]
+        rewards = [client.score(cast(Any, prompt), [completion])[0] for prompt, completion in texts]
     assert rewards == pytest.approx(plain, abs=TOLERANCE)
 
 
@@ -143,5 +145,5 @@ def test_golden_scores_come_from_the_training_forward(trained: tuple[Path, objec
     assert len(contract.golden) >= 6
     scorer = Scorer.load(str(trained[0]))
     for golden in contract.golden:
-        (result,) = scorer.score([ScoreItem(prompt=golden.prompt, completions=(golden.completion,))])
+        (result,) = scorer.score([ScoreItem(prompt=cast(Any, golden.prompt), completions=(golden.completion,))])
         assert result.rewards == pytest.approx(golden.reward, abs=TOLERANCE)

@@ -109,7 +109,7 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
     ranked = _write(tmp_path / "ranked.jsonl", rows)
     held_out = [{"prompt": "held out", "chosen": "1", "rejected": "2"}, {"prompt": "more", "chosen": "1", "rejected": "2"}]
     validation = _write(tmp_path / "validation.jsonl.gz", held_out)
-    options = (f"data.validation=[{validation}]", "data.max_bad_fraction=1.0", "data.rows_per_shard=8")
+    options: tuple[str, ...] = (f"data.validation=[{validation}]", "data.max_bad_fraction=1.0", "data.rows_per_shard=8")
     options += ("data.attributes=[quality]", "data.attribute_range=[0,4]", "data.step_separator='|'")
     prepared = prepare(_config(tokenizer_path, tmp_path, [train, ranked], *options))
     manifest = prepared.manifest
@@ -152,8 +152,8 @@ def test_critiques_and_steps_are_prepared_where_they_stand_in_the_ids(tmp_path: 
         assert (row["step_ends"], row["step_labels"]) == (None, None)
 
     steps = [{"prompt": f"p{i}", "completions": ["one", "two"], "labels": [True, None]} for i in range(4)]
-    options = ("data.step_separator='|'", "data.validation_fraction=0.0")
-    prepared = prepare(_config(tokenizer_path, tmp_path, _write(tmp_path / "steps.jsonl", steps), *options))
+    stepwise = ("data.step_separator='|'", "data.validation_fraction=0.0")
+    prepared = prepare(_config(tokenizer_path, tmp_path, _write(tmp_path / "steps.jsonl", steps), *stepwise))
     assert prepared.manifest.labels.num_without_steps == 0
     encoder = Encoder(Contract.load(Path(prepared.directory)), load_tokenizer(f"{prepared.directory}/tokenizer"))
     for row in _table(prepared, "train").to_pylist():

@@ -41,7 +41,7 @@ MAY_IMPORT_RAY = {
     "serving.app",
     "training.trainer",
 }
-MAY_IMPORT_DEEPSPEED = {"training.engines.deepspeed"}
+MAY_IMPORT_DEEPSPEED = {"training.engines.deepspeed", "training.engines.operator"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def test_only_what_runs_on_ray_or_starts_a_job_connects_to_it() -> None:
     assert {i.module for i in IMPORTS if i.target == "rayward.cluster"} <= MAY_IMPORT_RAY | {
         "cli",
         "demo.settings",
+        "scoring.verify",
         "workflows.critique",
         "workflows.evaluate",
         "workflows.mixture",
@@ -144,7 +145,7 @@ def test_only_what_runs_on_ray_or_starts_a_job_connects_to_it() -> None:
     }
 
 
-def test_only_the_engine_imports_deepspeed() -> None:
+def test_only_the_engines_import_deepspeed() -> None:
     assert _importers("deepspeed") == MAY_IMPORT_DEEPSPEED
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import (
+from convert import (
     GROUP_SIZE,
     ROUNDS,
     argument_rankings,

@@ -35,10 +35,10 @@ FIELDS: dict[type[RaywardError], dict[str, Any]] = {
 
 
 def make(kind: type[RaywardError]) -> RaywardError:
-    values = dict(FIELDS.get(kind, {}))
+    values: dict[str, Any] = dict(FIELDS.get(kind, {}))
     problem, remedy = "given: 'x'\nrule: {y}\ud800", "do\nthis"
-    code = (values.pop("code"),) if "code" in values else ()
-    return kind(*code, problem, remedy=remedy, **values)
+    code: tuple[Any, ...] = (values.pop("code"),) if "code" in values else ()
+    return kind(*code, problem, **{"remedy": remedy, **values})
 
 
 KINDS = sorted(
@@ -52,7 +52,14 @@ def test_type_and_fields_survive_json_and_pickle(kind: type[RaywardError]) -> No
     for again in (RaywardError.from_json(error.to_json()), pickle.loads(pickle.dumps(error))):
         assert type(again) is kind
         assert vars(again) == vars(error)
-        assert (str(again), again.exit_code, again.http_status) == (str(error), error.exit_code, error.http_status)
+        assert (str(again), again.args) == (str(error), error.args)
+    assert 400 <= error.http_status < 600
+    assert error.exit_code in (1, 2)
+
+
+def test_what_may_be_retried() -> None:
+    retryable = {kind.__name__ for kind in KINDS if kind.retryable}
+    assert retryable == {"StreamOrderError", "CheckpointError", "OverloadedError", "DeadlineError", "ServerError"}
 
 
 def test_a_type_of_a_newer_version_becomes_the_nearest_base_and_keeps_its_fields() -> None:

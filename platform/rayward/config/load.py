@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeVar
 
 from rayward.config.run import DEFAULT_OBJECTIVE, Config
 from rayward.errors import ConfigError
 from rayward.objectives.base import ObjectiveSettings
 from rayward.objectives.table import OBJECTIVES
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound=BaseModel, default=Config)
 
 
 def load_config(

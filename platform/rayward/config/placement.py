@@ -17,7 +17,7 @@ class Placement(Frozen):
     """Where and how wide a model scores; what is asked of it is `rayward.wire.items.Asked`."""
 
     device: Device = "auto"
-    """Where each scorer computes; `auto` takes CUDA when there is one."""
+    """Where each scorer computes; `auto` takes CUDA when the actor reserves a GPU."""
     actors: int = Field(1, ge=1)
     """Copies of the model side by side, each in an actor of its own."""
     gpus_per_actor: float = Field(0.0, ge=0.0)

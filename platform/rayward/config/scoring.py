@@ -19,7 +19,7 @@ class ScoringConfig(Frozen):
     model_name: str | None = None
     """Name in replies; default: the last part of `model`."""
     device: Device = "auto"
-    """Where a replica computes; `auto` takes CUDA when there is one."""
+    """Where a replica computes; `auto` takes CUDA when a replica reserves a GPU."""
     tokens_per_batch: int = Field(8192, ge=64)
     """Token budget of one forward pass over the requests that wait."""
     batch_wait_s: float = Field(0.005, ge=0.0)

@@ -157,7 +157,8 @@ class PreparedData:
             yield from (table.slice(start, step) for start in range(0, table.num_rows, step))
 
     def _read(self, shard: ShardEntry, columns: Sequence[str]) -> pa.Table:
-        filesystem, path = storage.resolve(f"{self.directory}/{shard.file}")
+        where = storage.join(self.directory, shard.file)
+        filesystem, path = storage.resolve(where)
         remedy = "restore the file, or delete the directory and prepare again"
         try:
             with filesystem.open_input_file(path) as stream:
@@ -165,13 +166,11 @@ class PreparedData:
                 known = set(file.schema_arrow.names)
                 table = with_columns(file.read([name for name in columns if name in known]), columns)
         except FileNotFoundError as exc:
-            raise DataError(f"{self.directory}/{shard.file} is missing", remedy=remedy) from exc
+            raise DataError(f"{where} is missing", remedy=remedy) from exc
         except (OSError, pa.ArrowException) as exc:
-            raise DataError(f"{self.directory}/{shard.file} cannot be read ({exc})", remedy=remedy) from exc
+            raise DataError(f"{where} cannot be read ({exc})", remedy=remedy) from exc
         if table.num_rows != shard.num_rows:
-            raise DataError(
-                f"{self.directory}/{shard.file} holds {table.num_rows} rows; {MANIFEST_FILE} says {shard.num_rows}", remedy=remedy
-            )
+            raise DataError(f"{where} holds {table.num_rows} rows; {MANIFEST_FILE} says {shard.num_rows}", remedy=remedy)
         return table
 
 

@@ -76,7 +76,7 @@ class PairSums:
     """Everything that averages over pairs, as sums: `a + b` equals the sums over both sets of pairs.
 
     Attributes:
-        totals: float64 [7]: pairs, correct, ties, difference, difference squared, log loss, Brier.
+        totals: float64 [6]: pairs, correct, ties, difference, log loss, Brier.
         bins: float64 [B, 3]: pairs, confidence, correct (ties half) by confidence sigma(|difference|).
     """
 
@@ -86,7 +86,7 @@ class PairSums:
     @classmethod
     def zero(cls, num_bins: int = NUM_BINS) -> Self:
         """The sums over no pairs."""
-        return cls(np.zeros(7), np.zeros((num_bins, 3)))
+        return cls(np.zeros(6), np.zeros((num_bins, 3)))
 
     @classmethod
     def of(cls, differences: npt.ArrayLike, num_bins: int = NUM_BINS) -> Self:
@@ -101,7 +101,6 @@ class PairSums:
                 correct.sum(),
                 tie.sum(),
                 delta.sum(),
-                np.square(delta).sum(),
                 np.logaddexp(0.0, -delta).sum(),
                 np.square(wrong_probability).sum(),
             ],
@@ -116,23 +115,9 @@ class PairSums:
     def __add__(self, other: Self) -> Self:
         return type(self)(self.totals + other.totals, self.bins + other.bins)
 
-    def to_vector(self) -> Floats:
-        """All sums in one float64 vector [7 + 3 B], for an all-reduce."""
-        return np.concatenate([self.totals, self.bins.ravel()])
-
-    @classmethod
-    def from_vector(cls, vector: npt.ArrayLike) -> Self:
-        """Inverse of `to_vector`."""
-        values = np.asarray(vector, dtype=np.float64)
-        return cls(values[:7].copy(), values[7:].reshape(-1, 3).copy())
-
     @property
     def num_pairs(self) -> int:
         return int(self.totals[0])
-
-    @property
-    def num_correct(self) -> int:
-        return int(self.totals[1])
 
     @property
     def num_ties(self) -> int:
@@ -154,20 +139,14 @@ class PairSums:
         return self._mean(self.totals[3])
 
     @property
-    def std_margin(self) -> float:
-        """Population standard deviation of the differences."""
-        mean = self._mean(self.totals[3])
-        return math.sqrt(max(self._mean(self.totals[4]) - mean * mean, 0.0)) if self.num_pairs else math.nan
-
-    @property
     def log_loss(self) -> float:
         """Mean softplus(-difference): the Bradley-Terry loss in nats; log 2 for a constant model."""
-        return self._mean(self.totals[5])
+        return self._mean(self.totals[4])
 
     @property
     def brier(self) -> float:
         """Mean (1 - sigma(difference))^2; 0.25 for a constant model."""
-        return self._mean(self.totals[6])
+        return self._mean(self.totals[5])
 
     @property
     def ece(self) -> float:

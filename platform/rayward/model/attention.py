@@ -3,13 +3,14 @@
 Two implementations of one rule (a token attends to the earlier tokens of its own branch and to the whole prefix of its
 comparison, never to a sibling branch or another comparison):
 
-- `segments` (CPU, and anywhere else as a fallback): scaled dot product attention span by span, so that the work is exactly the
-  attended area. A mask over the whole row would pay for its square.
-- `flex` (CUDA): FlexAttention with a block mask computed from two integers per token.
+- by segments (CPU, and whatever is not CUDA): scaled dot product attention span by span, so that the work is exactly the attended
+  area. A mask over the whole row would pay for its square.
+- flex (CUDA): FlexAttention with a block mask computed from two integers per token.
 
-The table of spans travels as the 4-D `attention_mask` argument: Transformers hands a 4-D mask through every architecture
-unchanged, whereas other keyword arguments are dropped by some decoder layers (Nemotron), and state outside the call
-would be gone when gradient checkpointing recomputes a layer.
+Which one is computed follows from the mask, and the mask from the device of the batch (`packed_mask`): nothing is chosen when the
+model is built. The table of spans, or the block mask, travels as the 4-D `attention_mask` argument: Transformers hands a 4-D mask
+through every architecture unchanged, whereas other keyword arguments are dropped by some decoder layers (Nemotron), and state
+outside the call would be gone when gradient checkpointing recomputes a layer.
 
 Shapes: B = 1 row, H query heads, G key/value heads, T tokens, D head size, S branches.
 """
@@ -23,15 +24,36 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from rayward.errors import ModelLoadError
 
-SEGMENT_ATTENTION = "rayward_segments"
+PACKED_ATTENTION = "rayward_packed"
 
 
 # Below this many tokens one masked call over the whole comparison beats a call per span: kernel launches cost more
 # than the few masked entries.
 ONE_CALL_TOKENS = 320
+
+
+def packed_mask(segments: Tensor, num_tokens: int, device: torch.device) -> Tensor | BlockMask:
+    """What stands for the mask of a packed row on this device.
+
+    Args:
+        segments: int64 [S, 4] on the CPU, the `PackedBatch.segments` table.
+        num_tokens: T.
+    """
+    return flex_mask(segments.to(device), num_tokens) if device.type == "cuda" else segments[None, None]
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers attention function for packed rows: by segments, or flex where the mask is a block mask."""
+    if isinstance(attention_mask, BlockMask):
+        found: tuple[Tensor, Tensor | None] = flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return found
+    return segment_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 def segment_attention(
@@ -44,7 +66,7 @@ def segment_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers attention function for packed rows.
+    """Attention of packed rows, span by span.
 
     Args:
         query: [1, H, T, D]; key and value: [1, G, T, D].
@@ -166,4 +188,4 @@ def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:
     return None
 
 
-AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -5,6 +5,7 @@ A sampled text depends on its own seed, not on its company: every row draws from
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from rayward.model.heads import LanguageHead
 from rayward.model.reward_model import RewardModel
@@ -76,12 +77,11 @@ def _plain_attention(model: RewardModel) -> Iterator[None]:
     if model.layout == "padded":
         yield
         return
-    kind = model.attention
     model.model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        model.set_attention(kind)
+        model.use_packed_attention()
 
 
 def _generate(model: RewardModel, openings: Sequence[Opening], *, end_id: int, banned_id: int, temperature: float) -> list[list[int]]:
@@ -95,13 +95,12 @@ def _generate(model: RewardModel, openings: Sequence[Opening], *, end_id: int, b
     for row, opening in enumerate(openings):
         seen[row, torch.tensor(list(opening.ids), device=device)] = True
     generators = [torch.Generator().manual_seed(opening.seed) for opening in openings]
-    cache = DynamicCache(config=model.backbone.config)
+    cache = {_cache_argument(model.backbone): DynamicCache(config=model.backbone.config)}
     texts: list[list[int]] = [[] for _ in openings]
     alive = {row for row, opening in enumerate(openings) if opening.max_new_tokens > 0}
     while alive:
-        hidden = model.backbone(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        output = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
+        hidden = output.last_hidden_state[:, -1]
         logits = head(hidden)
         logits = torch.where(seen, torch.where(logits > 0, logits / REPETITION_PENALTY, logits * REPETITION_PENALTY), logits)
         logits[:, banned_id] = -torch.inf
@@ -116,6 +115,11 @@ def _generate(model: RewardModel, openings: Sequence[Opening], *, end_id: int, b
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         seen.scatter_(1, ids, True)
     return texts
+
+
+def _cache_argument(backbone: PreTrainedModel) -> str:
+    # Transformers 5.24 renames it.
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
 
 
 def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:

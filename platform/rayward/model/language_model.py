@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rayward.batch.layout import Layout, PackedBatch, language_loss_tokens
 from rayward.errors import ModelLoadError
-from rayward.model.attention import SEGMENT_ATTENTION, why_not_shareable
+from rayward.model.attention import PACKED_ATTENTION, packed_mask, why_not_shareable
 from rayward.model.heads import LOGIT_ROWS, capped, soft_cap, token_log_probs
 
 
@@ -37,7 +38,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.layout: Layout = layout or ("padded" if why_not_shareable(model, max_tokens=max_tokens) else "packed")
         if self.layout == "packed":
-            model.set_attn_implementation(SEGMENT_ATTENTION)
+            model.set_attn_implementation(PACKED_ATTENTION)
 
     @classmethod
     def load(cls, directory: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int) -> LanguageModel:
@@ -61,7 +62,7 @@ class LanguageModel(nn.Module):
         device = next(self.model.parameters()).device
         ids = torch.from_numpy(batch.input_ids).to(device)
         if batch.segments is not None:
-            mask: Tensor | None = torch.from_numpy(batch.segments)[None, None]
+            mask: Tensor | BlockMask | None = packed_mask(torch.from_numpy(batch.segments), batch.input_ids.shape[1], device)
         else:
             mask = torch.from_numpy(batch.attention_mask).to(device)
         backbone = cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))

@@ -80,8 +80,8 @@ class SafetensorsSource:
         self._shapes = shapes_of(model)
         placement = place(model, checkpoint.views, self._shapes)
         self._views, self._sources = placement.views, placement.sources
-        self._fresh = self._not_taken(head)
         self._refuse_unclaimed(placement.unclaimed, drop_heads=head == "fresh")
+        self._fresh = self._not_taken(head)
         self._rows = None if head is None else self._head_rows(head_output)
         taken = [name for name in self._shapes if name in self._views and name not in self._fresh]
         self._views = {name: self._fitted(name, self._views[name]) for name in taken}

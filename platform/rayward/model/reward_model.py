@@ -6,19 +6,18 @@ Training, evaluation, golden scores and serving all call `RewardModel.forward`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from rayward.batch.layout import LanguageLossTokens, Layout, PackedBatch
 from rayward.errors import ModelLoadError
-from rayward.model.attention import SEGMENT_ATTENTION, flex_mask, why_not_shareable
+from rayward.model.attention import PACKED_ATTENTION, packed_mask, why_not_shareable
 from rayward.model.gate import Gating
 from rayward.model.heads import LanguageHead, LinearHead, MlpHead
-
-AttentionKind = Literal["segments", "flex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,6 @@ class RewardModel(nn.Module):
         self.has_linear_head = isinstance(getattr(model, "score", None), (nn.Linear, MlpHead))
         self.why_padded = why_not_shareable(model, max_tokens=max_tokens) if self.has_linear_head else "it has its own pooler"
         self.layout: Layout = layout or ("padded" if self.why_padded else "packed")
-        self.attention: AttentionKind = "flex" if torch.cuda.is_available() else "segments"
         if self.has_linear_head:
             _use_fp32_head(model)
         if with_language:
@@ -114,12 +112,11 @@ class RewardModel(nn.Module):
                 )
             _add_language_head(model)
         if self.layout == "packed":
-            self.set_attention(self.attention)
+            self.use_packed_attention()
 
-    def set_attention(self, kind: AttentionKind) -> None:
-        """Choose the implementation of packed attention."""
-        self.attention = kind
-        self.model.set_attn_implementation(SEGMENT_ATTENTION if kind == "segments" else "flex_attention")
+    def use_packed_attention(self) -> None:
+        """Attention over packed comparisons, as the device of each batch needs it."""
+        self.model.set_attn_implementation(PACKED_ATTENTION)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -152,14 +149,9 @@ class RewardModel(nn.Module):
         return hidden[batch.end_row, batch.end_column].float(), hidden[batch.end_row, batch.gate_column].float()
 
     def _hidden(self, batch: BatchTensors) -> Tensor:
-        mask = batch.attention_mask
+        mask: Tensor | BlockMask | None = batch.attention_mask
         if batch.segments is not None:
-            num_tokens = batch.input_ids.shape[1]
-            mask = (
-                batch.segments[None, None]
-                if self.attention == "segments"
-                else flex_mask(batch.segments.to(batch.input_ids.device), num_tokens)  # type: ignore[assignment]
-            )
+            mask = packed_mask(batch.segments, batch.input_ids.shape[1], batch.input_ids.device)
         output = self.backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 

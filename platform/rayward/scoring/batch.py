@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray.data
 from ray.exceptions import RayActorError
 
-from rayward.cluster import Deferred, ray_errors
+from rayward.cluster import Deferred, actor_options, ray_errors
 from rayward.config.placement import Placement
 from rayward.errors import DataError, ScoringError, marking
 from rayward.wire.items import Asked, ItemError, ScoreItem
@@ -79,7 +79,7 @@ def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_p
         batch_size=rows_per_call,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=size),
-        num_gpus=placement.gpus_per_actor,
+        **actor_options(placement.gpus_per_actor),
     )
     try:
         with ray_errors():

@@ -90,7 +90,7 @@ class Scorer:
 
         Args:
             path: directory.
-            device: `auto` takes CUDA when there is one.
+            device: `auto` takes CUDA where there is a GPU, in a Ray actor only one that is reserved for it.
             tokens_per_batch: token budget of one forward.
             verify: check files, head and golden scores of an export against its contract.
             hash_weights: how much of the weights of a model without contract its version covers.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rayward.cluster import gpu_reserved
 from rayward.config.placement import Device
 from rayward.contract.contract import Contract, verify_files
 from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, UnverifiedError
@@ -62,16 +63,21 @@ def unverified(name: str) -> UnverifiedError:
 
 
 def pick_device(device: Device) -> torch.device:
-    """The device that a setting means.
+    """The device that a setting means: in a Ray task or actor, CUDA only where a GPU is reserved for it.
 
     Raises:
-        ModelLoadError: CUDA is asked for and not there.
+        ModelLoadError: CUDA is asked for and not there, or not reserved.
     """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("device is cuda and torch sees no GPU", remedy="use device: cpu, or request a GPU (gpus_per_replica)")
-    return torch.device(device)
+    if device == "cpu":
+        return torch.device("cpu")
+    unreserved = gpu_reserved() is False
+    # The only place that asks: everywhere else the device is what was given.
+    if not unreserved and torch.cuda.is_available():
+        return torch.device("cuda")
+    if device == "cuda":
+        problem = "Ray reserved no GPU for this process" if unreserved else "torch sees no GPU"
+        raise ModelLoadError(f"device is cuda and {problem}", remedy="use device: cpu, or reserve a GPU (gpus_per_replica, gpus_per_actor)")
+    return torch.device("cpu")
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -27,7 +27,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from rayward.cluster import connect
+from rayward.cluster import connect, device_environment
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import OverloadedError, RaywardError, RequestError, RuleError, ServerError, marking
 from rayward.serving.preflight import check_model, free_port, startup_error
@@ -281,7 +281,13 @@ def build(args: ScoringConfig) -> serve.Application:
             ray_actor_options={
                 "num_cpus": args.cpus_per_replica,
                 "num_gpus": args.gpus_per_replica,
-                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(args.threads_per_replica), "TOKENIZERS_PARALLELISM": "false"}},
+                "runtime_env": {
+                    "env_vars": {
+                        "OMP_NUM_THREADS": str(args.threads_per_replica),
+                        "TOKENIZERS_PARALLELISM": "false",
+                        **device_environment(args.gpus_per_replica),
+                    }
+                },
             },
             **scaling,
             **common,
@@ -296,7 +302,7 @@ def build(args: ScoringConfig) -> serve.Application:
             num_replicas=1,
             max_ongoing_requests=capacity,
             max_queued_requests=capacity,
-            ray_actor_options={"num_cpus": 0},
+            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
             **common,
         )
         .bind(scorer, args, model_name)

@@ -7,18 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from pydantic import ValidationError
 
 from rayward import storage
-from rayward.batch.comparison import comparison_of
-from rayward.batch.layout import pack
 from rayward.config.model import ModelConfig
 from rayward.config.run import Config, ObjectiveConfig
-from rayward.contract.contract import Contract, GoldenScore
+from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
-from rayward.contract.golden import golden_conversations
-from rayward.contract.reading import place_of
 from rayward.data.stream.shares import StepShare
 from rayward.errors import CheckpointError, ConfigError
 from rayward.objectives.table import Objective
@@ -26,6 +21,7 @@ from rayward.schema import Frozen, identity
 from rayward.training.checkpoints.format import CommittedCheckpoint
 from rayward.training.checkpoints.store import CheckpointStore, CommitDraft
 from rayward.training.engines.protocol import Engine
+from rayward.training.golden import check_modes, golden_scores
 from rayward.training.loop import Schedule, run_steps, validate
 from rayward.training.tracking import GAP_WARNING_NATS, MetricsLog, over_fitting
 
@@ -132,24 +128,6 @@ def _stored_trajectory(checkpoint: CommittedCheckpoint) -> Trajectory:
         ) from exc
 
 
-def golden_scores(engine: Engine, encoder: Encoder) -> tuple[GoldenScore, ...]:
-    """Rewards of the golden conversations in the training forward.
-
-    Raises:
-        ContractError: the contract can hold no conversation at all.
-    """
-    scores = []
-    contract, layout = encoder.contract, engine.reward_model.layout
-    reading = contract.reading
-    for golden, encoding in golden_conversations(encoder):
-        batch = pack([comparison_of("golden", [encoding])], layout=layout, pad_token_id=contract.pad_token_id, read=place_of(reading))
-        with torch.no_grad():
-            outputs = engine.forward(batch)
-        values = outputs if reading is None else reading.combine(outputs, batch.num_reads.tolist())
-        scores.append(golden.model_copy(update={"reward": tuple(values[0].tolist())}))
-    return tuple(scores)
-
-
 class Session:
     """One worker's part of a run.
 
@@ -182,12 +160,14 @@ class Session:
             open_epoch: shares of an epoch, from its first step that is not done yet.
 
         Raises:
+            ModelLoadError: the model computes something else in training mode.
             NonFiniteError, StreamOrderError, CheckpointError: see there.
         """
         job, first_step = self.job, 0
         if checkpoint is not None:
             job.store.load(self.engine, checkpoint)
             first_step = checkpoint.commit.step
+        check_modes(self.engine, self.encoder)
         if self.engine.rank == 0:
             self._log = MetricsLog(job.location, first_step=first_step, tensorboard=job.config.tracking.tensorboard)
             if first_step:

@@ -121,8 +121,8 @@ def follow(location: str, total_steps: int, stop: threading.Event) -> None:
             finished = stop.wait(POLL_S)
             try:
                 lines = storage.read_text(filesystem, path).splitlines()
-            except FileNotFoundError:
-                continue
+            except OSError:
+                continue  # not there yet, or the storage does not answer: at the next look
             if len(lines) < shown:
                 shown = 0  # a restarted worker dropped the lines that it trains again
             for line in lines[shown:]:

@@ -18,14 +18,16 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from rayward import storage
 from rayward.batch.layout import Layout
-from rayward.cluster import started_here
+from rayward.cluster import device_environment, started_here
 from rayward.config.load import dump_config
 from rayward.config.run import Config
+from rayward.config.training import TrainingConfig
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
@@ -34,6 +36,7 @@ from rayward.data.stream.shares import StepShare, read_share
 from rayward.data.stream.stream import StepShares, dataset_factory
 from rayward.errors import ConfigError, DataError, TrainingError, carried_by
 from rayward.training.checkpoints.format import CommittedCheckpoint
+from rayward.training.engines.operator import build_before_workers
 from rayward.training.failures import clear_failure, failure_on_record, run_recorded
 from rayward.training.session import Job, Session, resume_point
 from rayward.training.tracking import follow
@@ -176,6 +179,8 @@ def _check_resources(config: Config) -> None:
 def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     training, manifest = job.config.training, prepared.manifest
     _check_resources(job.config)
+    if training.engine == "deepspeed" and training.gpus_per_worker == 0 and started_here():
+        build_before_workers(worker_environment(training))
     low, high = training.worker_range
     store = job.store
 
@@ -221,7 +226,7 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
             name="ray_train",
             storage_path=job.location,
             failure_config=FailureConfig(max_failures=training.max_failures),
-            worker_runtime_env={"env_vars": _worker_environment(training.threads_per_worker, on_cuda)},
+            worker_runtime_env={"env_vars": worker_environment(training)},
         ),
         datasets=datasets,
         dataset_config=StepShares(
@@ -233,14 +238,15 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     watcher.start()
     try:
         trainer.fit()
-    except TrainingFailedError as exc:
+    except (TrainingFailedError, RayError) as exc:
         _raise_recorded(job.location)
         # What Ray's controller met on the way to the workers, such as data that is gone.
         own = carried_by(exc.controller_failure) if isinstance(exc, ControllerError) else None
         if own is not None:
             raise own from exc
+        what = f"failed more than {training.max_failures} times" if isinstance(exc, TrainingFailedError) else "lost its controller"
         raise TrainingError(
-            f"training failed more than {training.max_failures} times: {exc}",
+            f"training {what}: {exc}",
             remedy=f"the last committed checkpoint stays; correct the cause and run the same command to continue {job.config.run.name!r}",
         ) from exc
     finally:
@@ -249,9 +255,11 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     _raise_recorded(job.location)
 
 
-def _worker_environment(num_threads: int, on_cuda: bool) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
-    return environment if on_cuda else {**environment, "DS_ACCELERATOR": "cpu"}
+def worker_environment(training: TrainingConfig) -> dict[str, str]:
+    """Environment variables of a train worker; one without a GPU sees none, and DeepSpeed does not look for one."""
+    environment = {"OMP_NUM_THREADS": str(training.threads_per_worker), "TOKENIZERS_PARALLELISM": "false"}
+    on_cpu = {} if training.gpus_per_worker > 0 else {"DS_ACCELERATOR": "cpu"}
+    return {**environment, **on_cpu, **device_environment(training.gpus_per_worker)}
 
 
 def _raise_recorded(location: str) -> None:
@@ -284,6 +292,8 @@ def _run_session(settings: dict[str, Any]) -> None:
     engine = build_engine(
         lambda dtype: build_reward_model(hf_config, max_tokens=contract.max_tokens, dtype=dtype, with_language=with_language),
         config.training,
+        # With several workers on a node each sees the GPUs of all of them.
+        device=get_device() if config.training.gpus_per_worker > 0 else None,
     )
     # One decision for all ranks: what rank 0 sees.
     checkpoint = engine.all_gather_object(job.store.latest() if engine.rank == 0 else None)[0]

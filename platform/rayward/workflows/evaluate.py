@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayward import storage
 from rayward.cluster import connect
 from rayward.config.data import DataConfig
 from rayward.config.placement import Placement
@@ -33,7 +33,7 @@ def evaluate_pipeline(
     from rayward.evaluation.report import print_table
     from rayward.evaluation.run import evaluate
 
-    prepared = data[0] if len(data) == 1 and (Path(data[0]) / MANIFEST_FILE).is_file() else None
+    prepared = data[0] if len(data) == 1 and storage.exists(*storage.resolve(storage.join(data[0], MANIFEST_FILE))) else None
     result = evaluate(
         model=model,
         output=output,

@@ -74,12 +74,13 @@ def export(
 
 def _tensors(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
     # The backbone in the type of the training forward; the head keeps the same values in fp32, so that loading and pooling in plain
-    # Transformers loses nothing.
+    # Transformers loses nothing. Persistent buffers are as they are in training.
     commit = reader.commit
     dtype = getattr(torch, commit.dtype)
     for name, entry in commit.parameters.items():
         values = reader.read(name, entry.shape, 0, math.prod(entry.shape)).view(entry.shape).to(dtype)
         yield name, values.float() if name.startswith(HEAD_PREFIX) else values
+    yield from reader.buffers().items()
 
 
 def export_pipeline(config: Config, output: Path, *, which: str) -> Path:

@@ -19,8 +19,10 @@ from rayward.errors import ConfigError
 from rayward.evaluation.card import write_model_card
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import RewardModel
+from rayward.model.weights import Checkpoint
 from rayward.scoring.scorer import FOREIGN_MAX_TOKENS, Scorer
 from rayward.scoring.verify import pick_device, read_config
+from rayward.workflows.console import console
 
 ORIGIN_FILE = "import.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,6 +61,8 @@ def import_model(
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
         scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=placement.tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})
+        for note in Checkpoint.open(source).notes:
+            console.print(f"note: {note}")
         writer.write_tokenizer(tokenizer, contract)
         writer.write_weights(_tensors(model, len(tokenizer)))
         hf_config = model.model.config

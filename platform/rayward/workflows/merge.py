@@ -20,6 +20,19 @@ from rayward.errors import ConfigError, ModelLoadError
 SUM_TOLERANCE = 1e-6
 
 
+def shares_of(num_models: int, weights: tuple[float, ...] | None, expo: float | None) -> tuple[float, ...]:
+    """What each model counts: the weights, else equal shares; with `expo`, ExPO's extrapolation from the first to the second.
+
+    Raises:
+        ConfigError: `expo` is given with weights, or not for two models.
+    """
+    if expo is None:
+        return (1.0 / num_models,) * num_models if weights is None else weights
+    if weights is not None or num_models != 2:
+        raise ConfigError("--expo takes two models (start, trained) and no --weights", remedy="see rayward merge --help")
+    return (1.0 - expo, expo)
+
+
 def merge(models: Sequence[Path], weights: Sequence[float], output: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Contract:
     """Write the weighted sum of exported models; names of outputs, tokenizer and configuration are the last model's.
 

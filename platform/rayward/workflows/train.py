@@ -35,13 +35,13 @@ def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) 
         placement = Placement(gpus_per_actor=min(config.training.gpus_per_worker, 1.0))
         folder = f"{output}-evaluation"
         judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, placement=placement)
-        _publish_evaluated(config, prepared, output, judged, Path(folder))
+        publish_evaluated(config, prepared, output, judged, Path(folder))
     console.print(f"model: {output}\nmetrics: {result.location}/metrics.jsonl\nmodel card: {output}/README.md")
     return result
 
 
-def _publish_evaluated(config: Config, prepared: PreparedData, output: Path, evaluation: Evaluation, folder: Path) -> None:
-    # The export once more, with what its evaluation showed in contract and card; it takes the place of the first as a whole.
+def publish_evaluated(config: Config, prepared: PreparedData, output: Path, evaluation: Evaluation, folder: Path) -> None:
+    """The export once more, with what its evaluation showed in contract and card; it takes the place of the first as a whole."""
     from rayward.artifacts.writer import new_model
     from rayward.contract.contract import Contract
 

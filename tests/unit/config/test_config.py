@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 
-from rayward import errors
 from rayward.config.load import dump_config, load_config, parse_config
 from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.config.scoring import ScoringConfig
-from rayward.errors import ConfigError, RaywardError
+from rayward.errors import ConfigError
 
 
 def problem_of(*overrides: str, schema: type[Config] | type[ScoringConfig] = Config) -> ConfigError:
@@ -123,32 +121,6 @@ def test_a_configuration_without_model_is_an_error_where_the_model_is_needed() -
         _ = Config().model.tokenizer_path
     assert load_config(overrides=["model.path=p"]).model.tokenizer_path == "p"
     assert load_config(overrides=["model.path=p", "model.tokenizer=t"]).model.tokenizer_path == "t"
-
-
-def _examples() -> list[RaywardError]:
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, RaywardError)]
-    fields: dict[type, dict[str, object]] = {
-        errors.NonFiniteError: {"step": 12, "comparison_ids": ("a", "b")},
-        errors.RequestError: {"item": 3},
-    }
-    plain = [cls("the problem", remedy="the remedy", **fields.get(cls, {})) for cls in classes if cls is not errors.RuleError]
-    return [*plain, errors.RuleError("too_many_items", "the problem", remedy="the remedy", item=3)]
-
-
-@pytest.mark.parametrize("error", _examples(), ids=lambda error: type(error).__name__)
-def test_every_error_crosses_a_process_border_with_its_fields(error: RaywardError) -> None:
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is type(error)
-    assert vars(again) == vars(error)
-    assert str(again) == "the problem\n  remedy: the remedy"
-    assert again.args == error.args
-    assert 400 <= error.http_status < 600
-    assert error.exit_code in (1, 2)
-
-
-def test_what_may_be_retried() -> None:
-    retryable = {type(e).__name__ for e in _examples() if e.retryable}
-    assert retryable == {"StreamOrderError", "CheckpointError", "OverloadedError", "DeadlineError", "ServerError"}
 
 
 def test_where_scoring_runs_is_one_value() -> None:

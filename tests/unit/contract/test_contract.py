@@ -150,7 +150,7 @@ def kept(encoder: Encoder, tokenizer: PreTrainedTokenizerFast, completion: str =
 
 def test_truncation_drops_whole_oldest_turns_and_starts_with_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
     whole = ["s", "first question", "first answer", "second question", "second answer", "last question", "yes"]
-    lengths = set()
+    lengths: set[int] = set()
     for limit in range(60, 260):
         encoder = encoder_of(tokenizer, max_tokens=limit)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from rayward.data.record import Comparison, dump_record
 PROMPT = (Message(role="user", content="p"),)
 
 
-def ranking(text: str, **others: object) -> Comparison:
+def ranking(text: str, **others: Any) -> Comparison:
     """`A>B=C` as a comparison."""
     levels = [level.split("=") for level in text.split(">")]
     completions = tuple(name for level in levels for name in level)

@@ -62,8 +62,8 @@ def assert_same(found: EncodedComparison, expected: EncodedComparison) -> None:
     assert (found.labels.step_labels is None) == (expected.labels.step_labels is None)
     if expected.labels.step_labels is not None:
         assert found.step_ends == expected.step_ends
-        for mine, theirs in zip(found.labels.step_labels or (), expected.labels.step_labels, strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+        for ours, given in zip(found.labels.step_labels or (), expected.labels.step_labels, strict=True):
+            np.testing.assert_array_equal(ours, given)
     for name in ("ranks", "attributes"):
         mine, theirs = getattr(found.labels, name), getattr(expected.labels, name)
         assert (mine is None) == (theirs is None)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from rayward.config.load import load_config
+from rayward.contract.conversation import Message
 from rayward.data.record import Comparison, validate
 from rayward.demo import files as world_files
 from rayward.demo import world
@@ -27,9 +28,9 @@ from rayward.errors import DataError
 ROOT = Path(__file__).parents[3]
 
 
-def user(*texts: str, system: str | None = None) -> list[dict[str, str]]:
-    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
+def user(*texts: str, system: str | None = None) -> list[Message]:
+    turns = [Message(role="user" if i % 2 == 0 else "assistant", content=text) for i, text in enumerate(texts)]
+    return [Message(role="system", content=system), *turns] if system else turns
 
 
 @pytest.fixture(scope="module")

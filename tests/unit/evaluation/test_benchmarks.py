@@ -131,7 +131,8 @@ def test_a_tie_is_wrong_whatever_the_order() -> None:
     records = [row("a", "shp", (1.0, 1.0)), row("b", "shp", (1.0, 1.0), (1.0, 0.0)), row("c", "shp", (0.0, 1.0), (1.0, 0.0))]
     scores = choose("rewardbench").aggregate([*records, *pairs("donotanswer", 1, 1)])
     assert sections_of(scores) == {"Safety": 0.5, "Prior Sets": pytest.approx(1 / 3)}
-    assert (scores.overall, scores.overall_with_prior, scores.num_ties) == (0.5, pytest.approx((2 * 0.5 + 1 / 3) / 3), 2)
+    assert (scores.overall, scores.num_ties) == (0.5, 2)
+    assert scores.overall_with_prior == pytest.approx((2 * 0.5 + 1 / 3) / 3)
 
 
 @pytest.mark.parametrize("published", FIXTURES["helpsteer2pref_rows"], ids=lambda published: str(published["name"]))

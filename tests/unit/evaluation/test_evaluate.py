@@ -84,7 +84,12 @@ def test_prepared_directory_gives_its_validation_rows_in_blocks(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("manifest", "says"),
-    [(None, "holds no manifest"), ("{", "damaged"), ("{}", "damaged"), (make_manifest().model_dump_json(), "no validation rows")],
+    [
+        (None, "holds no manifest"),
+        ("{", "not a valid manifest"),
+        ("{}", "version 1, which is no longer read"),
+        (make_manifest().model_dump_json(), "no validation rows"),
+    ],
 )
 def test_prepared_directory_without_validation_rows_is_refused(tmp_path: Path, manifest: str | None, says: str) -> None:
     if manifest is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from tests.helpers.training import LLAMA
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rayward.batch.layout import Layout
 from rayward.model.build import build_reward_model
-from rayward.model.generation import REPETITION_PENALTY, Opening, generate
+from rayward.model.generation import REPETITION_PENALTY, Opening, _cache_argument, generate
 from rayward.model.reward_model import RewardModel
 
 OPENINGS = [[5, 9, 11], [7], [3, 3, 40, 41, 42, 43, 44], [80, 81], [12, 13, 14]]
@@ -45,7 +48,7 @@ def test_greedy_text_is_that_of_transformers(models: tuple[RewardModel, LlamaFor
     )  # fmt: skip
     for ids, text in zip(OPENINGS, found, strict=True):
         given = torch.tensor([ids])
-        whole = plain.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)  # type: ignore[operator]
+        whole: Any = cast(Any, plain).generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
         best = torch.cat(whole.scores).topk(2).values
         assert (best[:, 0] - best[:, 1]).min() > 1e-4, "the likeliest token must lead by more than rounding, or take another seed"
         expected = whole.sequences[0, len(ids) :].tolist()
@@ -88,3 +91,9 @@ def test_nothing_is_added_where_there_is_no_room(models: tuple[RewardModel, Llam
     assert none == []
     assert len(some) <= 3
     assert generate(model, [], end_id=END, banned_id=BANNED, temperature=0.0, tokens_per_batch=100) == []
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_passed_under_the_name_that_the_model_has(name: str) -> None:
+    forwards = {"cache": lambda cache: cache, "past_key_values": lambda past_key_values: past_key_values}
+    assert _cache_argument(cast(PreTrainedModel, SimpleNamespace(forward=forwards[name]))) == name

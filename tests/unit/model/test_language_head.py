@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
     reference = expected_loss(plain, comparisons, which)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     loss.backward()
-    reference.backward()  # type: ignore[no-untyped-call]
+    reference.backward()
     found = dict(model.model.named_parameters())
     assert ("lm_head.weight" in found) == (not tied)
     for name, parameter in plain.named_parameters():

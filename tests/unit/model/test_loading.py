@@ -14,9 +14,9 @@ from transformers import AutoConfig, PreTrainedModel
 from rayward.config.model import ModelConfig
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
-from rayward.model.build import build_reward_model, load_reward_model, resolve_hf_config, resolve_model_dir
+from rayward.model.build import build_reward_model, load_reward_model, resolve_hf_config
 from rayward.model.pretrained import weight_source
-from rayward.model.weights import INDEX_FILE, INIT_CHUNK, SINGLE_FILE, RandomInit, WeightSource, head_sha256
+from rayward.model.weights import INDEX_FILE, INIT_CHUNK, SINGLE_FILE, RandomInit, WeightSource, head_sha256, resolve_model_dir
 
 CPU = torch.device("cpu")
 

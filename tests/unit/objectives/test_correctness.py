@@ -39,7 +39,7 @@ def test_a_long_completion_weighs_no_more_than_a_short_one() -> None:
     outputs = column([*LOGITS, 0.25, 9.0, -9.0])
     loss = objective.loss(outputs, labels).loss_sum / objective.count(labels)
     assert loss.item() == pytest.approx((0.6380888942 + 2 * np.logaddexp(0, 0.25)) / 3, rel=1e-6)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert outputs.grad is not None
     sigmoid = 1 / (1 + np.exp(-np.array([*LOGITS, 0.25])))
     assert outputs.grad[:4, 0].tolist() == pytest.approx([*(sigmoid[:3] - 1) / 9, 2 * sigmoid[3] / 3], rel=1e-5)

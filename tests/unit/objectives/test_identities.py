@@ -81,7 +81,7 @@ def pair_loss(gap: float, **settings: Any) -> float:
 
 
 def gradient(outputs: Tensor, labels: list[Labels], config: ObjectiveSettings) -> list[float]:
-    mean_loss(outputs, labels, config).backward()  # type: ignore[no-untyped-call]
+    mean_loss(outputs, labels, config).backward()
     assert outputs.grad is not None
     return outputs.grad.flatten().tolist()
 

@@ -20,11 +20,12 @@ from rayward.contract.reading import Place
 from rayward.contract.weight_sets import WEIGHT_SETS
 from rayward.errors import ConfigError
 from rayward.objectives.base import LabelFacts, ObjectiveSettings
+from rayward.objectives.correctness import OutcomeObjective, ProcessObjective
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.rankings import PlackettLuceObjective
 from rayward.objectives.ratings import RegressionObjective
 from rayward.objectives.sums import METRIC_SUMS, reads_of
-from rayward.objectives.table import OBJECTIVES, Objective, OutcomeObjective, ProcessObjective
+from rayward.objectives.table import OBJECTIVES, Objective
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
@@ -44,7 +45,7 @@ def mean_loss(outputs: Tensor, labels: list[Labels], config: ObjectiveSettings, 
 
 
 def gradient(outputs: Tensor, labels: list[Labels], config: ObjectiveSettings) -> list[float]:
-    mean_loss(outputs, labels, config).backward()  # type: ignore[no-untyped-call]
+    mean_loss(outputs, labels, config).backward()
     assert outputs.grad is not None
     return outputs.grad.flatten().tolist()
 
@@ -157,7 +158,7 @@ def test_masked_squared_error_by_hand() -> None:
     labels = [Labels(attributes=np.array([row], dtype=np.float32)) for row in ([4, nan, 4, 1, 2], [2, 2, nan, 1, 0])]
     loss = mean_loss(predictions, labels, RegressionObjective(), ATTRIBUTES)
     assert loss.item() == pytest.approx(0.62625, rel=1e-6)  # 5.01 / 8
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert predictions.grad is not None
     assert torch.isfinite(predictions.grad).all()
     assert predictions.grad[0, 1] == 0.0
@@ -255,7 +256,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metr
     out = objective.loss(whole, labels)
     assert out.loss_sum.dtype == torch.float32
     assert out.metrics.dtype == torch.float64
-    (out.loss_sum / count).backward()  # type: ignore[no-untyped-call]
+    (out.loss_sum / count).backward()
     assert whole.grad is not None
     assert (whole.grad.abs().max() > 0) == (name != "language")
     starts = np.cumsum([0, *(sum(reads_of([label])) for label in labels)])
@@ -265,7 +266,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metr
         loss_sum, counted, metrics = 0.0, 0.0, torch.zeros(len(METRIC_SUMS), dtype=torch.float64)
         for first, last in pairwise([0, *cuts, len(labels)]):
             piece = objective.loss(parts[starts[first] : starts[last]], labels[first:last])
-            (piece.loss_sum / count).backward()  # type: ignore[no-untyped-call]
+            (piece.loss_sum / count).backward()
             loss_sum, counted, metrics = (
                 loss_sum + piece.loss_sum.item(),
                 counted + objective.count(labels[first:last]),
@@ -307,7 +308,7 @@ def test_an_empty_micro_batch_is_exactly_zero_and_reaches_the_parameters(name: s
     out = objective.loss(head(torch.zeros(0, 4)), [])
     assert out.loss_sum.item() == 0.0
     assert out.metrics.tolist() == [0.0] * len(METRIC_SUMS)
-    out.loss_sum.backward()  # type: ignore[no-untyped-call]
+    out.loss_sum.backward()
     assert head.weight.grad is not None
     assert head.weight.grad.abs().max() == 0
     assert objective.count([]) == 0.0

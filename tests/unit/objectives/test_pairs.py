@@ -58,7 +58,7 @@ def test_bradley_terry_values(gap: float, expected: float) -> None:
 @pytest.mark.parametrize(("gap", "slope"), [(1.5, 0.1824255238), (0.0, 0.5), (100.0, 0.0), (-100.0, 1.0)])
 def test_the_gradient_of_a_pair_is_finite_and_sums_to_zero(gap: float, slope: float) -> None:
     rewards = column(gap, 0.0)
-    mean_loss(rewards, [PAIR]).backward()  # type: ignore[no-untyped-call]
+    mean_loss(rewards, [PAIR]).backward()
     assert rewards.grad is not None
     assert rewards.grad.flatten().tolist() == pytest.approx([-slope, slope], abs=1e-7)
 
@@ -106,7 +106,7 @@ def test_a_tie_trains_towards_one_half() -> None:
     plain = mean_loss(column(0.2, 1.5), [tie]).item()
     assert mean_loss(column(0.2, 1.5), [ranked(0, 0, margin=2.0)], label_smoothing=0.2).item() == plain
     rewards = column(0.7, 0.7)
-    mean_loss(rewards, [tie]).backward()  # type: ignore[no-untyped-call]
+    mean_loss(rewards, [tie]).backward()
     assert rewards.grad is not None
     assert rewards.grad.abs().max() == 0
 
@@ -115,7 +115,7 @@ def test_the_pairs_of_a_ranking_are_averaged() -> None:
     rewards = column(2.0, 1.0, 0.5, -1.0)
     loss = mean_loss(rewards, [ranked(0, 1, 2, 3)])
     assert loss.item() == pytest.approx(0.2276134317, rel=1e-6)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert rewards.grad is not None
     assert rewards.grad.flatten().tolist() == pytest.approx([-0.08313214, -0.03796703, 0.06292344, 0.05817572], abs=1e-7)
 
@@ -140,7 +140,7 @@ def test_an_empty_micro_batch_is_exactly_zero_and_reaches_the_parameters() -> No
     out = Objective(BradleyTerryObjective()).loss(head(torch.zeros(0, 4)), [])
     assert out.loss_sum.item() == 0.0
     assert out.metrics.tolist() == [0.0] * len(METRIC_SUMS)
-    out.loss_sum.backward()  # type: ignore[no-untyped-call]
+    out.loss_sum.backward()
     assert head.weight.grad is not None
     assert head.weight.grad.abs().max() == 0
     assert Objective(BradleyTerryObjective()).count([]) == 0.0
@@ -165,7 +165,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metr
     count = objective.count(labels)
     whole = rewards.clone().requires_grad_()
     out = objective.loss(whole, labels)
-    (out.loss_sum / count).backward()  # type: ignore[no-untyped-call]
+    (out.loss_sum / count).backward()
     sizes = [len(label.ranks) for label in labels if label.ranks is not None]
     starts = np.cumsum([0, *sizes])
     for trial in range(5):
@@ -175,7 +175,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_metr
         loss_sum, metrics, counts = 0.0, torch.zeros(len(METRIC_SUMS), dtype=torch.float64), 0.0
         for first, last in pairwise(bounds):
             piece = objective.loss(parts[starts[first] : starts[last]], labels[first:last])
-            (piece.loss_sum / count).backward()  # type: ignore[no-untyped-call]
+            (piece.loss_sum / count).backward()
             loss_sum += piece.loss_sum.double().item()
             metrics += piece.metrics
             counts += objective.count(labels[first:last])

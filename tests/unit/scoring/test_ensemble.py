@@ -41,7 +41,7 @@ def write_ensemble(models: Path, name: str, **content: object) -> Path:
 
 def test_rewards_follow_the_rule_and_outputs_show_the_members(models: Path) -> None:
     alone = [Scorer.load(models / f"m{seed}", device="cpu").score([ITEM])[0].rewards for seed in range(3)]
-    members = list(zip(*alone, strict=True))  # type: ignore[arg-type]
+    members = list(zip(*alone, strict=True))
     expected = {
         "mean": [statistics.fmean(values) for values in members],
         "minimum": [min(values) for values in members],

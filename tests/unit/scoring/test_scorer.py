@@ -91,7 +91,7 @@ def test_non_finite_reward_is_an_error_never_a_number(copy: Path) -> None:
     broken = Scorer.load(copy, device="cpu", verify=False)
     token = load_tokenizer(str(copy))("~", add_special_tokens=False)["input_ids"][0]
     with torch.no_grad():
-        broken._model.model.get_input_embeddings().weight[token] = float("nan")  # type: ignore[operator]
+        broken._model.model.get_input_embeddings().weight[token] = float("nan")
     good, bad = broken.score([item("fine", "ok"), item("hmm", "ok", "~")])
     assert good.rewards is not None
     assert bad.rewards is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import traceback
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -80,7 +81,7 @@ def test_a_scorer_that_cannot_load_its_model_marks_the_reason(tmp_path: Path) ->
     from rayward.serving.app import ScorerDeployment
 
     with pytest.raises(ModelLoadError) as caught:
-        ScorerDeployment.func_or_class(ScoringConfig(model=str(tmp_path / "absent")), "m")
+        cast(Any, ScorerDeployment).func_or_class(ScoringConfig(model=str(tmp_path / "absent")), "m")
     assert type(startup_error(STATUS.format("\n".join(traceback.format_exception(caught.value))))) is ModelLoadError
 
 

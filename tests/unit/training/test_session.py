@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from rayward.objectives.table import OBJECTIVES
 from rayward.training.checkpoints.store import CheckpointStore
 from rayward.training.engines.protocol import STATE_KINDS
 from rayward.training.engines.torch import TorchEngine
-from rayward.training.session import Job, Session, golden_scores, resume_point
+from rayward.training.golden import golden_scores
+from rayward.training.session import Job, Session, resume_point
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +203,8 @@ def test_settings_that_do_not_decide_the_trajectory_may_change(tmp_path: Path, p
     job = make_job(tmp_path, prepared)
     with pytest.raises(StreamOrderError):
         run_session(job, prepared, stop_after=3)
-    found = resume_point(make_job(tmp_path, prepared, **{key: value}))
+    changed: dict[str, Any] = {key: value}
+    found = resume_point(make_job(tmp_path, prepared, **changed))
     assert found is not None
     assert found.commit.step == 2
 

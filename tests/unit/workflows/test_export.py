@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -70,7 +70,8 @@ def test_plain_transformers_gives_the_training_rewards(run: Run, side: str) -> N
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(run.exported)
-    rendered = [tokenizer.apply_chat_template([*p, {"role": "assistant", "content": c}], tokenize=False).rstrip() for p, c in TEXTS]
+    conversations: list[Any] = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in TEXTS]
+    rendered = [str(tokenizer.apply_chat_template(turns, tokenize=False)).rstrip() for turns in conversations]
     if side == "one by one":
         batches = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in rendered]
     else:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.helpers.models import CONVERSATIONS, make_model
 from tests.helpers.tokenizer import make_tokenizer
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -170,3 +172,61 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "golden scores" in capsys.readouterr().out
     contract = Contract.load(tmp_path / "model")
     assert (contract.outputs, contract.reward_weights) == (("a", "b"), (1.0, -0.5))
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: nn.functional.linear(hidden, weight, bias)
+
+
+def _write_head(directory: Path, kind: str) -> Callable[[Tensor], Tensor]:
+    """Replace the head of a published model by one of another framework; what it computes."""
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(1, 32, generator=generator), torch.randn(1, generator=generator)
+    wide, wide_bias = torch.randn(32, 32, generator=generator), torch.randn(32, generator=generator)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["score.weight"]
+    config = json.loads((directory / "config.json").read_text())
+    compute = _linear(weight)
+    match kind:
+        case "llama_factory":
+            config["architectures"] = ["LlamaForCausalLM"]
+            save_file({"v_head.summary.weight": weight, "v_head.summary.bias": bias}, directory / "value_head.safetensors")
+            compute = _linear(weight, bias)
+        case "openrlhf":
+            config["value_head_prefix"] = "value_head"
+            tensors["value_head.weight"] = weight
+        case "bias":
+            tensors |= {"score.weight": weight, "score.bias": bias}
+            compute = _linear(weight, bias)
+        case "mlp":
+            tensors |= {"score.0.weight": wide, "score.0.bias": wide_bias, "score.2.weight": weight, "score.2.bias": bias}
+            compute = nn.Sequential(Compute(_linear(wide, wide_bias)), nn.ReLU(), Compute(_linear(weight, bias)))
+        case "wrapped":
+            tensors = {f"module._orig_mod.{name}": value for name, value in tensors.items()} | {"module._orig_mod.score.weight": weight}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return compute
+
+
+class Compute(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.function(hidden)
+
+
+@pytest.mark.parametrize("kind", ["llama_factory", "openrlhf", "bias", "mlp", "wrapped"])
+def test_heads_of_other_frameworks_score_as_they_did(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = make_foreign(tmp_path / "source").model
+    compute = _write_head(tmp_path / "source", kind)
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    for golden in contract.golden:
+        with torch.no_grad():
+            expected = compute(backbone(input_ids=torch.tensor([golden.token_ids])).last_hidden_state[0, -1]).item()
+        assert golden.reward[0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    imported = Scorer.load(tmp_path / "model", device="cpu")
+    assert rewards(imported) == pytest.approx(rewards(Scorer.load(tmp_path / "source", device="cpu")), abs=1e-5)
+    told = capsys.readouterr().out
+    assert ("the reward head is" in told) == (kind in ("llama_factory", "openrlhf"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_ridge_against_the_normal_equations_with_missing_ratings() -> None:
     for column, alpha in enumerate(found.alphas):
         train, test = ~np.isnan(y[:, column]) & ~out, ~np.isnan(y[:, column]) & out
 
-        def solve(penalty: float, train: object = train, column: int = column) -> np.ndarray:  # type: ignore[type-arg]
+        def solve(penalty: float, train: Any = train, column: int = column) -> np.ndarray:
             rows = x[train]
             return np.linalg.solve(rows.T @ rows + penalty * np.eye(6), rows.T @ y[train, column])
 
@@ -87,7 +88,7 @@ def test_ridge_against_the_normal_equations_with_missing_ratings() -> None:
 
 def test_an_objective_without_ratings_on_a_side_is_refused() -> None:
     with pytest.raises(ConfigError, match="objective 1 has 0 ratings to fit"):
-        ridge(np.ones((4, 2)), [[1, np.nan], [1, np.nan], [1, np.nan], [1, 2]], [False, False, True, True])
+        ridge(np.ones((4, 2)), np.array([[1, np.nan], [1, np.nan], [1, np.nan], [1, 2]]), np.array([False, False, True, True]))
 
 
 def test_debiasing_takes_the_smallest_share_that_suffices() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rayward import storage
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -45,8 +45,7 @@ class Inputs:
 
 def storage_location(config: Config) -> str:
     """`run.storage_path` as an absolute path or URI, without a slash at the end."""
-    location = config.run.storage_path.rstrip("/")
-    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+    return storage.join(storage.absolute(config.run.storage_path))
 
 
 def inspect_inputs(config: Config) -> Inputs:
@@ -64,7 +63,7 @@ def inspect_inputs(config: Config) -> Inputs:
     for role, locations in roles:
         found, passed_over = find_files([name for name in locations if not name.startswith(HUB_PREFIX)], role)
         hubs = [parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)]
-        files += found + [download(hub, f"{storage_location(config)}/downloads", role) for hub in hubs]
+        files += found + [download(hub, storage.join(storage_location(config), "downloads"), role) for hub in hubs]
         ignored += passed_over
     twice = {file.uri for file in files if file.role == "train"} & {file.uri for file in files if file.role == "validation"}
     if twice:

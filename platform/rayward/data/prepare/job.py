@@ -88,7 +88,7 @@ def prepare(config: Config) -> PreparedData:
         ContractError: the tokenizer cannot be loaded or used.
     """
     inputs = inspect_inputs(config)
-    directory = f"{storage_location(config)}/prepared/{inputs.fingerprint}"
+    directory = storage.join(storage_location(config), "prepared", inputs.fingerprint)
     existing = PreparedData.find(directory)
     if existing is not None:
         problem = _refusal(config, existing.manifest, directory)  # data.max_bad_fraction may have been lowered since
@@ -104,7 +104,7 @@ def prepare(config: Config) -> PreparedData:
         problem = _refusal(config, manifest, directory)
         if problem is None:
             check_shared(workspace, manifest)
-            write_file(f"{workspace}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode() + b"\n")
+            write_file(storage.join(workspace, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode() + b"\n")
         publish(workspace, directory)
     if problem is not None:
         raise problem

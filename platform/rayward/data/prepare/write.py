@@ -54,8 +54,8 @@ def write_split(
     expected = [min(rows_per_shard, num_rows - start) for start in range(0, num_rows, rows_per_shard)]
     assert sizes == expected, f"shards of {sizes[:10]}… rows instead of {expected[:10]}…"
     shards = tuple(ShardEntry(file=f"{split}/part-{index:05d}.parquet", num_rows=size) for index, size in enumerate(sizes))
-    places = {order: (index * rows_per_shard, f"{workspace}/{shards[index].file}") for index, (order, _) in enumerate(heads)}
-    _make_directory(f"{workspace}/{split}")
+    places = {order: (index * rows_per_shard, storage.join(workspace, shards[index].file)) for index, (order, _) in enumerate(heads)}
+    _make_directory(storage.join(workspace, split))
     stats = SplitStats.merged(SplitStats.model_validate_json(text) for text in summaries(blocks, partial(_write_shard, places=places)))
     assert stats.num_rows == num_rows, f"{stats.num_rows} {split} rows were written, {num_rows} were counted"
     return shards, stats
@@ -78,7 +78,7 @@ def write_quarantine(encoded: ray.data.Dataset, counts: Counter[str], workspace:
     """Write `quarantine/<reason>.jsonl` (more files per reason when there are many rows); some records per reason come back."""
     if not counts:
         return {}
-    _make_directory(f"{workspace}/quarantine")
+    _make_directory(storage.join(workspace, "quarantine"))
     parts = {reason: -(-count // QUARANTINE_FILE_ROWS) for reason, count in counts.items()}
 
     def choose(table: pa.Table) -> pa.Table:
@@ -96,7 +96,8 @@ def write_quarantine(encoded: ray.data.Dataset, counts: Counter[str], workspace:
             {"reason": r["reason"], "detail": r["detail"], "source": r["source"], "file": r["file"], "row": r["number"], "raw": r["raw"]}
             for r in table.to_pylist()
         ]
-        write_file(f"{workspace}/quarantine/{table['part'][0].as_py()}.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+        file = storage.join(workspace, "quarantine", f"{table['part'][0].as_py()}.jsonl")
+        write_file(file, "".join(json.dumps(r) + "\n" for r in records).encode())
         return pa.table({"examples": [json.dumps(records[:EXAMPLES_PER_REASON])]})
 
     chosen = encoded.map_batches(choose, batch_size=None, batch_format="pyarrow")
@@ -151,7 +152,7 @@ def _make_directory(uri: str) -> None:
 
 
 def write_file(uri: str, content: bytes) -> None:
-    """A whole file at a path or URI."""
+    """A whole file at a path or URI, the bytes as they are whatever its suffix."""
     filesystem, path = storage.resolve(uri)
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(content)

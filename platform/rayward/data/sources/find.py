@@ -58,11 +58,10 @@ def find_files(locations: Sequence[str], role: Role) -> tuple[list[SourceFile], 
     ignored: list[str] = []
     for location in locations:
         filesystem, path = storage.resolve(location)
-        prefix = location[: len(location) - len(path)] if "://" in location and location.endswith(path) else ""
         explicit, infos = _look_up(filesystem, path, location)
         usable = 0
         for info in infos:
-            uri = prefix + info.path
+            uri = _uri(location, path, info.path)
             kind = _kind_of(info.path)
             if kind is None and explicit:
                 raise DataError(
@@ -80,6 +79,21 @@ def find_files(locations: Sequence[str], role: Role) -> tuple[list[SourceFile], 
                 remedy=f"point data.{role} at files with {', '.join(JSON_SUFFIXES)} (also with .gz) or {', '.join(PARQUET_SUFFIXES)}",
             )
     return [found[uri] for uri in sorted(found)], sorted(ignored)
+
+
+def _uri(location: str, path: str, file: str) -> str:
+    """The absolute path or URI of `file`, found at `location`, which is `path` in its filesystem."""
+    if "://" not in location:
+        return file
+    if file == path:
+        return location
+    place, options = storage.split_options(location)
+    return storage.join(_folder(place), file.removeprefix(_folder(path)).lstrip("/")) + options
+
+
+def _folder(path: str) -> str:
+    wildcard = _WILDCARDS.search(path)
+    return path.rstrip("/") if wildcard is None else path[: wildcard.start()].rpartition("/")[0]
 
 
 def _look_up(filesystem: pafs.FileSystem, path: str, location: str) -> tuple[bool, list[pafs.FileInfo]]:

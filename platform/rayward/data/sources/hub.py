@@ -50,7 +50,7 @@ def download(hub: HubName, directory: str, role: Role) -> SourceFile:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as exc:
         raise DataError(f"{label} cannot be loaded: {exc}", remedy="check the name, the configuration, the split and the network") from exc
     name = re.sub(r"[^\w.-]+", "--", label.removeprefix(HUB_PREFIX))
-    uri = f"{directory.rstrip('/')}/{name}-{loaded._fingerprint}.parquet"
+    uri = storage.join(directory, f"{name}-{loaded._fingerprint}.parquet")
     filesystem, path = storage.resolve(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/step_00000100/rank_00000.safetensors   this rank's flat fp32 weights and moments
                                     …
+                                    buffers.safetensors      persistent buffers of the model, where it has any
                                     commit.json              written last; without it the directory does not count
 
 `commit.json` holds size and sha256 of every file, the partition layout, the step, the configuration and the golden
@@ -20,6 +21,7 @@ from rayward.schema import Frozen, Versioned
 
 COMMIT_FILE = "commit.json"
 DAMAGED_FILE = "damaged.json"
+BUFFERS_FILE = "buffers.safetensors"
 COMMIT_VERSION = 1
 
 

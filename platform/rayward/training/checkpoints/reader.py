@@ -11,10 +11,11 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from rayward.errors import CheckpointError
-from rayward.training.checkpoints.format import CommittedCheckpoint
+from rayward.training.checkpoints.format import BUFFERS_FILE, CommittedCheckpoint
 from rayward.training.engines.protocol import StateKind
 
 MAX_OPEN_FILES = 32
@@ -56,6 +57,13 @@ class CheckpointReader:
             first, last = max(start, rank * size), min(stop, (rank + 1) * size)
             pieces.append(self._elements(rank, f"{kind}/{name}", first - rank * size, last - rank * size))
         return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers of the model; none in a checkpoint of a model without any."""
+        if BUFFERS_FILE not in self.commit.files:
+            return {}
+        with self._filesystem.open_input_stream(f"{self._directory}/{BUFFERS_FILE}") as stream:
+            return load(stream.read())
 
     def _elements(self, rank: int, key: str, first: int, last: int) -> Tensor:
         file = self._file(rank)

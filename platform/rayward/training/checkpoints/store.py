@@ -13,9 +13,17 @@ import pyarrow.fs as pafs
 from rayward import storage
 from rayward.contract.contract import GoldenScore
 from rayward.errors import CheckpointError, CheckpointVersionError
-from rayward.training.checkpoints.format import COMMIT_FILE, DAMAGED_FILE, Commit, CommittedCheckpoint, FileEntry, ParameterEntry
+from rayward.training.checkpoints.format import (
+    BUFFERS_FILE,
+    COMMIT_FILE,
+    DAMAGED_FILE,
+    Commit,
+    CommittedCheckpoint,
+    FileEntry,
+    ParameterEntry,
+)
 from rayward.training.checkpoints.reader import CheckpointReader
-from rayward.training.checkpoints.writer import sha256_of, write_rank_file
+from rayward.training.checkpoints.writer import sha256_of, write_buffers_file, write_rank_file
 from rayward.training.engines.protocol import SharedState
 
 logger = logging.getLogger(__name__)
@@ -84,7 +92,7 @@ class CheckpointStore:
         directory = f"{self.root}/step_{commit.step:08d}"
         name = f"rank_{engine.rank:05d}.safetensors"
         problem: str | None = None
-        entry: FileEntry | None = None
+        files: dict[str, FileEntry] = {}
         try:
             if engine.rank == 0:
                 storage.delete_dir(self.filesystem, directory)
@@ -93,14 +101,16 @@ class CheckpointStore:
             problem = f"rank 0: {exc}"
         if not any(engine.all_gather_object(problem)):
             try:
-                entry = write_rank_file(self.filesystem, f"{directory}/{name}", engine)
+                files[name] = write_rank_file(self.filesystem, f"{directory}/{name}", engine)
+                if engine.rank == 0 and (buffers := engine.buffers()):
+                    files[BUFFERS_FILE] = write_buffers_file(self.filesystem, f"{directory}/{BUFFERS_FILE}", buffers)
             except OSError as exc:
                 problem = f"rank {engine.rank}: {exc}"
-        results = engine.all_gather_object((name, entry, problem))
-        problems = [p for _, _, p in results if p]
+        results = engine.all_gather_object((files, problem))
+        problems = [p for _, p in results if p]
         if engine.rank == 0 and not problems:
             try:
-                self._commit(directory, commit, engine, {n: e for n, e, _ in results})
+                self._commit(directory, commit, engine, {n: e for written, _ in results for n, e in written.items()})
             except OSError as exc:
                 problems = [f"rank 0: {exc}"]
         problems = engine.all_gather_object(problems)[0]
@@ -165,6 +175,11 @@ class CheckpointStore:
             )
         with CheckpointReader(self.filesystem, checkpoint) as reader:
             engine.load_state(lambda p, kind: reader.read(p.name, p.shape, p.start, p.stop, kind=kind), optimizer_steps=commit.step)
+            stored = reader.buffers()
+        for name, buffer in engine.buffers().items():
+            # A checkpoint of an earlier version has none; the model then keeps those that it was built with.
+            if name in stored:
+                buffer.copy_(stored[name])
 
 
 @dataclass(frozen=True, slots=True)

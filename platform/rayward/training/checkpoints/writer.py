@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.fs as pafs
+from safetensors.torch import save
+from torch import Tensor
 
 from rayward.training.checkpoints.format import FileEntry
 from rayward.training.engines.protocol import STATE_KINDS, Partition, State, StateKind
@@ -41,6 +43,13 @@ def write_rank_file(filesystem: pafs.FileSystem, path: str, engine: State) -> Fi
             stream.write(data)
             state.update(data)
     return FileEntry(num_bytes=8 + len(text) + offset, sha256=state.hexdigest())
+
+
+def write_buffers_file(filesystem: pafs.FileSystem, path: str, buffers: dict[str, Tensor]) -> FileEntry:
+    data = save({name: buffer.detach().cpu().contiguous().clone() for name, buffer in buffers.items()})
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+    return FileEntry(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def sha256_of(filesystem: pafs.FileSystem, path: str) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 from rayward.batch.layout import LanguageLossTokens, PackedBatch
 from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import RewardModel, language_loss_tensors, to_tensors
+from rayward.model.weights import persistent_buffers
+from rayward.training.engines.operator import load_operator
 from rayward.training.engines.optimizer import adamw, prepare_model
-from rayward.training.engines.protocol import STATE_KINDS, ModelBuilder, Partition, StateKind
+from rayward.training.engines.protocol import CPU, STATE_KINDS, ModelBuilder, Partition, StateKind
 
 
 class DeepSpeedEngine:
@@ -23,7 +25,7 @@ class DeepSpeedEngine:
     The process group must exist (Ray Train sets it up); `init_process_group` makes one for use without Ray.
     """
 
-    def __init__(self, build: ModelBuilder, config: TrainingConfig) -> None:
+    def __init__(self, build: ModelBuilder, config: TrainingConfig, *, device: torch.device = CPU) -> None:
         import deepspeed
         import torch._dynamo  # imported lazily inside zero.Init it fails on the patched Tensor.__new__
         from torch import distributed
@@ -32,9 +34,12 @@ class DeepSpeedEngine:
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         # Every rank computes comparisons of its own: nothing but the data is divided.
         self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
-        on_cuda = config.gpus_per_worker > 0
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        self.device, on_cuda = device, device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(device)
         settings = deepspeed_settings(config, bf16=on_cuda)
+        if not on_cuda:
+            load_operator()
         deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
         # No dtype argument: DeepSpeed 0.19 mistakes an explicit float32 for "any 16-bit type". The settings decide.
         with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -80,6 +85,9 @@ class DeepSpeedEngine:
             start = min(self.rank * size, numel)
             result.append(Partition(name, tuple(parameter.ds_shape), start, min(start + size, numel)))
         return result
+
+    def buffers(self) -> dict[str, Tensor]:
+        return persistent_buffers(self.reward_model.model)
 
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state

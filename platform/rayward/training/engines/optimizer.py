@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -31,10 +34,22 @@ def adamw(model: RewardModel, config: TrainingConfig) -> torch.optim.AdamW:
 
 
 def prepare_model(model: RewardModel, config: TrainingConfig) -> None:
-    # Training mode is what gradient checkpointing looks at; every dropout probability is 0 (resolve_hf_config).
-    model.train()
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and not model.model.supports_gradient_checkpointing:
+        logger.warning("%s has no gradient checkpointing: activations are kept in memory", type(model.model).__name__)
+    elif config.gradient_checkpointing:
         # Reentrant checkpointing breaks ZeRO-3 when forwards and backwards interleave.
         model.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
+    set_training_mode(model)
+
+
+def set_training_mode(model: RewardModel) -> None:
+    """Evaluation mode, but for gradient checkpointing, which looks at `training`: the trained forward is the served one.
+
+    Some modules compute something else in training mode (routers that sample their experts), and dropout is not all of it.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

@@ -18,6 +18,7 @@ from rayward.model.reward_model import RewardModel
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+CPU = torch.device("cpu")
 ModelBuilder = Callable[[torch.dtype], RewardModel]
 
 
@@ -82,6 +83,10 @@ class State(Protocol):
 
     def partitions(self) -> list[Partition]:
         """This rank's share of every parameter, in model order."""
+        ...
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers of the model, whole on every rank; they are no parameters, and state all the same."""
         ...
 
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:

@@ -11,17 +11,18 @@ from torch import Tensor
 from rayward.batch.layout import LanguageLossTokens, PackedBatch
 from rayward.config.training import TrainingConfig
 from rayward.model.reward_model import language_loss_tensors, to_tensors
+from rayward.model.weights import persistent_buffers
 from rayward.training.engines.optimizer import adamw, prepare_model
-from rayward.training.engines.protocol import STATE_KINDS, ModelBuilder, Partition, StateKind
+from rayward.training.engines.protocol import CPU, STATE_KINDS, ModelBuilder, Partition, StateKind
 
 
 class TorchEngine:
     """One process, fp32 parameters, torch AdamW: the yardstick for tests and benchmarks."""
 
-    def __init__(self, build: ModelBuilder, config: TrainingConfig) -> None:
+    def __init__(self, build: ModelBuilder, config: TrainingConfig, *, device: torch.device = CPU) -> None:
         self.rank, self.world_size = 0, 1
         self.data_parallel_rank, self.data_parallel_size = 0, 1
-        self.device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
+        self.device = device
         self.reward_model = build(torch.float32).to(self.device)
         prepare_model(self.reward_model, config)
         self._clip_norm = config.clip_norm
@@ -54,6 +55,9 @@ class TorchEngine:
 
     def partitions(self) -> list[Partition]:
         return [Partition(name, tuple(p.shape), 0, p.numel()) for name, p in self._parameters.items()]
+
+    def buffers(self) -> dict[str, Tensor]:
+        return persistent_buffers(self.reward_model.model)
 
     def read_state(self, partition: Partition, kind: StateKind) -> Tensor:
         parameter = self._parameters[partition.name]

@@ -1,0 +1,117 @@
+"""How a driver connects: which cluster, with which environment for the workers. Ray itself is not started."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data
+
+from rayward import cluster
+
+# Ray Data 2.60 warns about its own deprecated settings when it makes its context.
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+
+
+class Calls:
+    """Stands where `ray.init` is called."""
+
+    def __init__(self) -> None:
+        self.settings: list[dict[str, Any]] = []
+
+    def __call__(self, **settings: Any) -> None:
+        self.settings.append(settings)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        (settings,) = self.settings
+        variables: dict[str, str] = settings["runtime_env"]["env_vars"]
+        return variables
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """A clean environment outside of any job, and no Ray."""
+    recorded = Calls()
+    monkeypatch.setattr(ray, "init", recorded)
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(recorded.settings))
+    monkeypatch.setattr(ray._private.worker, "_global_node", type("Node", (), {"is_head": lambda self: True})())
+    monkeypatch.setattr(cluster, "_started_here", False)
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
+    level = logging.getLogger("ray.data").level
+    yield recorded
+    logging.getLogger("ray.data").setLevel(level)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+def test_a_local_driver_gives_workers_the_package_by_its_absolute_path(calls: Calls) -> None:
+    cluster.connect()
+    assert calls.environment == {**cluster.WORKER_ENV, "PYTHONPATH": str(cluster.SOURCE_ROOT)}
+    assert (cluster.SOURCE_ROOT / "rayward" / "cluster.py").is_file()
+    assert {name: os.environ[name] for name in cluster.WORKER_ENV} == cluster.WORKER_ENV
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert calls.settings[0]["log_to_driver"] is False
+    assert cluster.started_here()
+
+
+def test_who_is_connected_stays_so(calls: Calls) -> None:
+    cluster.connect()
+    cluster.connect()
+    assert len(calls.settings) == 1
+
+
+def test_a_named_cluster_keeps_its_own_authentication(calls: Calls) -> None:
+    os.environ["RAY_ADDRESS"] = "ray-head:6379"
+    cluster.connect()
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_authentication_that_the_user_chose_is_kept(calls: Calls) -> None:
+    os.environ["RAY_AUTH_MODE"] = "token"
+    cluster.connect()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_in_a_submitted_job_workers_find_the_package_in_their_own_working_directory(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = "{}"
+    monkeypatch.chdir(cluster.SOURCE_ROOT.parent)
+    cluster.connect()
+    # Relative: the working directory lies elsewhere on every node.
+    assert calls.environment["PYTHONPATH"] == cluster.SOURCE_ROOT.name
+    assert "RAY_AUTH_MODE" not in os.environ
+    assert not cluster.started_here()
+
+
+def test_a_submitted_job_with_an_installed_package_takes_it_from_there(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = "{}"
+    monkeypatch.chdir(tmp_path)
+    cluster.connect()
+    assert calls.environment["PYTHONPATH"] == str(cluster.SOURCE_ROOT)
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False)])
+def test_the_output_of_workers_is_shown_on_request(calls: Calls, value: str, shown: bool) -> None:
+    os.environ[cluster.SHOW_WORKER_LOGS] = value
+    cluster.connect()
+    assert calls.settings[0]["log_to_driver"] is shown
+
+
+def test_results_of_a_submitted_job_outlive_its_working_directory(calls: Calls) -> None:
+    assert cluster.lasting("runs/a") == "runs/a"
+    os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = "{}"
+    os.environ["HOME"] = "/home/someone"
+    assert cluster.lasting("runs/a") == "/home/someone/rayward/runs/a"
+    assert cluster.lasting("/data/runs") == "/data/runs"
+    assert cluster.lasting("s3://bucket/runs") == "s3://bucket/runs"
+
+
+def test_a_worker_without_a_gpu_sees_none() -> None:
+    assert cluster.device_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert cluster.device_environment(0.5) == {}
