@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from rayward.errors import ConfigError, TrainingError
-from rayward.training.engines import operator
 from rayward.training.engines.operator import (
     OPERATOR,
     TIMEOUT_S,
@@ -144,7 +143,7 @@ def test_the_lock_is_the_one_that_torch_takes(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_driver_starts_no_compiler_where_the_operator_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(operator.subprocess, "run", lambda *_args, **_kwargs: pytest.fail("compiled again"))
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: pytest.fail("compiled again"))
     (tmp_path / f"{OPERATOR}.so").write_bytes(b"")
     os.close(take(tmp_path / TORCH_LOCK_FILE))
     assert not is_built(tmp_path)
@@ -167,6 +166,6 @@ def test_what_fails_in_the_building_process_is_told(
         assert env["CUDA_VISIBLE_DEVICES"] == ""
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(operator.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(kind, match="the reason"):
         build_before_workers({"CUDA_VISIBLE_DEVICES": ""}, directory=tmp_path, waiting=Clock().waiting())
