@@ -39,6 +39,9 @@ MAY_IMPORT_RAY = {
     "data.stream.stream",
     "scoring.batch",
     "serving.app",
+    "serving.ingress",
+    "serving.proxies",
+    "serving.replica",
     "training.trainer",
 }
 MAY_IMPORT_DEEPSPEED = {"training.engines.deepspeed", "training.engines.operator"}

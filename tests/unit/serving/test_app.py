@@ -78,7 +78,7 @@ def test_other_start_up_failures_are_reported_whole(reason: str) -> None:
 
 
 def test_a_scorer_that_cannot_load_its_model_marks_the_reason(tmp_path: Path) -> None:
-    from rayward.serving.app import ScorerDeployment
+    from rayward.serving.replica import ScorerDeployment
 
     with pytest.raises(ModelLoadError) as caught:
         cast(Any, ScorerDeployment).func_or_class(ScoringConfig(model=str(tmp_path / "absent")), "m")
