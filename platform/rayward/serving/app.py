@@ -6,8 +6,7 @@ The scorer's constructor verifies the contract; while it fails, the application 
 in the application's status. One request is scored by one replica, hence by one model version.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: Serve reads the type of the builder's argument, to validate the file's `args:` with it.
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import traceback
 from pathlib import Path
@@ -30,6 +31,13 @@ def test_every_serve_file_is_valid(path: Path) -> None:
         assert application.import_path == "rayward.serving.app:build"
         assert application.args is not None
         ScoringConfig.model_validate(application.args)
+
+
+def test_serve_can_validate_the_arguments_of_its_file() -> None:
+    from rayward.serving.app import build
+
+    # By the annotation itself: its name as a string would let any key through.
+    assert inspect.signature(build).parameters["args"].annotation is ScoringConfig
 
 
 def test_there_is_a_serve_file() -> None:
