@@ -240,7 +240,7 @@ class StreamOrderError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """Example: the disk fills up twice in a row while a checkpoint is written."""
+    """Example: the storage fails twice in a row while a checkpoint is written, or a checkpoint turns out damaged."""
 
     retryable = True
 

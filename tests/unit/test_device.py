@@ -18,16 +18,18 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.jobs import make_job, make_prepared, run_session
 from tests.helpers.models import make_export
 from tests.helpers.training import tiny_model
+from torch.nn.attention.flex_attention import BlockMask
 
 from rayward.batch.layout import pack
 from rayward.cluster import actor_options, device_environment, gpu_reserved
+from rayward.config.placement import Device
 from rayward.config.scoring import ScoringConfig
 from rayward.config.training import TrainingConfig
 from rayward.errors import ModelLoadError
 from rayward.model.attention import packed_attention, packed_mask
 from rayward.model.reward_model import to_tensors
 from rayward.model.weights import RandomInit
-from rayward.scoring.scorer import Device, ScoreItem, Scorer
+from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.scoring.verify import pick_device
 from rayward.training.engines.build import build_engine, initialize
 
@@ -70,7 +72,6 @@ def test_a_model_computes_where_its_batch_is() -> None:
 
 
 def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn.attention.flex_attention import BlockMask
 
     from rayward.model import attention
 

@@ -107,6 +107,7 @@ def build_reward_model(
     try:
         with no_init_weights():
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model.tie_weights()  # which Transformers leaves out together with the values
             build_head(model)
             return RewardModel(model, max_tokens=max_tokens, layout=layout, with_language=with_language)
     except UNSUITABLE as exc:

@@ -18,6 +18,7 @@ from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError, UnverifiedError
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.serving.preflight import check_model
 
 
 def item(prompt: str, *completions: str) -> ScoreItem:
@@ -228,6 +229,9 @@ def test_a_contract_without_golden_scores_is_unverified_and_says_what_to_ask_for
     loaded = Scorer.load(directory, device="cpu", verify=False)
     with pytest.raises(UnverifiedError):
         loaded.verify_golden()
+    with pytest.raises(UnverifiedError):
+        check_model(directory)
+    check_model(directory, verify=False)
     assert len(loaded.golden_scores()) > 3
 
 

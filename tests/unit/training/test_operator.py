@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from rayward.errors import ConfigError, TrainingError
-from rayward.training.engines import operator
 from rayward.training.engines.operator import (
     OPERATOR,
     TIMEOUT_S,
@@ -76,12 +75,13 @@ def test_a_lock_of_a_killed_process_is_removed_with_a_message(tmp_path: Path, ca
     assert "was killed" in caplog.text
 
 
-def test_a_planted_lock_delays_no_start(tmp_path: Path) -> None:
+def test_a_planted_lock_delays_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.close(take(tmp_path / TORCH_LOCK_FILE))
     clock, built = Clock(), list[str]()
     build_operator(lambda: built.append("built"), tmp_path, clock.waiting())
     assert built == ["built"]
     assert clock.now < 2.0
+    assert "waiting" not in caplog.text
 
 
 def test_a_living_process_is_waited_for_and_its_lock_is_left_to_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +96,8 @@ def test_a_living_process_is_waited_for_and_its_lock_is_left_to_it(tmp_path: Pat
     build_operator(lambda: built.append("built"), tmp_path, clock.waiting())
     assert built == ["built"]
     assert clock.now == pytest.approx(55.0, abs=1.0)
-    assert caplog.text == ""
+    assert caplog.text.count("waiting for another process") == 1
+    assert "was killed" not in caplog.text
 
 
 def test_the_wait_for_a_living_process_ends_with_a_typed_error(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_the_lock_is_the_one_that_torch_takes(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_driver_starts_no_compiler_where_the_operator_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(operator.subprocess, "run", lambda *_args, **_kwargs: pytest.fail("compiled again"))
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: pytest.fail("compiled again"))
     (tmp_path / f"{OPERATOR}.so").write_bytes(b"")
     os.close(take(tmp_path / TORCH_LOCK_FILE))
     assert not is_built(tmp_path)
@@ -167,6 +168,6 @@ def test_what_fails_in_the_building_process_is_told(
         assert env["CUDA_VISIBLE_DEVICES"] == ""
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(operator.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(kind, match="the reason"):
         build_before_workers({"CUDA_VISIBLE_DEVICES": ""}, directory=tmp_path, waiting=Clock().waiting())
