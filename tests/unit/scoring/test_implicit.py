@@ -118,6 +118,19 @@ def test_items_that_cannot_be_scored_are_errors(policies: Path) -> None:
     assert codes == [None, "too_long", "unknown_weights", "no_normaliser"]
 
 
+def test_an_id_that_one_of_the_models_has_no_embedding_for_is_an_error_of_its_item(policies: Path) -> None:
+    for name in ("long-policy", "long-reference"):
+        (policies / name).mkdir()
+        tokenizer = load_tokenizer(str(make_policy(policies / name, 0)))
+        tokenizer.add_tokens(["unheard"])
+        tokenizer.save_pretrained(policies / name)
+    rule = write_rule(policies, "long", policy="../long-policy", reference="../long-reference")
+    good, bad = ImplicitScorer.load(rule, device="cpu").score([ITEMS[0], replace(ITEMS[0], completions=("An unheard word",))])
+    assert good.rewards is not None
+    assert bad.error is not None
+    assert bad.error.code == "token_out_of_range"
+
+
 def test_its_rewards_can_be_normalised(policies: Path) -> None:
     directory = write_rule(policies, "normalised")
     before = ImplicitScorer.load(directory, device="cpu")
