@@ -22,13 +22,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from rayward.batch.layout import pack
 from rayward.cluster import actor_options, device_environment, gpu_reserved
+from rayward.config.placement import Device
 from rayward.config.scoring import ScoringConfig
 from rayward.config.training import TrainingConfig
 from rayward.errors import ModelLoadError
 from rayward.model.attention import packed_attention, packed_mask
 from rayward.model.reward_model import to_tensors
 from rayward.model.weights import RandomInit
-from rayward.scoring.scorer import Device, ScoreItem, Scorer
+from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.scoring.verify import pick_device
 from rayward.training.engines.build import build_engine, initialize
 

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rayward.cluster import gpu_reserved
+from rayward.config.placement import Device
 from rayward.contract.contract import Contract, verify_files
 from rayward.errors import ContractError, ContractMismatchError, ModelLoadError
 from rayward.model.weights import HEAD_PREFIX, head_sha256
-from rayward.scoring.scored_model import Device
 
 
 def verify_artifacts(contract: Contract, directory: Path) -> None:

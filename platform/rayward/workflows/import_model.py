@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rayward.artifacts.writer import new_model
+from rayward.config.placement import Placement
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
@@ -34,8 +35,7 @@ def import_model(
     max_tokens: int | None = None,
     outputs: tuple[str, ...] = (),
     weights: tuple[float, ...] = (),
-    device: str = "auto",
-    tokens_per_batch: int = 8192,
+    placement: Placement = Placement(),
 ) -> Contract:
     """Write a checkpoint of others as an export: the contract derives from its tokenizer, the golden scores from its own forward.
 
@@ -60,9 +60,9 @@ def import_model(
         config, tokenizer = read_config(source), load_tokenizer(str(source))
         dtype = _dtype(config)
         rules = Contract.from_tokenizer(tokenizer, max_tokens=_limit(config, max_tokens)).model_copy(update={"dtype": dtype})
-        model = load_reward_model(source, device=pick_device(cast(Any, device)), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
+        model = load_reward_model(source, device=pick_device(placement.device), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
-        scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=tokens_per_batch)
+        scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=placement.tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})
         for note in Checkpoint.open(source).notes:
             console.print(f"note: {note}")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import pack
+from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
@@ -21,6 +22,7 @@ from rayward.scoring.implicit import ImplicitScorer
 from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem
 from rayward.serving.preflight import check_model
+from rayward.wire.items import Asked
 from rayward.workflows.normalise import normalise_pipeline
 
 BETA = 0.3
@@ -70,7 +72,9 @@ def plain_log_prob(model: PreTrainedModel, encoder: Encoder, item: ScoreItem, co
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("tokens_per_batch", [64, 8192])
 def test_the_reward_is_the_scaled_difference_of_log_probabilities(policies: Path, per_token: bool, tokens_per_batch: int) -> None:
-    scorer = load_scored_model(write_rule(policies, "implicit", per_token=per_token), device="cpu", tokens_per_batch=tokens_per_batch)
+    scorer = load_scored_model(
+        write_rule(policies, "implicit", per_token=per_token), Placement(device="cpu", tokens_per_batch=tokens_per_batch)
+    )
     assert isinstance(scorer, ImplicitScorer)
     tokenizer = load_tokenizer(str(policies / "policy"))
     encoder = Encoder(Contract.from_tokenizer(tokenizer, max_tokens=192), tokenizer)
@@ -109,7 +113,7 @@ def test_shared_and_padded_rows_agree(policies: Path) -> None:
 def test_items_that_cannot_be_scored_are_errors(policies: Path) -> None:
     scorer = ImplicitScorer.load(write_rule(policies, "errors"), device="cpu")
     too_long = ScoreItem(ITEMS[0].prompt, ("word " * 200,))
-    asked = [ITEMS[0], too_long, replace(ITEMS[0], weights="w"), replace(ITEMS[0], normalise="centred")]
+    asked = [ITEMS[0], too_long, replace(ITEMS[0], asked=Asked(weights="w")), replace(ITEMS[0], asked=Asked(normalise="centred"))]
     codes = [result.error.code if result.error else None for result in scorer.score(asked)]
     assert codes == [None, "too_long", "unknown_weights", "no_normaliser"]
 
@@ -119,11 +123,11 @@ def test_its_rewards_can_be_normalised(policies: Path) -> None:
     before = ImplicitScorer.load(directory, device="cpu")
     lines = [json.dumps({"prompt": "Name a colour.", "completions": list(ITEMS[0].completions)})]
     output, given = policies / "normalised-again", (directory / ImplicitRule.file).read_bytes()
-    found = normalise_pipeline(str(directory), lines, output=output, reference="three colours", device="cpu", tokens_per_batch=8192)
+    found = normalise_pipeline(str(directory), lines, output=output, reference="three colours", placement=Placement(device="cpu"))
     assert (directory / ImplicitRule.file).read_bytes() == given
     after = ImplicitScorer.load(output, device="cpu")
     assert after.version == before.version
-    rewards = after.score([replace(ITEMS[0], normalise="standardised")])[0].rewards
+    rewards = after.score([replace(ITEMS[0], asked=Asked(normalise="standardised"))])[0].rewards
     assert rewards is not None
     assert found.num_rewards == 3
     assert sum(rewards) == pytest.approx(0.0, abs=1e-5)

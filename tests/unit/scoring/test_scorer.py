@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,7 +267,7 @@ def test_a_foreign_model_is_not_given_more_tokens_than_it_has_positions(copy: Pa
         assert long.error.code == "too_long"
 
 
-FOREIGN: dict[str, dict[str, object]] = {
+FOREIGN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 48},
     "roberta": {"model_type": "roberta", "max_position_embeddings": 50},
 }
