@@ -259,7 +259,7 @@ def mixture(settings: Settings = None) -> None:
 
 @app.command("import")
 def import_model(
-    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model: safetensors, config.json and tokenizer.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model with its tokenizer: directory or hub name.")],
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
     max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
     outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,

@@ -7,6 +7,7 @@
     │   └── TooManyBadRowsError  more rows are bad than the configured share allows
     ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
     │   ├── TooLongError       one conversation does not fit the contract's token limit
+    │   ├── TokenRangeError    one conversation has a token id that the model has no embedding for
     │   ├── ContractMismatchError  an artifact beside the contract is not the one it was written for
     │   └── UnverifiedError    the contract holds no golden score, so nothing says that this model scores as it did
     ├── ModelLoadError         weights or architecture cannot be loaded or used                       (exit 2, 500)
@@ -182,6 +183,10 @@ class TooLongError(ContractError):
     """Example: the last user turn and the completion alone exceed the token limit."""
 
 
+class TokenRangeError(ContractError):
+    """Example: a special token that was added to the tokenizer of somebody's model, but not to the model."""
+
+
 class ContractMismatchError(ContractError):
     """Example: somebody edited `tokenizer.json` beside a `contract.json` that was written for another one."""
 
@@ -235,7 +240,7 @@ class StreamOrderError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """Example: the disk fills up twice in a row while a checkpoint is written."""
+    """Example: the storage fails twice in a row while a checkpoint is written, or a checkpoint turns out damaged."""
 
     retryable = True
 

@@ -18,6 +18,7 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.jobs import make_job, make_prepared, run_session
 from tests.helpers.models import make_export
 from tests.helpers.training import tiny_model
+from torch.nn.attention.flex_attention import BlockMask
 
 from rayward.batch.layout import pack
 from rayward.cluster import actor_options, device_environment, gpu_reserved
@@ -71,7 +72,6 @@ def test_a_model_computes_where_its_batch_is() -> None:
 
 
 def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn.attention.flex_attention import BlockMask
 
     from rayward.model import attention
 

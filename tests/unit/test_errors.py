@@ -135,6 +135,27 @@ def test_an_error_is_found_wherever_an_exception_carries_it() -> None:
     assert carried_by(RuntimeError("nothing of ours")) is None
 
 
+def test_an_error_survives_what_ray_data_makes_of_it() -> None:
+    # Ray Data raises an error of its own over ours, and pickling drops the chain: only the text of the traceback is left.
+    from ray.exceptions import RayTaskError, UserCodeException
+
+    def refuse() -> int:
+        raise make(ContractMismatchError)
+
+    try:
+        try:
+            Deferred(refuse).get()
+        except RaywardError as exc:
+            raise UserCodeException("UDF failed to process a data block.") from exc
+    except UserCodeException as exc:
+        task = RayTaskError("map", traceback.format_exc(), exc, proctitle="p", pid=1, ip="0.0.0.0")
+    arrived = pickle.loads(pickle.dumps(task)).as_instanceof_cause()
+    assert arrived.cause.__cause__ is None
+    found = carried_by(arrived)
+    assert type(found) is ContractMismatchError
+    assert vars(found) == vars(make(ContractMismatchError))
+
+
 def test_an_actor_gives_the_error_of_its_constructor_at_every_call() -> None:
     def refuse() -> int:
         raise make(ModelLoadError)

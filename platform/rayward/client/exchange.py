@@ -26,6 +26,7 @@ from rayward.errors import (
     RequestError,
     ScoringError,
     ServerError,
+    TokenRangeError,
     TooLongError,
 )
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
@@ -225,6 +226,8 @@ def _item_exception(error: ItemError) -> RaywardError:
         return TooLongError(error.message, remedy="shorten the prompt's last turn or the completion")
     if error.code == "template":
         return ContractError(error.message, remedy="use turns and roles that the model's template knows")
+    if error.code == "token_out_of_range":
+        return TokenRangeError(error.message, remedy="leave that text out, or use the tokenizer that the model was trained with")
     return ServerError(f"no reward ({error.code}): {error.message}", remedy="leave the sample out; check the model if this repeats")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,9 +123,16 @@ class Checkpoint:
                 opened[file] = safe_open(directory / file, framework="pt")
             return opened[file].get_slice(key)
 
-        checkpoint = cls(directory, {}, {}, tuple(_notes([key for key, _, _ in tensors], prefixes)))
+        names = {key: _plain_name(key, prefixes) for key, _, _ in tensors}
+        notes = [*_notes(names)]
+        if isinstance(config.get("text_config"), dict):
+            names, left_out = _text_names(names)
+            notes += [f"the text model is used alone, without {', '.join(left_out)}"] if left_out else []
+        checkpoint = cls(directory, {}, {}, tuple(notes))
         for key, file, shape in tensors:
-            name = _plain_name(key, prefixes)
+            if key not in names:
+                continue
+            name = names[key]
             if name in checkpoint.views:
                 raise ModelLoadError(
                     f"{checkpoint.stored_names[name]} and {key} in {directory} are both the tensor {name}",
@@ -144,8 +152,23 @@ def _plain_name(key: str, value_heads: tuple[str, ...]) -> str:
     return key if prefix is None else HEAD_PREFIX + key.removeprefix(prefix)
 
 
-def _notes(keys: Iterable[str], value_heads: tuple[str, ...]) -> Iterator[str]:
-    renamed = {key: _plain_name(key, value_heads) for key in keys}
+def _text_names(names: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    # Of a model of several modalities: the names that its text model has by itself, and the parts that are left out.
+    inside = re.compile(r"(model\.)?language_model\.(model\.)?")
+    nested = any(inside.match(name) for name in names.values())
+    kept, left_out = {}, set()
+    for key, name in names.items():
+        if found := inside.match(name):
+            rest = name[found.end() :]
+            kept[key] = rest if rest.startswith("lm_head.") else f"model.{rest}"
+        elif name.startswith(("lm_head.", HEAD_PREFIX)) or not (nested or name.startswith(("visual.", "model.visual."))):
+            kept[key] = name
+        else:
+            left_out.add(name.removeprefix("model.").split(".", maxsplit=1)[0])
+    return kept, sorted(left_out)
+
+
+def _notes(renamed: Mapping[str, str]) -> Iterator[str]:
     heads = sorted(key for key, name in renamed.items() if name.startswith(HEAD_PREFIX) and not key.endswith(name))
     if heads:
         yield f"the reward head is {', '.join(heads)}"

@@ -29,7 +29,7 @@ from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.combining import ImplicitRule
 from rayward.scoring.isolation import each, settled, together
-from rayward.scoring.scored_model import ModelFacts
+from rayward.scoring.scored_model import ModelFacts, check_ids
 from rayward.scoring.verify import pick_device, read_config
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -105,6 +105,7 @@ class ImplicitScorer:
 
     def _encode(self, item: ScoreItem) -> EncodedComparison:
         split = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+        check_ids((encoding.ids for encoding in split), min(model.num_embeddings for model in self._models))
         shortest = min(encoding.text_start for encoding in split)
         shared = next((i for i in range(shortest) if len({encoding.ids[i] for encoding in split}) > 1), shortest)
         # Completions that were cut differently, or whose first token swallowed the end of the prompt, start where they differ.

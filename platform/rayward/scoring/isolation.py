@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from rayward.errors import ContractError, TooLongError
+from rayward.errors import ContractError
+from rayward.scoring.scored_model import encoding_error
 from rayward.wire.items import ItemError, ItemResult
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,8 @@ def item_error(exc: BaseException, doing: str) -> ItemError:
         doing: what was done with the item, for errors that are not of its contract. Their message names the type of the exception
             and never its words, which may quote the text of the item; those are in the log.
     """
-    if isinstance(exc, TooLongError):
-        return ItemError("too_long", exc.problem)
     if isinstance(exc, ContractError):
-        return ItemError("template", exc.problem)
+        return encoding_error(exc)
     logger.warning("an item failed %s", doing, exc_info=exc)
     return ItemError("failed", f"{type(exc).__name__} {doing}")
 

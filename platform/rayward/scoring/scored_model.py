@@ -7,7 +7,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rayward.contract.contract import Normaliser
+from rayward.errors import ContractError, TokenRangeError, TooLongError
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
+
+
+def encoding_error(exc: ContractError) -> ItemError:
+    """What the caller is told of a conversation that cannot become token ids."""
+    codes = {TooLongError: "too_long", TokenRangeError: "token_out_of_range"}
+    return ItemError(codes.get(type(exc), "template"), exc.problem)
+
+
+def check_ids(conversations: Iterable[Sequence[int]], vocabulary: int) -> None:
+    """Check that a model has an embedding for every id; tokenizers of other people's models may know more.
+
+    Raises:
+        TokenRangeError: it has not.
+    """
+    highest = max(max(ids) for ids in conversations)
+    if highest >= vocabulary:
+        raise TokenRangeError(
+            f"the text has the token id {highest}, and the model has embeddings for {vocabulary} ids",
+            remedy="leave that text out, or use the tokenizer that the model was trained with",
+        )
 
 
 @dataclass(frozen=True, slots=True)

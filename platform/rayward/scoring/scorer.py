@@ -25,15 +25,16 @@ from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ModelLoadError
-from rayward.model.build import load_reward_model
+from rayward.model.build import load_reward_model, read_hf_config
+from rayward.model.capabilities import context_length, position_limit
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.isolation import each, settled, together
-from rayward.scoring.scored_model import ModelFacts
-from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
+from rayward.scoring.scored_model import ModelFacts, check_ids
+from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
@@ -74,7 +75,8 @@ class Scorer:
         )
         # A pad token that the contract added to a foreign tokenizer has no embedding; masked positions may hold any id.
         pad = encoder.contract.pad_token_id
-        self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
+        self._vocabulary = len(cast(torch.Tensor, model.model.get_input_embeddings().weight))
+        self._pad_id = pad if pad < self._vocabulary else 0
 
     @classmethod
     def load(
@@ -113,8 +115,7 @@ class Scorer:
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
-            if not contract.golden:
-                raise unverified(str(directory))
+            contract.require_golden(directory)
             verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
         model = load_reward_model(
@@ -133,9 +134,7 @@ class Scorer:
     def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
-        context = config.get("max_position_embeddings")
-        limit = min(FOREIGN_MAX_TOKENS, context) if isinstance(context, int) else FOREIGN_MAX_TOKENS
-        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit)
+        limit = min(FOREIGN_MAX_TOKENS, context_length(read_hf_config(directory)) or FOREIGN_MAX_TOKENS)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
         labels = int(model.model.config.num_labels or 0)
@@ -144,7 +143,8 @@ class Scorer:
                 f"{directory.name} has {labels} outputs and no {CONTRACT_FILE} that says how they become a reward",
                 remedy="use a model with one output, or one that Rayward exported",
             )
-        contract = contract.model_copy(
+        limit = min(limit, position_limit(model.model) or limit)
+        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit).model_copy(
             update={
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_sha256": head_sha256(model.model.state_dict()),
@@ -164,8 +164,9 @@ class Scorer:
         """Rewards or an error for each item, in order.
 
         Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
-        `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none), `no_critiques` (the model
-        writes none), `failed` (anything else that this item alone raises).
+        `token_out_of_range` (an id that the model has no embedding for), `non_finite` (the model gave NaN or Inf), `unknown_weights`,
+        `no_normaliser` (the contract has none), `no_critiques` (the model writes none), `failed` (anything else that this item alone
+        raises).
 
         Raises:
             Exception: the device is broken, or out of memory for a single item.
@@ -201,8 +202,7 @@ class Scorer:
             ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
         """
         contract = self.contract
-        if not contract.golden:
-            raise unverified(self.model_id)
+        contract.require_golden(self.model_id)
         for index, golden in enumerate(contract.golden):
             ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
@@ -267,6 +267,7 @@ class Scorer:
             conversations = [self._encoder.encode_parts(prompt, text) for text in item.completions]
         else:
             conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
+        check_ids((conversation.ids for conversation in conversations), self._vocabulary)
         return self._split(conversations, gated=self.contract.gate is not None if gated is None else gated)
 
     def _encode(self, item: ScoreItem, k: int) -> list[Encoding]:

@@ -116,7 +116,7 @@ def serve_model(
         ConfigError: the port is taken.
         ServerError: the application did not start for another reason.
     """
-    check_model(Path(config.model))
+    check_model(Path(config.model), verify=config.verify_golden)
     # Replicas have another working directory than the driver.
     config = config.model_copy(update={"model": str(Path(config.model).resolve())})
     connect()

@@ -57,7 +57,8 @@ class ScoreItem:
 class ItemError:
     """Why one item has no rewards.
 
-    Codes: `too_long`, `template`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`; `failed`: anything else.
+    Codes: `too_long`, `template`, `token_out_of_range`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`; `failed`:
+    anything else.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -19,7 +19,7 @@ from rayward.errors import ConfigError
 from rayward.evaluation.card import write_model_card
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import RewardModel
-from rayward.model.weights import Checkpoint
+from rayward.model.weights import Checkpoint, resolve_model_dir
 from rayward.scoring.scorer import FOREIGN_MAX_TOKENS, Scorer
 from rayward.scoring.verify import pick_device, read_config
 from rayward.workflows.console import console
@@ -40,17 +40,20 @@ def import_model(
     """Write a checkpoint of others as an export: the contract derives from its tokenizer, the golden scores from its own forward.
 
     Args:
+        source: directory, or a name on the hub.
         output: a directory that does not exist yet.
         max_tokens: longest conversation; None: the smaller of 4,096 and the model's context.
         outputs: names of the head's outputs; needed where there are several.
         weights: of the outputs in the reward; needed where there are several.
 
     Raises:
-        ConfigError: `output` exists, outputs and weights do not fit the head, or `max_tokens` the model.
-        ContractError: there is no usable tokenizer, or `source` is an export already.
+        ConfigError: `output` exists, `source` is an export already, outputs and weights do not fit the head, or `max_tokens` the model.
+        ContractError: there is no usable tokenizer.
         ContractMismatchError: what was written does not score as the source does.
         ModelLoadError: the checkpoint cannot be loaded.
     """
+    name = source.name
+    source = resolve_model_dir(str(source), None)
     if (source / CONTRACT_FILE).is_file():
         raise ConfigError(f"{source} has a contract already", remedy="use it as it is")
     with new_model(output, replace=False) as writer:
@@ -72,7 +75,7 @@ def import_model(
         hf_config.pad_token_id = contract.pad_token_id
         hf_config.vocab_size = _rows(model, len(tokenizer))
         writer.write_config(hf_config, contract)
-        writer.write_json(ORIGIN_FILE, {"imported": source.resolve().name})
+        writer.write_json(ORIGIN_FILE, {"imported": name})
         del model, scorer
         contract = writer.finish(contract, rescore=False)
         described = {"objective": {"type": "imported"}, "run": {"name": output.name}}

@@ -10,15 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.helpers.comparisons import VOCAB_SIZE
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSequenceClassification, PreTrainedModel
 
 from rayward.config.model import ModelConfig
 from rayward.errors import ModelLoadError
 from rayward.model import layouts
-from rayward.model.build import load_reward_model
-from rayward.model.pretrained import persistent_buffers, shapes_of, weight_source
+from rayward.model.build import build_reward_model, load_reward_model
+from rayward.model.pretrained import fill, shapes_of, weight_source
 from rayward.model.views import Joined, Part, Stacked, Stored, Transposed, View, boxes, read_flat
-from rayward.model.weights import SINGLE_FILE, weight_map
+from rayward.model.weights import SINGLE_FILE, persistent_buffers, weight_map
 
 CPU = torch.device("cpu")
 _COMMON: dict[str, Any] = {
@@ -141,6 +141,37 @@ def test_a_fused_projection_is_split(tmp_path: Path) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     loaded = load_reward_model(tmp_path, device=CPU, dtype=torch.float32, max_tokens=64).model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in plain.state_dict().items())
+
+
+_TEXT = {k: v for k, v in _COMMON.items() if k not in ("moe_intermediate_size", "num_labels")}
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "text", "vision"),
+    [
+        ("gemma3", {"model_type": "gemma3_text", "head_dim": 8}, "siglip_vision_model"),
+        ("llava", {"model_type": "llama"}, "clip_vision_model"),
+    ],
+)
+def test_the_text_model_inside_a_wrapper(
+    tmp_path: Path, wrapper: str, text: dict[str, Any], vision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        wrapper, text_config={**_TEXT, **text}, vision_config={"model_type": vision, **_VISION}, mm_tokens_per_image=4, image_token_index=5
+    )
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path)
+    inside = whole.model.language_model
+    assert not any(name.startswith("model.layers.") for name in weight_map(tmp_path))
+    text_config = AutoConfig.from_pretrained(tmp_path).get_text_config()
+    text_config.num_labels = 1
+    model = build_reward_model(text_config, max_tokens=64).model
+    fill(model, weight_source(model, ModelConfig(path=str(tmp_path)), seed=0, announce=True))
+    for name, value in inside.named_parameters():
+        assert torch.equal(model.get_parameter(f"model.{name}"), value), name
+    assert "the text model is used alone, without multi_modal_projector, vision_tower" in caplog.text
 
 
 class Whole:

@@ -20,6 +20,7 @@ from rayward.contract.contract import Contract, GoldenScore
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError
+from rayward.model.generation import generate
 from rayward.model.weights import head_sha256
 from rayward.scoring import critiques
 from rayward.scoring.ensemble import Ensemble
@@ -150,7 +151,7 @@ def test_an_item_whose_critique_cannot_be_written_fails_no_other(scorer: Scorer,
     (alone,) = scorer.score([ITEM])
     other = ScoreItem(({"role": "user", "content": "Something else entirely?"},), ("No.",))
     (opening,) = scorer._writer._openings(other)  # type: ignore[union-attr]
-    write = critiques.generate
+    write = generate
 
     def raising(model: Any, openings: Sequence[Any], **settings: Any) -> list[list[int]]:
         if any(list(given.ids) == list(opening.ids) for given in openings):

@@ -49,6 +49,8 @@ TABLE: list[tuple[BaseException, FailureDecision]] = [
     (ModelLoadError("p", remedy="r"), STOP),
     (caused(DataError("a shard cannot be read", remedy="r"), ConnectionResetError(errno.ECONNRESET, "reset")), RETRY),
     (caused(DataError("a shard cannot be read", remedy="r"), FileNotFoundError(errno.ENOENT, "gone")), RESUME),
+    (caused(CheckpointError("not written", remedy="r"), OSError(errno.ENOSPC, "rank 1: No space left on device")), RESUME),
+    (caused(CheckpointError("not written", remedy="r"), OSError(errno.ETIMEDOUT, "rank 0: timed out")), RETRY),
     (task_error(StreamOrderError("p", remedy="r")), RETRY),
     (task_error(DataError("p", remedy="r")), STOP),
     (task_error(ValueError("x")), STOP),
