@@ -6,14 +6,16 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 
 from rayward.errors import ConfigError, RaywardError
 
 if TYPE_CHECKING:
+    from rayward.config.placement import Placement
     from rayward.config.run import Config
+    from rayward.wire.items import Asked
 
 
 app = typer.Typer(
@@ -138,24 +140,11 @@ def evaluate(
 
     kept = attributes.split(",") if attributes else []
     data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
-    _check_critiques(n_critiques, temperature)
+    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
+    asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.evaluate import evaluate_pipeline
 
-    evaluate_pipeline(
-        model,
-        data,
-        output,
-        data_config=data_config,
-        device=device,
-        scorers=scorers,
-        gpus_per_scorer=gpus_per_scorer,
-        tokens_per_batch=tokens_per_batch,
-        verify=verify,
-        weights=weights,
-        benchmark=chosen,
-        n_critiques=n_critiques,
-        temperature=temperature,
-    )
+    evaluate_pipeline(model, data, output, data_config=data_config, asked=asked, placement=placement, benchmark=chosen)
 
 
 @app.command()
@@ -173,24 +162,12 @@ def score(
     temperature: Temperature = 0.0,
 ) -> None:
     """Score items from a file; one JSON line per item, with rewards or an error."""
-    if normalise not in ("raw", "centred", "standardised"):
-        raise ConfigError(f"--normalise is {normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
-    _check_critiques(n_critiques, temperature)
+    placement = _placed(device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+    asked = _asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.score import score_lines
 
     stream, failed = _open(items), 0
-    results = score_lines(
-        model,
-        stream,
-        device=device,
-        tokens_per_batch=tokens_per_batch,
-        verify=verify,
-        weights=weights,
-        normalise=normalise,  # type: ignore[arg-type]  # checked above
-        n_critiques=n_critiques,
-        temperature=temperature,
-    )
-    for result in results:
+    for result in score_lines(model, stream, asked=asked, placement=placement):
         failed += "error" in result
         typer.echo(json.dumps(result, ensure_ascii=False))
     if failed:
@@ -209,10 +186,11 @@ def normalise(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
+    placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
     from rayward.workflows.normalise import default_output, normalise_pipeline
 
     reference, target = "standard input" if items == "-" else Path(items).name, output or default_output(model)
-    found = normalise_pipeline(model, _open(items), output=target, reference=reference, device=device, tokens_per_batch=tokens_per_batch)
+    found = normalise_pipeline(model, _open(items), output=target, reference=reference, placement=placement)
     typer.echo(
         f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
     )
@@ -234,12 +212,26 @@ def merge(
     typer.echo(f"model: {output}")
 
 
-def _check_critiques(number: int, temperature: float) -> None:
+def _placed(**options: Any) -> Placement:
+    from rayward.config.load import parse_config
+    from rayward.config.placement import Placement
+
+    return parse_config(options, Placement)
+
+
+def _asked(**options: Any) -> Asked:
+    from rayward.wire.items import Asked
+
+    asked = Asked(**options)
+    if asked.normalise not in ("raw", "centred", "standardised"):
+        raise ConfigError(f"--normalise is {asked.normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
+    number, temperature = asked.n_critiques, asked.temperature
     if number < 1 or not 0.0 <= temperature <= 2.0 or (number > 1 and temperature == 0.0):
         raise ConfigError(
             f"--n-critiques is {number} and --temperature {temperature:g}; the rule is 1 or more, and 0 to 2 (above 0 for several)",
             remedy="for example --n-critiques 4 --temperature 0.5",
         )
+    return asked
 
 
 Number = TypeVar("Number", int, float)
@@ -267,7 +259,7 @@ def mixture(settings: Settings = None) -> None:
 
 @app.command("import")
 def import_model(
-    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model: safetensors, config.json and tokenizer.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint of a reward model with its tokenizer: directory or hub name.")],
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
     max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
     outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
@@ -276,10 +268,12 @@ def import_model(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a reward model of others as an export: contract, golden scores by its own forward, checked."""
+    placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
+    names = tuple(outputs.split(",")) if outputs else ()
+    shares = _numbers(weights, float, "--weights") if weights else ()
     from rayward.workflows.import_model import import_model as run
 
-    names, shares = tuple(outputs.split(",")) if outputs else (), _numbers(weights, float, "--weights") if weights else ()
-    contract = run(source, output, max_tokens=max_tokens, outputs=names, weights=shares, device=device, tokens_per_batch=tokens_per_batch)
+    contract = run(source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement)
     typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
 
 
@@ -312,20 +306,12 @@ def critique(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
-    _check_critiques(1, temperature)
+    placement = _placed(device=device, actors=writers, gpus_per_actor=gpus_per_writer, tokens_per_batch=tokens_per_batch)
+    _asked(temperature=temperature)
     resolved = load(settings)
     from rayward.workflows.critique import Sampling, write_critiques
 
-    counts = write_critiques(
-        model,
-        output,
-        resolved,
-        sampling=Sampling(temperature, seed),
-        device=device,  # type: ignore[arg-type]  # checked where the model is loaded
-        writers=writers,
-        gpus_per_writer=gpus_per_writer,
-        tokens_per_batch=tokens_per_batch,
-    )
+    counts = write_critiques(model, output, resolved, sampling=Sampling(temperature, seed), placement=placement)
     for split, (written, left_out) in counts.items():
         typer.echo(f"{split}: {written} rows with critiques, {left_out} left out for want of room or text: {output}/{split}.jsonl")
 

@@ -26,6 +26,9 @@ WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the entry point of a submitted job. Private, a test watches it: the public ways answer only after connecting."""
+
 _started_here = False
 
 
@@ -36,7 +39,7 @@ def started_here() -> bool:
 
 def in_submitted_job() -> bool:
     """Whether this driver runs in a `ray job submit` working directory, which is deleted afterwards."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return JOB_VARIABLE in os.environ
 
 
 def lasting(path: str) -> str:
@@ -62,14 +65,28 @@ def connect() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.update(WORKER_ENV)
     source_root = SOURCE_ROOT.name if in_job and _inside_working_dir() else str(SOURCE_ROOT)
-    ray.init(
+    _started_here = _join_or_start(
         runtime_env={"env_vars": {**WORKER_ENV, "PYTHONPATH": source_root}},
         logging_level=logging.WARNING,
         # What a user must know is written to the run's metrics file and shown from there; a failure carries its traceback.
         log_to_driver=os.environ.get(SHOW_WORKER_LOGS) == "1",
     )
-    _started_here = not in_job and ray._private.worker._global_node.is_head()
     _quiet_data_logs()
+
+
+def _join_or_start(**settings: Any) -> bool:
+    # Whether a cluster was started. Plain `ray.init()` does the same and does not say which of the two it did.
+    import ray
+
+    if in_submitted_job() or "RAY_ADDRESS" in os.environ:
+        ray.init(**settings)
+        return os.environ.get("RAY_ADDRESS") == "local"
+    try:
+        ray.init(address="auto", **settings)
+    except ConnectionError:
+        ray.init(address="local", **settings)
+        return True
+    return False
 
 
 def _inside_working_dir() -> bool:

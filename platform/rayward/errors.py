@@ -7,6 +7,7 @@
     │   └── TooManyBadRowsError  more rows are bad than the configured share allows
     ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
     │   ├── TooLongError       one conversation does not fit the contract's token limit
+    │   ├── TokenRangeError    one conversation has a token id that the model has no embedding for
     │   ├── ContractMismatchError  an artifact beside the contract is not the one it was written for
     │   └── UnverifiedError    the contract holds no golden score, so nothing says that this model scores as it did
     ├── ModelLoadError         weights or architecture cannot be loaded or used                       (exit 2, 500)
@@ -15,6 +16,7 @@
     │   ├── StreamOrderError   a worker received another step than the one it expected
     │   ├── WorkerError        a library raised in a worker, and a restart would not help
     │   └── CheckpointError    a checkpoint could not be written or read
+    │       ├── CheckpointDamagedError  a file of a checkpoint is not what was committed
     │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
@@ -182,6 +184,10 @@ class TooLongError(ContractError):
     """Example: the last user turn and the completion alone exceed the token limit."""
 
 
+class TokenRangeError(ContractError):
+    """Example: a special token that was added to the tokenizer of somebody's model, but not to the model."""
+
+
 class ContractMismatchError(ContractError):
     """Example: somebody edited `tokenizer.json` beside a `contract.json` that was written for another one."""
 
@@ -235,7 +241,11 @@ class StreamOrderError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """Example: the disk fills up twice in a row while a checkpoint is written."""
+    """Example: the storage fails twice in a row while a checkpoint is written."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """Example: a byte of the newest checkpoint has changed on disk; the next start takes the one before it."""
 
     retryable = True
 
@@ -243,7 +253,6 @@ class CheckpointError(TrainingError):
 class CheckpointVersionError(CheckpointError):
     """Example: the newest checkpoint of the run was written by a newer Rayward."""
 
-    retryable = False
     exit_code = 2
 
 

@@ -86,7 +86,7 @@ def digest(value: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def identity(record: object, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> str:
+def identity(record: object, *, exclude: Collection[str] = ()) -> str:
     """128-bit hex hash of what a record (pydantic or dataclass) says beyond its defaults, and beyond those of the records inside it.
 
     A field that is added with a default therefore changes no identity until somebody sets it. Order of fields, the version of the file and
@@ -96,11 +96,9 @@ def identity(record: object, *, include: Collection[str] | None = None, exclude:
     under the same identity. Add a field of another name instead.
 
     Args:
-        include: the fields that count; None: all.
-        exclude: fields that do not count; both name fields of the record itself, not of records inside it.
+        exclude: fields that do not count, of the record itself, not of records inside it.
     """
-    said = _said_by(record)
-    return digest({name: value for name, value in said.items() if name not in exclude and (include is None or name in include)})
+    return digest({name: value for name, value in _said_by(record).items() if name not in exclude})
 
 
 def _said_by(record: object) -> dict[str, object]:

@@ -10,6 +10,7 @@ from tests.helpers.models import make_export, make_model
 from tests.helpers.prepared import prepared_row, write_prepared
 from tests.helpers.tokenizer import make_tokenizer
 
+from rayward.config.placement import Placement
 from rayward.data.record import Comparison
 from rayward.errors import ContractMismatchError
 from rayward.evaluation.records import Evaluation
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::ResourceWarning"),
 ]
 
+CPU = Placement(device="cpu")
 ROWS = [
     {"prompt": f"Question {i // 2}?", "chosen": f"Answer {'x' * (i % 7)} {i}.", "rejected": f"No {'y' * (i % 5)} {i}!"} for i in range(40)
 ]
@@ -40,7 +42,7 @@ def test_raw_files_are_scored_by_the_scorer_and_every_row_is_accounted_for(expor
     lines = [*map(json.dumps, ROWS), "{broken", json.dumps(TOO_LONG)]
     (tmp_path / "held-out.jsonl").write_text("\n".join(lines) + "\n")
     data, output = [str(tmp_path / "*.jsonl")], str(tmp_path / "out")
-    evaluation = evaluate(model=str(export), data=data, output=output, device="cpu", bootstrap_samples=200)
+    evaluation = evaluate(model=str(export), data=data, output=output, placement=CPU, bootstrap_samples=200)
     assert (evaluation.num_rows, evaluation.num_scored, evaluation.num_errors) == (42, 40, 2)
     assert evaluation.errors == {"too_long": 1, "unparsable": 1}
     assert evaluation.overall.num_prompts == 20
@@ -92,7 +94,8 @@ def test_prepared_shards_with_two_scorers_and_a_foreign_model(tmp_path: Path) ->
     model.mkdir()
     make_model(make_tokenizer(model)).save_pretrained(model)
     write_held_out(tmp_path)
-    evaluation = evaluate(model=str(model), prepared=str(tmp_path), output=str(tmp_path / "out"), device="cpu", concurrency=2)
+    two = Placement(device="cpu", actors=2)
+    evaluation = evaluate(model=str(model), prepared=str(tmp_path), output=str(tmp_path / "out"), placement=two)
     assert (evaluation.num_rows, evaluation.num_scored, evaluation.overall.num_pairs) == (40, 40, 120)
     assert evaluation.num_rankings == 40
     assert evaluation.model_version == "unverified"
@@ -103,4 +106,4 @@ def test_a_tampered_export_is_named_by_the_worker(tmp_path: Path) -> None:
     broken = make_export(tmp_path / "broken", golden_shift=1.0)
     write_held_out(tmp_path)
     with pytest.raises(ContractMismatchError, match="golden scores"):
-        evaluate(model=str(broken), prepared=str(tmp_path), output=str(tmp_path / "out"), device="cpu")
+        evaluate(model=str(broken), prepared=str(tmp_path), output=str(tmp_path / "out"), placement=CPU)

@@ -17,6 +17,7 @@ import pytest
 from rayward import RewardClient
 from rayward.config.load import load_config
 from rayward.config.mixture import MixtureConfig
+from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import Contract
@@ -208,7 +209,7 @@ def test_scaled_bradley_terry_from_one_attribute_and_the_extrapolation_of_the_tw
     with over_http(ensemble.resolve()) as client:
         assert client.models()[0].outputs == ["0_expo", "1_export", "spread"]
         (result,) = client.score_items([{"prompt": "Hello", "completions": ["Hi."]}]).results
-    members = [load_scored_model(path, device="cpu") for path in (merged, tuned)]
+    members = [load_scored_model(path, Placement(device="cpu")) for path in (merged, tuned)]
     from rayward.wire.items import ScoreItem
 
     item = ScoreItem(({"role": "user", "content": "Hello"},), ("Hi.",))

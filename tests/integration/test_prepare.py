@@ -46,7 +46,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _config(tokenizer_path: Path, storage: Path, train: object, *overrides: str) -> Config:
+def _config(tokenizer_path: Path, storage: Path | str, train: object, *overrides: str) -> Config:
     paths = json.dumps([str(path) for path in train] if isinstance(train, list) else [str(train)])
     base = [f"run.storage_path={storage}", f"model.tokenizer={tokenizer_path}", f"model.max_tokens={MAX_TOKENS}", f"data.train={paths}"]
     return load_config([], [*base, *overrides])
@@ -133,6 +133,20 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
     assert (report["rows_truncated"], report["train_validation_prompt_overlap"]) == (1, 0)
     assert Path(prepared.directory, "report.html").stat().st_size > 10_000
     _check_shards(prepared)
+
+
+def test_a_place_that_is_a_uri_gets_the_same_data_as_a_path(tmp_path: Path, tokenizer_path: Path) -> None:
+    rows = [*_good(12), "{broken"]
+    _write(tmp_path / "train.jsonl", rows)
+    options = ("data.max_bad_fraction=1.0", "data.rows_per_shard=8", "data.validation_fraction=0.3")
+    local = prepare(_config(tokenizer_path, tmp_path / "a", tmp_path / "train.jsonl", *options))
+    remote = prepare(_config(tokenizer_path, f"file://{tmp_path}/b", f"file://{tmp_path}/train.jsonl", *options))
+    assert remote.directory == f"file://{tmp_path}/b/prepared/{local.manifest.fingerprint}"
+    assert remote.manifest == local.manifest
+    for split in ("train", "validation"):
+        assert _table(remote, split) == _table(local, split)
+    found = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert found == {str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*") if path.is_file()}
 
 
 def test_critiques_and_steps_are_prepared_where_they_stand_in_the_ids(tmp_path: Path, tokenizer_path: Path) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 
 import httpx
 import psutil
+import pyarrow as pa
 import pytest
 from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export
 
 from rayward import RewardClient
+from rayward.config.placement import Placement
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ContractMismatchError, OverloadedError, RequestError, TooLongError
 from rayward.scoring.scorer import ScoreItem, Scorer
@@ -278,23 +280,22 @@ def test_unknown_key_in_the_serve_file_is_refused(app: ModuleType, export: Path)
 
 
 def test_data_set_scores_equal_the_scorers(export: Path, scorer: Scorer) -> None:
-    import ray
-
-    from rayward.scoring.batch import score_dataset
+    from rayward.scoring.batch import score_blocks
 
     items = [*fifty_items(), ScoreItem(({"role": "user", "content": "long"},), ("x" * 2 * MAX_TOKENS,))]
     rows = [
         {"id": str(i), "prompt_json": json.dumps(list(item.prompt)), "completions_json": json.dumps(list(item.completions))}
         for i, item in enumerate(items)
     ]
-    scored = score_dataset(ray.data.from_items(rows), model=str(export), device="cpu", concurrency=1).take_all()
+    blocks = score_blocks([pa.Table.from_pylist(rows)], model=str(export), placement=Placement(device="cpu"))
+    scored = [row for block in blocks for row in block.to_pylist()]
     assert len(scored) == len(items)
     expected = scorer.score(items)
     for row in scored:
         reference = expected[int(row["id"])]
         if reference.rewards is None:
             assert row["rewards"] is None
-            assert row["error"].startswith("too_long: ")
+            assert row["error"]["code"] == "too_long"
         else:
             assert row["error"] is None
             assert list(row["rewards"]) == pytest.approx(reference.rewards, abs=1e-5)

@@ -37,12 +37,12 @@ MAY_IMPORT_RAY = {
     "data.prepare.job",
     "data.prepare.write",
     "data.stream.stream",
-    "evaluation.run",
     "scoring.batch",
     "serving.app",
+    "serving.ingress",
+    "serving.proxies",
+    "serving.replica",
     "training.trainer",
-    "workflows.critique",
-    "workflows.mixture",
 }
 MAY_IMPORT_DEEPSPEED = {"training.engines.deepspeed", "training.engines.operator"}
 
@@ -141,7 +141,9 @@ def test_only_what_runs_on_ray_or_starts_a_job_connects_to_it() -> None:
         "cli",
         "demo.settings",
         "scoring.verify",
+        "workflows.critique",
         "workflows.evaluate",
+        "workflows.mixture",
         "workflows.train",
     }
 

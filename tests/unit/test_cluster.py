@@ -19,12 +19,15 @@ pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 
 
 class Calls:
-    """Stands where `ray.init` is called."""
+    """Stands where `ray.init` is called; `running`: a cluster runs on this machine."""
 
     def __init__(self) -> None:
         self.settings: list[dict[str, Any]] = []
+        self.running = False
 
     def __call__(self, **settings: Any) -> None:
+        if settings.get("address") == "auto" and not self.running:
+            raise ConnectionError("Could not find any running Ray instance.")
         self.settings.append(settings)
 
     @property
@@ -40,7 +43,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     recorded = Calls()
     monkeypatch.setattr(ray, "init", recorded)
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(recorded.settings))
-    monkeypatch.setattr(ray._private.worker, "_global_node", type("Node", (), {"is_head": lambda self: True})())
     monkeypatch.setattr(cluster, "_started_here", False)
     monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
     level = logging.getLogger("ray.data").level
@@ -57,6 +59,28 @@ def test_a_local_driver_gives_workers_the_package_by_its_absolute_path(calls: Ca
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert calls.settings[0]["log_to_driver"] is False
     assert cluster.started_here()
+
+
+def test_a_cluster_that_runs_on_this_machine_is_joined(calls: Calls) -> None:
+    calls.running = True
+    cluster.connect()
+    assert calls.settings[0]["address"] == "auto"
+    assert not cluster.started_here()
+
+
+@pytest.mark.parametrize(("address", "started"), [("local", True), ("ray-head:6379", False)])
+def test_an_address_is_taken_as_it_is_given(calls: Calls, address: str, started: bool) -> None:
+    os.environ["RAY_ADDRESS"] = address
+    cluster.connect()
+    assert "address" not in calls.settings[0]
+    assert cluster.started_here() is started
+
+
+def test_ray_still_marks_the_entry_point_of_a_job_by_the_variable_that_we_read() -> None:
+    from ray._private.runtime_env import constants
+
+    found = getattr(constants, "RAY_JOB_CONFIG_JSON_ENV_VAR", None)
+    assert found == cluster.JOB_VARIABLE, f"Ray {ray.__version__} no longer has {cluster.JOB_VARIABLE}: see rayward/cluster.py"
 
 
 def test_who_is_connected_stays_so(calls: Calls) -> None:

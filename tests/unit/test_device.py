@@ -18,16 +18,18 @@ from tests.helpers.comparisons import random_comparisons
 from tests.helpers.jobs import make_job, make_prepared, run_session
 from tests.helpers.models import make_export
 from tests.helpers.training import tiny_model
+from torch.nn.attention.flex_attention import BlockMask
 
 from rayward.batch.layout import pack
 from rayward.cluster import actor_options, device_environment, gpu_reserved
+from rayward.config.placement import Device
 from rayward.config.scoring import ScoringConfig
 from rayward.config.training import TrainingConfig
 from rayward.errors import ModelLoadError
 from rayward.model.attention import packed_attention, packed_mask
 from rayward.model.reward_model import to_tensors
 from rayward.model.weights import RandomInit
-from rayward.scoring.scorer import Device, ScoreItem, Scorer
+from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.scoring.verify import pick_device
 from rayward.training.engines.build import build_engine, initialize
 
@@ -70,7 +72,6 @@ def test_a_model_computes_where_its_batch_is() -> None:
 
 
 def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn.attention.flex_attention import BlockMask
 
     from rayward.model import attention
 
@@ -116,6 +117,17 @@ def test_what_a_setting_means_in_a_ray_process(worker: bool, gpus: list[str], de
 def test_cuda_without_a_reservation_is_refused_with_the_reason() -> None:
     with in_ray(worker=True, gpus=[]), pytest.raises(ModelLoadError, match="Ray reserved no GPU"):
         pick_device("cuda")
+
+
+def test_ray_has_what_it_is_asked_for() -> None:
+    # `RuntimeContext.worker` is not documented: when this fails, look how the new version tells a driver from a worker.
+    import ray
+    from ray.runtime_context import RuntimeContext
+
+    worker = SimpleNamespace(mode=ray.WORKER_MODE)
+    assert RuntimeContext(worker).worker is worker
+    assert ray.WORKER_MODE != ray.SCRIPT_MODE
+    assert callable(RuntimeContext.get_accelerator_ids)
 
 
 def test_outside_of_ray_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:

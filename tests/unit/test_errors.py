@@ -59,7 +59,7 @@ def test_type_and_fields_survive_json_and_pickle(kind: type[RaywardError]) -> No
 
 def test_what_may_be_retried() -> None:
     retryable = {kind.__name__ for kind in KINDS if kind.retryable}
-    assert retryable == {"StreamOrderError", "CheckpointError", "OverloadedError", "DeadlineError", "ServerError"}
+    assert retryable == {"StreamOrderError", "CheckpointDamagedError", "OverloadedError", "DeadlineError", "ServerError"}
 
 
 def test_a_type_of_a_newer_version_becomes_the_nearest_base_and_keeps_its_fields() -> None:
@@ -133,6 +133,27 @@ def test_an_error_is_found_wherever_an_exception_carries_it() -> None:
     assert carried_by(wrapped) is original
     assert type(carried_by(RuntimeError(as_text(make(CheckpointError).marked())))) is CheckpointError
     assert carried_by(RuntimeError("nothing of ours")) is None
+
+
+def test_an_error_survives_what_ray_data_makes_of_it() -> None:
+    # Ray Data raises an error of its own over ours, and pickling drops the chain: only the text of the traceback is left.
+    from ray.exceptions import RayTaskError, UserCodeException
+
+    def refuse() -> int:
+        raise make(ContractMismatchError)
+
+    try:
+        try:
+            Deferred(refuse).get()
+        except RaywardError as exc:
+            raise UserCodeException("UDF failed to process a data block.") from exc
+    except UserCodeException as exc:
+        task = RayTaskError("map", traceback.format_exc(), exc, proctitle="p", pid=1, ip="0.0.0.0")
+    arrived = pickle.loads(pickle.dumps(task)).as_instanceof_cause()
+    assert arrived.cause.__cause__ is None
+    found = carried_by(arrived)
+    assert type(found) is ContractMismatchError
+    assert vars(found) == vars(make(ContractMismatchError))
 
 
 def test_an_actor_gives_the_error_of_its_constructor_at_every_call() -> None:

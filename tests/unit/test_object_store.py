@@ -33,6 +33,7 @@ from rayward.scoring.scorer import Scorer
 from rayward.training.checkpoints.format import COMMIT_FILE
 from rayward.training.checkpoints.store import CheckpointStore, choose_checkpoint
 from rayward.training.engines.protocol import STATE_KINDS
+from rayward.workflows import evaluate
 from rayward.workflows.export import export
 
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
@@ -127,6 +128,18 @@ def test_held_out_rows_come_from_prepared_and_from_raw_data(bucket: str, tmp_pat
     put(f"{bucket}/raw.jsonl", json_lines(2) + b"{\n")
     raw = read_raw([f"{bucket}/raw.jsonl"], DataConfig(), download_to=str(tmp_path))
     assert (raw.num_rows, [table.num_rows for table in raw.tables], list(raw.rejected)) == (3, [2], [2])
+
+
+def test_a_prepared_directory_is_recognised_by_its_manifest_wherever_it_is(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_prepared(f"{bucket}/prepared", {"validation": [[prepared_row(0)]]})
+    put(f"{bucket}/raw.jsonl", json_lines(2))
+    asked: list[tuple[object, object]] = []
+    monkeypatch.setattr(evaluate, "connect", lambda: None)
+    monkeypatch.setattr("rayward.evaluation.run.evaluate", lambda *, data, prepared, **_: asked.append((data, prepared)))
+    monkeypatch.setattr("rayward.evaluation.report.print_table", lambda _: None)
+    for name in ("prepared", "raw.jsonl"):
+        evaluate.evaluate_pipeline("model", [f"{bucket}/{name}"], "out", data_config=DataConfig())
+    assert asked == [(None, f"{bucket}/prepared"), ([f"{bucket}/raw.jsonl"], None)]
 
 
 def test_checkpoints_are_written_pruned_damaged_and_loaded(bucket: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,13 +36,13 @@ class Whole(Versioned):
     name: str
     scale: float = 1.0
     parts: tuple[Part, ...] = ()
-    by_name: dict[str, Part] = Field(default_factory=dict)
+    by_name: Mapping[str, Part] = Field(default_factory=dict)
 
 
 class LaterWhole(Whole):
     version: int = 4
     parts: tuple[LaterPart, ...] = ()
-    by_name: dict[str, LaterPart] = Field(default_factory=dict)  # type: ignore[assignment]
+    by_name: Mapping[str, LaterPart] = Field(default_factory=dict)
     colour: str = "red"
     inner: LaterPart = LaterPart(name="x")
 
@@ -72,12 +73,11 @@ def test_the_order_of_fields_and_the_type_of_a_number_do_not_count() -> None:
     assert identity(Swapped(name="a", scale=2)) == identity(Whole(name="a", scale=2.0))
 
 
-def test_fields_are_left_out_or_taken_by_name_in_the_record_itself_only() -> None:
+def test_fields_are_left_out_by_name_in_the_record_itself_only() -> None:
     whole = Whole.model_validate(CONTENT)
     without = identity(whole, exclude={"name"})
     assert without == identity(Whole.model_validate({**CONTENT, "name": "other"}), exclude={"name"})
     assert without != identity(whole.model_copy(update={"parts": (Part(name="z"),)}), exclude={"name"})
-    assert identity(whole, include={"name", "colour"}) == digest({"name": "a"})
 
 
 def test_records_of_two_methods_with_defaults_alone_are_told_apart() -> None:

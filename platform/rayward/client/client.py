@@ -15,6 +15,7 @@ import httpx
 
 from rayward.client.exchange import Answer, Item, Outcome, Rules, Scores, Send, Steps, Text, Wait, checked_url, request_headers
 from rayward.contract.contract import Normalise
+from rayward.wire.items import Asked
 from rayward.wire.native import Health, ModelInfo, ModelList
 
 __all__ = ["AsyncRewardClient", "Item", "RewardClient", "Scores", "Text"]
@@ -55,8 +56,8 @@ class RewardClient:
         sleep: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        options = {"weights": weights, "normalise": normalise, "n_critiques": n_critiques, "temperature": temperature}
-        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, options, clock, jitter)
+        asked = Asked(weights, normalise, n_critiques, temperature)
+        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, asked, clock, jitter)
         self._sleep = sleep
         self._http = httpx.Client(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 
@@ -142,8 +143,8 @@ class AsyncRewardClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        options = {"weights": weights, "normalise": normalise, "n_critiques": n_critiques, "temperature": temperature}
-        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, options, clock, jitter)
+        asked = Asked(weights, normalise, n_critiques, temperature)
+        self._rules = Rules(deadline_s, max_retries, model, max_items_per_request, asked, clock, jitter)
         self._sleep = sleep
         self._http = httpx.AsyncClient(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 

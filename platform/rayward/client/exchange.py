@@ -26,10 +26,11 @@ from rayward.errors import (
     RequestError,
     ScoringError,
     ServerError,
+    TokenRangeError,
     TooLongError,
 )
-from rayward.wire.items import ItemError, ItemResult, ScoreItem
-from rayward.wire.native import ErrorReply, ScoreReply, ScoreRequest
+from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
+from rayward.wire.native import ErrorReply, ScoreReply
 
 RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
 BACKOFF_BASE_S = 0.1
@@ -93,14 +94,14 @@ class Rules:
     """Everything the two clients share: what to send, when to send it again, what a reply means.
 
     Attributes:
-        options: further fields of `ScoreRequest`; those that are the default are not sent.
+        asked: of every item; what is the default is not sent.
     """
 
     deadline_s: float
     max_retries: int
     model: str | None
     max_items_per_request: int
-    options: Mapping[str, Any]
+    asked: Asked
     clock: Callable[[], float]
     jitter: Callable[[], float]
 
@@ -137,8 +138,7 @@ class Rules:
         payload: dict[str, Any] = {"items": chunk}
         if self.model is not None:
             payload["model"] = self.model
-        defaults = ScoreRequest.model_fields
-        payload |= {name: value for name, value in self.options.items() if value != defaults[name].default}
+        payload |= self.asked.given()
         content = json.dumps(payload, separators=(",", ":")).encode("ascii")
         answer = yield from self._exchange("POST", "/v1/score", content, until, first_item)
         reply = _parse(answer.body, ScoreReply)
@@ -213,22 +213,12 @@ def _check_counts(chunk: Sequence[Mapping[str, Any]], reply: ScoreReply) -> tupl
     remedy = "report this: the server broke its own schema"
     if len(reply.results) != len(chunk):
         raise ServerError(f"{len(chunk)} items were sent and {len(reply.results)} results came back", remedy=remedy)
-    results: list[ItemResult] = []
     for index, (item, result) in enumerate(zip(chunk, reply.results, strict=True)):
-        if result.error is not None:
-            results.append(ItemResult(error=ItemError(result.error.code, result.error.message)))
-            continue
-        assert result.rewards is not None
-        if len(result.rewards) != len(item["completions"]):
+        if result.rewards is not None and len(result.rewards) != len(item["completions"]):
             raise ServerError(
                 f"item {index} has {len(item['completions'])} completions and got {len(result.rewards)} rewards", remedy=remedy
             )
-        outputs, steps, critiques = (
-            None if rows is None else tuple(tuple(row) for row in rows) for rows in (result.outputs, result.steps, result.critiques)
-        )
-        std = None if result.reward_std is None else tuple(result.reward_std)
-        results.append(ItemResult(tuple(result.rewards), outputs=outputs, steps=steps, critiques=critiques, reward_std=std))  # type: ignore[arg-type]
-    return tuple(results)
+    return tuple(reply.results)
 
 
 def _item_exception(error: ItemError) -> RaywardError:
@@ -236,6 +226,8 @@ def _item_exception(error: ItemError) -> RaywardError:
         return TooLongError(error.message, remedy="shorten the prompt's last turn or the completion")
     if error.code == "template":
         return ContractError(error.message, remedy="use turns and roles that the model's template knows")
+    if error.code == "token_out_of_range":
+        return TokenRangeError(error.message, remedy="leave that text out, or use the tokenizer that the model was trained with")
     return ServerError(f"no reward ({error.code}): {error.message}", remedy="leave the sample out; check the model if this repeats")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from rayward.config.data import DataConfig
+from rayward.config.placement import Device, Placement
 from rayward.config.run import RunConfig
 from rayward.schema import Frozen
 
@@ -44,7 +45,7 @@ class MixtureConfig(Frozen):
     """Copies of the backbone that compute features side by side."""
     gpus_per_scorer: float = Field(0.0, ge=0.0)
     """GPUs that each of them reserves."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where they compute."""
     tokens_per_batch: int = Field(8192, ge=64)
     """Token budget of one forward."""
@@ -59,3 +60,10 @@ class MixtureConfig(Frozen):
                 f"verbosity_attribute is {self.verbosity_attribute!r}; the rule is one of ratings.attributes: {', '.join(names)}"
             )
         return self
+
+    @property
+    def placement(self) -> Placement:
+        """Where features are computed."""
+        return Placement(
+            device=self.device, actors=self.scorers, gpus_per_actor=self.gpus_per_scorer, tokens_per_batch=self.tokens_per_batch
+        )

@@ -24,7 +24,7 @@ class RunConfig(Frozen):
     name: str = Field("rayward", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """A new driver with the same name and storage path continues the run."""
     storage_path: str = "runs"
-    """Directory or pyarrow filesystem URI (s3://…, gs://…) for prepared data, checkpoints, logs and exports."""
+    """Directory or URI (s3://…, gs://…, any scheme of fsspec) for prepared data, checkpoints, logs and exports."""
     seed: int = Field(0, ge=0)
     """Seeds weight initialisation, the data order and the split."""
 

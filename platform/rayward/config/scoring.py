@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, TypeAlias
+from typing import Self
 
 from pydantic import Field, model_validator
 
+from rayward.config.placement import Device, HashWeights, Placement
 from rayward.schema import Frozen
 from rayward.wire.rules import Limits
-
-HashWeights: TypeAlias = Literal["sampled", "full"]
-"""What is read of weights that came without a contract, to identify them: a piece of every tensor, or every byte."""
 
 
 class ScoringConfig(Frozen):
@@ -20,7 +18,7 @@ class ScoringConfig(Frozen):
     """Directory of an exported model (or of any Hugging Face sequence-classification reward model)."""
     model_name: str | None = None
     """Name in replies; default: the last part of `model`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where a replica computes; `auto` takes CUDA when a replica reserves a GPU."""
     tokens_per_batch: int = Field(8192, ge=64)
     """Token budget of one forward pass over the requests that wait."""
@@ -62,6 +60,17 @@ class ScoringConfig(Frozen):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"min_replicas is {self.min_replicas} and max_replicas {self.max_replicas}; the rule is min <= max")
         return self
+
+    @property
+    def placement(self) -> Placement:
+        """Where each replica scores; the replicas are Serve's."""
+        return Placement(
+            device=self.device,
+            gpus_per_actor=self.gpus_per_replica,
+            tokens_per_batch=self.tokens_per_batch,
+            verify=self.verify_golden,
+            hash_weights=self.hash_weights,
+        )
 
     @property
     def limits(self) -> Limits:

@@ -25,7 +25,7 @@ from rayward.contract.conversation import Message
 from rayward.contract.reading import RewardReadout
 from rayward.contract.tokenizer import bos_for_plain, pick_pad, pick_template
 from rayward.contract.weight_sets import WEIGHT_SETS
-from rayward.errors import ContractError, ContractMismatchError
+from rayward.errors import ContractError, ContractMismatchError, UnverifiedError
 from rayward.schema import Frozen, Versioned, file_sha256, identity, write_atomically
 
 if TYPE_CHECKING:
@@ -39,8 +39,14 @@ Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
 """What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
 
 
-RULES_OF_TEXT = frozenset({"template", "template_kwargs", "bos_token", "end_token", "end_token_id", "max_tokens", "critique_lead_in"})
-"""Fields of a contract that decide the token ids of a text and the position that is read."""
+NO_RULES_OF_TEXT = frozenset(
+    {
+        "template_source", "pad_token", "pad_token_id", "outputs", "reward_weights", "weight_sets", "gate", "reading", "normaliser",
+        "dtype", "golden", "golden_tolerance", "files", "head_sha256",
+    }
+)  # fmt: skip
+"""Fields of a contract that do not decide the token ids of a text and the position that is read; a field that is added does, until it is
+named here."""
 
 
 class GoldenScore(Frozen):
@@ -176,6 +182,21 @@ class Contract(Versioned):
         }
         return self.model_copy(update={"outputs": outputs, "reward_weights": reward_weights, "weight_sets": sets, "reading": reading})
 
+    def require_golden(self, where: object) -> None:
+        """Refuse a contract that holds nothing to verify the scores by.
+
+        Args:
+            where: the model, for the message.
+
+        Raises:
+            UnverifiedError: there are no golden scores.
+        """
+        if not self.golden:
+            raise UnverifiedError(
+                f"the contract of {where} holds no golden scores, so nothing says that it scores as it did",
+                remedy="export the model again, or ask for it unverified: --no-verify (commands), verify_golden: false (server)",
+            )
+
     def model_version(self) -> str:
         """Twelve hex digits that identify the exported model: everything here but the normaliser (see `schema.identity`)."""
         return identity(self, exclude={"normaliser"})[:12]
@@ -202,7 +223,7 @@ class Contract(Versioned):
 
     def fingerprint(self) -> str:
         """Hash of the rules that turn text into ids and a position (not of weights, files or golden scores)."""
-        return identity(self, include=RULES_OF_TEXT)
+        return identity(self, exclude=NO_RULES_OF_TEXT)
 
 
 def verify_files(contract: Contract, directory: Path) -> None:

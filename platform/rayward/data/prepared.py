@@ -167,7 +167,7 @@ class PreparedData:
                 table = with_columns(file.read([name for name in columns if name in known]), columns)
         except FileNotFoundError as exc:
             raise DataError(f"{where} is missing", remedy=remedy) from exc
-        except (OSError, pa.ArrowException) as exc:
+        except (OSError, ValueError, pa.ArrowException) as exc:  # ValueError: a null where none may be
             raise DataError(f"{where} cannot be read ({exc})", remedy=remedy) from exc
         if table.num_rows != shard.num_rows:
             raise DataError(f"{where} holds {table.num_rows} rows; {MANIFEST_FILE} says {shard.num_rows}", remedy=remedy)

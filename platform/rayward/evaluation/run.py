@@ -8,27 +8,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 from pydantic import ValidationError
 
 from rayward.config.data import DataConfig
 from rayward.config.load import parse_config
+from rayward.config.placement import Placement
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.errors import ConfigError, DataError, ModelLoadError, ScoringError
-from rayward.evaluation.held_out import ROWS_PER_BLOCK, HeldOut, read_prepared, read_raw
+from rayward.evaluation.held_out import HeldOut, read_prepared, read_raw
 from rayward.evaluation.plots import write_plots
 from rayward.evaluation.records import Evaluation, Record
 from rayward.evaluation.report import write_report
 from rayward.evaluation.suites.base import Suite
 from rayward.evaluation.summary import summarise
-
-if TYPE_CHECKING:
-    import ray.data
-
-    from rayward.scoring.scorer import Device
-
+from rayward.wire.items import Asked
 
 SCORES_FILE, METRICS_FILE, REPORT_FILE, PLOT_FOLDER = "scores.jsonl", "metrics.json", "report.html", "plots"
 
@@ -40,15 +36,9 @@ def evaluate(
     data: Sequence[str] | None = None,
     prepared: str | None = None,
     data_config: DataConfig | None = None,
-    device: Device = "auto",
-    concurrency: int = 1,
-    tokens_per_batch: int = 8192,
-    gpus_per_actor: float = 0.0,
-    verify: bool = True,
-    weights: str | None = None,
+    asked: Asked = Asked(),
+    placement: Placement = Placement(),
     benchmark: Suite | None = None,
-    n_critiques: int = 1,
-    temperature: float = 0.0,
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
@@ -60,14 +50,9 @@ def evaluate(
         data: raw files, globs, directories, URIs or `hf:` names, in any format that `prepare` reads.
         prepared: a prepared directory, whose validation shards are used; exactly one of the two is given.
         data_config: format and column names for `data`.
-        device: where each scorer computes.
-        concurrency: scorers that run side by side.
-        tokens_per_batch: token budget of one forward.
-        gpus_per_actor: GPUs that each scorer reserves.
-        verify: check an export against its contract first.
-        weights: weight set for a model with several outputs; None: the model's own.
+        asked: of the model, besides the texts; figures are of raw rewards.
+        placement: where the scorers run, and how many.
         benchmark: add the figures of a published benchmark (`suites.table.choose`), whose subset is each row's `source`.
-        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
         bootstrap_samples: resamples of prompts behind each interval.
         seed: of the resampling.
 
@@ -90,19 +75,9 @@ def evaluate(
         benchmark.check((row["id"], row["source"], row["ranks"]) for row in _judged(held_out))
     scored: dict[int, Record] = {}
     if held_out.tables:
-        dataset = _score(
-            held_out.tables,
-            model=str(Path(model).resolve()),
-            device=device,
-            concurrency=concurrency,
-            tokens_per_batch=tokens_per_batch,
-            gpus_per_actor=gpus_per_actor,
-            verify=verify,
-            weights=weights,
-            n_critiques=n_critiques,
-            temperature=temperature,
-        )
-        scored = dict(_records(dataset))
+        from rayward.scoring.batch import score_blocks
+
+        scored = dict(_records(score_blocks(held_out.tables, model=str(Path(model).resolve()), asked=asked, placement=placement)))
     records = merge(held_out, scored)
     write_scores(records, directory / SCORES_FILE)
     where = (prepared,) if prepared else tuple(data or ())
@@ -173,7 +148,7 @@ def merge(held_out: HeldOut, scored: dict[int, Record]) -> list[Record]:
 
 def to_record(row: dict[str, Any]) -> Record:
     """One scored row of the dataset as a record: the texts go, their lengths stay."""
-    code, _, message = (row["error"] or "").partition(": ")
+    error = row["error"] or {"code": None, "message": None}
     return Record(
         id=row["id"],
         source=row["source"],
@@ -181,8 +156,8 @@ def to_record(row: dict[str, Any]) -> Record:
         ranks=None if row["ranks"] is None else tuple(row["ranks"]),
         lengths=tuple(len(text) for text in json.loads(row["completions_json"])),
         rewards=None if row["rewards"] is None else tuple(row["rewards"]),
-        error_code=code or None,
-        error=message or None,
+        error_code=error["code"],
+        error=error["message"],
     )
 
 
@@ -199,24 +174,12 @@ def _judged(held_out: HeldOut) -> Iterator[dict[str, Any]]:
         yield from table.select(["id", "source", "ranks"]).to_pylist()
 
 
-def _score(tables: tuple[pa.Table, ...], **options: Any) -> ray.data.Dataset:
-    import ray.data
-
-    from rayward.scoring.batch import score_dataset
-
-    return score_dataset(ray.data.from_arrow(list(tables)), **options)
-
-
-def _records(dataset: ray.data.Dataset) -> Iterator[tuple[int, Record]]:
-    from rayward.cluster import ray_errors
-
+def _records(blocks: Iterable[pa.Table]) -> Iterator[tuple[int, Record]]:
     seen: set[int] = set()
-    with ray_errors():
-        batches: Any = dataset.iter_batches(batch_size=ROWS_PER_BLOCK, batch_format="pyarrow")
-        for batch in batches:
-            for row in batch.to_pylist():
-                position = row["row"]
-                if position in seen:
-                    raise ScoringError(f"row {position} was scored twice", remedy="the shards repeat rows: prepare again")
-                seen.add(position)
-                yield position, to_record(row)
+    for block in blocks:
+        for row in block.to_pylist():
+            position = row["row"]
+            if position in seen:
+                raise ScoringError(f"row {position} was scored twice", remedy="the shards repeat rows: prepare again")
+            seen.add(position)
+            yield position, to_record(row)

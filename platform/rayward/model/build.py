@@ -14,6 +14,7 @@ from rayward.batch.layout import Layout
 from rayward.config.model import ModelConfig
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
+from rayward.model.capabilities import UNSUITABLE, context_length, text_config
 from rayward.model.gate import GATING_FILE, Gating
 from rayward.model.heads import HeadShape, MlpHead, build_head, set_head_shape
 from rayward.model.pretrained import fill, scoring_source
@@ -26,19 +27,18 @@ def resolve_hf_config(model: ModelConfig, contract: Contract, *, vocab_size: int
 
     Raises:
         ConfigError: `max_tokens` exceeds the model's context length.
-        ModelLoadError: the config cannot be read.
+        ModelLoadError: the config cannot be read, or its architecture cannot be a reward model.
     """
     values = dict(model.architecture or {})
-    try:
-        if model.path is not None:
-            config = AutoConfig.from_pretrained(resolve_model_dir(model.path, model.revision))
-        else:
+    if model.path is not None:
+        config = read_hf_config(resolve_model_dir(model.path, model.revision))
+    else:
+        try:
             config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ModelLoadError(
-            f"no model configuration in {model.path or model.architecture}: {exc}", remedy="check model.path or model.architecture"
-        ) from exc
-    context = getattr(config, "max_position_embeddings", None)
+        except UNSUITABLE as exc:
+            raise _no_configuration(model.architecture, exc) from exc
+    config = text_config(config)
+    context = context_length(config)
     if context is not None and contract.max_tokens > context:
         raise ConfigError(
             f"model.max_tokens is {contract.max_tokens}, the model's context length is {context}",
@@ -55,9 +55,30 @@ def resolve_hf_config(model: ModelConfig, contract: Contract, *, vocab_size: int
     if getattr(config, "num_key_value_heads", 0) is None:
         config.num_key_value_heads = config.num_attention_heads
     for name, value in list(vars(config).items()):
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+        if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
-    return cast(PretrainedConfig, config)
+    return config
+
+
+def read_hf_config(directory: Path) -> PretrainedConfig:
+    """The Transformers config of a model directory.
+
+    Raises:
+        ModelLoadError: it cannot be read, or its values contradict each other.
+    """
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(directory))
+    except (OSError, *UNSUITABLE) as exc:
+        raise _no_configuration(directory, exc) from exc
+
+
+def _no_configuration(where: object, exc: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"no model configuration in {where}: {type(exc).__name__}: {exc}",
+        remedy="check model.path or model.architecture; a model whose layers are of several kinds may need layer_types, one for each layer"
+        if isinstance(exc, (ArithmeticError, TypeError))
+        else "check model.path or model.architecture",
+    )
 
 
 def _stored_head(path: str, revision: str | None) -> HeadShape | None:
@@ -89,7 +110,7 @@ def build_reward_model(
             model.tie_weights()  # which Transformers leaves out together with the values
             build_head(model)
             return RewardModel(model, max_tokens=max_tokens, layout=layout, with_language=with_language)
-    except (ValueError, KeyError) as exc:
+    except UNSUITABLE as exc:
         raise ModelLoadError(
             f"Transformers cannot build a sequence-classification model of type {config.model_type!r}: {exc}",
             remedy="use an architecture with a …ForSequenceClassification class",
@@ -111,10 +132,8 @@ def load_reward_model(
         ModelLoadError: it cannot be loaded, or its head would be newly initialised.
     """
     checkpoint = Checkpoint.open(directory)
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ModelLoadError(f"{directory} cannot be loaded: no model configuration: {exc}", remedy="check the directory") from exc
+    config = read_hf_config(directory)
+    config = config if config.is_encoder_decoder else text_config(config)
     head = HeadShape.of({name: view.shape for name, view in checkpoint.views.items()})
     set_head_shape(config, head)
     if head is not None and head.num_outputs != config.num_labels:

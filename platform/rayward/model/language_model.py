@@ -36,6 +36,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self._soft_cap = soft_cap(model.config)
         self.model = model
+        self.num_embeddings = len(cast(Tensor, model.get_input_embeddings().weight))
         self.layout: Layout = layout or ("padded" if why_not_shareable(model, max_tokens=max_tokens) else "packed")
         if self.layout == "packed":
             model.set_attn_implementation(PACKED_ATTENTION)

@@ -1,143 +1,150 @@
-"""Scoring a data set: Ray Data batch inference with the scorer that serving uses."""
+"""Scoring blocks of rows on Ray Data with the scorer that serving uses: one pool of actors for rewards, features and critiques."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 import ray.data
+from ray.exceptions import RayActorError
 
-from rayward.cluster import Deferred, actor_options
-from rayward.errors import DataError, marking
+from rayward.cluster import Deferred, actor_options, ray_errors
+from rayward.config.placement import Placement
+from rayward.errors import DataError, ScoringError, marking
+from rayward.wire.items import Asked, ItemError, ScoreItem
 
 if TYPE_CHECKING:
-    from rayward.scoring.scorer import Device, ScoreItem
+    from rayward.scoring.scored_model import ScoredModel
 
 
 ROWS_PER_CALL = 256
 """Rows given to one scorer call; it cuts them into micro-batches by tokens."""
 
 REWARDS_TYPE = pa.list_(pa.float32())
+ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
+
+Blocks: TypeAlias = "Sequence[pa.Table] | ray.data.Dataset"
+Work: TypeAlias = "Callable[[ScoredModel, pa.Table], pa.Table]"
+"""What is done with a block; pickled, so a function of a module or a `partial` of one."""
 
 
-class _ScoreRows:
-    # One per actor of the pool: loads the model once.
-
-    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool, options: dict[str, Any]) -> None:
-        from rayward.scoring.load import load_scored_model
-
-        self._options = options
-        self._scorer = Deferred(lambda: load_scored_model(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify))
-
-    @marking
-    def __call__(self, table: pa.Table) -> pa.Table:
-        results = self._scorer.get().score(_items(table, self._options))
-        rewards = pa.array([r.rewards for r in results], REWARDS_TYPE)
-        errors = pa.array([None if r.error is None else f"{r.error.code}: {r.error.message}" for r in results], pa.string())
-        return table.append_column("rewards", rewards).append_column("error", errors)
-
-
-class _FeatureRows:
-    # As _ScoreRows; gives the hidden states instead of rewards.
-
-    def __init__(self, model: str, device: Device, tokens_per_batch: int, verify: bool) -> None:
-        from rayward.scoring.scorer import Scorer
-
-        self._scorer = Deferred(lambda: Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch, verify=verify))
-
-    @marking
-    def __call__(self, table: pa.Table) -> pa.Table:
-        from rayward.wire.items import ItemError
-
-        ends: list[Any] = []
-        gates: list[Any] = []
-        errors: list[str | None] = []
-        for found in self._scorer.get().features(_items(table, {})):
-            if isinstance(found, ItemError):
-                ends.append(None)
-                gates.append(None)
-                errors.append(f"{found.code}: {found.message}")
-            else:
-                ends.append(found[:, 0].flatten().numpy())
-                gates.append(found[:, 1].flatten().numpy())
-                errors.append(None)
-        for name, values in (("end_hidden", ends), ("gate_hidden", gates)):
-            table = table.append_column(name, pa.array(values, pa.large_list(pa.float32())))
-        return table.append_column("error", pa.array(errors, pa.string()))
-
-
-def _items(table: pa.Table, options: dict[str, Any]) -> list[ScoreItem]:
-    from rayward.scoring.scorer import ScoreItem
-
-    items = []
-    for prompt, completions in zip(table["prompt_json"].to_pylist(), table["completions_json"].to_pylist(), strict=True):
-        turns, texts = _loads(prompt, "prompt_json"), _loads(completions, "completions_json")
-        items.append(ScoreItem(prompt=tuple(turns), completions=tuple(texts), **options))
-    return items
-
-
-def feature_dataset(
-    dataset: ray.data.Dataset,
-    *,
-    model: str,
-    device: Device = "auto",
-    concurrency: int = 1,
-    tokens_per_batch: int = 8192,
-    gpus_per_actor: float = 0.0,
-) -> ray.data.Dataset:
-    """Add what a head reads: `end_hidden` and `gate_hidden` (flattened float32 [K, hidden], null with an `error`).
-
-    Args: as `score_dataset`.
-    """
-    return dataset.map_batches(
-        _FeatureRows,
-        fn_constructor_args=(model, device, tokens_per_batch, True),
-        batch_size=ROWS_PER_CALL,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=concurrency),
-        **actor_options(gpus_per_actor),
-    )
-
-
-def score_dataset(
-    dataset: ray.data.Dataset,
-    *,
-    model: str,
-    device: Device = "auto",
-    concurrency: int = 1,
-    tokens_per_batch: int = 8192,
-    gpus_per_actor: float = 0.0,
-    verify: bool = True,
-    weights: str | None = None,
-    n_critiques: int = 1,
-    temperature: float = 0.0,
-) -> ray.data.Dataset:
-    """Add a `rewards` column (list of K finite float32, null where there is none) and an `error` column (`code: message`, or null).
+def score_blocks(blocks: Blocks, *, model: str, asked: Asked = Asked(), placement: Placement = Placement()) -> Iterator[pa.Table]:
+    """Add `rewards` (list of K finite float32, null where there is none) and `error` (code and message, or null).
 
     Args:
-        dataset: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
-        model: directory of an export, or of any Hugging Face sequence-classification model.
-        device: of each scorer; `auto` takes CUDA when the actors reserve GPUs.
-        concurrency: actors, each holding one scorer.
-        tokens_per_batch: token budget of one forward.
-        gpus_per_actor: GPUs that each actor reserves.
-        verify: check the export against its contract when an actor starts.
-        weights: weight set for a model with several outputs; None: the model's own.
-        n_critiques, temperature: of a model that writes critiques: the reward is the mean over so many.
+        blocks: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
+        model: directory of whatever scores; the same path on every node.
 
-    Returns:
-        A lazy dataset; row order follows the input when the caller sets `preserve_order`.
+    Raises: as `pool`.
     """
-    options = {"weights": weights, "n_critiques": n_critiques, "temperature": temperature}
-    return dataset.map_batches(
-        _ScoreRows,
-        fn_constructor_args=(model, device, tokens_per_batch, verify, options),
-        batch_size=ROWS_PER_CALL,
+    return pool(blocks, partial(_score, asked=asked), model=model, placement=placement)
+
+
+def feature_blocks(blocks: Blocks, *, model: str, placement: Placement = Placement()) -> Iterator[pa.Table]:
+    """Add what a head reads: `end_hidden` and `gate_hidden` (flattened float32 [K, hidden], null with an `error`).
+
+    Args and raises: as `score_blocks`; the model is one with a head.
+    """
+    return pool(blocks, _features, model=model, placement=placement)
+
+
+def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_per_call: int = ROWS_PER_CALL) -> Iterator[pa.Table]:
+    """Let copies of a model work on blocks of rows, each copy in an actor of its own.
+
+    Args:
+        blocks: tables that the driver holds (read tasks would wait for ever on a cluster whose CPUs are all held by the actors), or a
+            data set.
+        rows_per_call: rows given to one call of `work`; what is lost when an actor dies.
+
+    Yields:
+        The blocks that `work` returns, in no certain order.
+
+    Raises:
+        ModelLoadError, ContractError: an actor cannot load the model; any other typed error that an actor met.
+        ScoringError: an actor died.
+    """
+    size = placement.actors
+    if not isinstance(blocks, ray.data.Dataset):
+        if not blocks:
+            return
+        size = min(size, len(blocks))
+        blocks = ray.data.from_arrow(list(blocks))
+    done = blocks.map_batches(
+        _Worker,
+        fn_constructor_args=(work, model, placement),
+        batch_size=rows_per_call,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=concurrency),
-        **actor_options(gpus_per_actor),
+        compute=ray.data.ActorPoolStrategy(size=size),
+        **actor_options(placement.gpus_per_actor),
     )
+    try:
+        with ray_errors():
+            found: Any = done.iter_batches(batch_size=None, batch_format="pyarrow")
+            yield from found
+    except RayActorError as exc:
+        raise ScoringError(
+            f"an actor that held the model died: {exc}", remedy="give it more memory, or fewer actors or tokens per batch; see its log"
+        ) from exc
+
+
+class _Worker:
+    # One per actor of the pool: loads the model once.
+
+    def __init__(self, work: Work, model: str, placement: Placement) -> None:
+        from rayward.scoring.load import load_scored_model
+
+        self._work = work
+        self._model = Deferred(lambda: load_scored_model(model, placement))
+
+    @marking
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._work(self._model.get(), block)
+
+
+def _score(model: ScoredModel, block: pa.Table, *, asked: Asked) -> pa.Table:
+    results = model.score(items_of(block, asked))
+    rewards = pa.array([result.rewards for result in results], REWARDS_TYPE)
+    return block.append_column("rewards", rewards).append_column("error", _errors([result.error for result in results]))
+
+
+def _features(model: ScoredModel, block: pa.Table) -> pa.Table:
+    from rayward.scoring.load import reward_model_of
+
+    ends: list[Any] = []
+    gates: list[Any] = []
+    errors: list[ItemError | None] = []
+    for found in reward_model_of(model).features(items_of(block, Asked())):
+        if isinstance(found, ItemError):
+            hidden: tuple[Any, Any] = (None, None)
+        else:
+            hidden = (found[:, 0].flatten().numpy(), found[:, 1].flatten().numpy())
+        ends.append(hidden[0])
+        gates.append(hidden[1])
+        errors.append(found if isinstance(found, ItemError) else None)
+    for name, values in (("end_hidden", ends), ("gate_hidden", gates)):
+        block = block.append_column(name, pa.array(values, pa.large_list(pa.float32())))
+    return block.append_column("error", _errors(errors))
+
+
+def _errors(errors: Sequence[ItemError | None]) -> pa.Array:
+    return pa.array([None if error is None else asdict(error) for error in errors], ERROR_TYPE)
+
+
+def items_of(block: pa.Table, asked: Asked, *, seed: int = 0) -> list[ScoreItem]:
+    """The items of a block's rows.
+
+    Raises:
+        DataError: a column does not hold JSON lists.
+    """
+    rows = zip(block["prompt_json"].to_pylist(), block["completions_json"].to_pylist(), strict=True)
+    return [
+        ScoreItem(tuple(_loads(prompt, "prompt_json")), tuple(_loads(completions, "completions_json")), asked, seed=seed)
+        for prompt, completions in rows
+    ]
 
 
 def _loads(text: str, column: str) -> list[Any]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
-from rayward.errors import ContractError, TooLongError
+from rayward.errors import TooLongError
 from rayward.model.generation import Opening, generate
 from rayward.model.reward_model import RewardModel
 from rayward.schema import digest
+from rayward.scoring.isolation import each, together
 from rayward.wire.items import ItemError, ScoreItem
 
 MAX_CRITIQUE_TOKENS = 1024
@@ -32,41 +34,41 @@ class CritiqueWriter:
         self._tokens_per_batch = tokens_per_batch
 
     def write(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
-        """The items with `n_critiques` critiques for every completion, or why there are none (`too_long`, `template`)."""
-        openings: list[list[Opening] | ItemError] = []
-        for item in items:
-            try:
-                openings.append([opening for text in item.completions for opening in self._openings(item, text)])
-            except TooLongError as exc:
-                openings.append(ItemError("too_long", exc.problem))
-            except ContractError as exc:
-                openings.append(ItemError("template", exc.problem))
-        written: dict[int, list[str]] = {}
-        for temperature in sorted({item.temperature for item in items}):
-            members = [i for i, item in enumerate(items) if item.temperature == temperature and isinstance(openings[i], list)]
-            flat = [(i, opening) for i in members for opening in cast(list[Opening], openings[i])]
-            contract = self._encoder.contract
-            texts = generate(
-                self._model,
-                [opening for _, opening in flat],
-                end_id=contract.end_token_id,
-                banned_id=contract.pad_token_id,
-                temperature=temperature,
-                tokens_per_batch=self._tokens_per_batch,
-            )
-            for (i, _), ids in zip(flat, texts, strict=True):
-                written.setdefault(i, []).append(self._encoder.decode(ids))
+        """The items with `n_critiques` critiques for every completion, or why there are none (`too_long`, `template`, `failed`)."""
+        openings = each(items, self._openings, doing="while its critique was begun")
+        written: dict[int, list[str] | ItemError] = {}
+        for temperature in sorted({item.asked.temperature for item in items}):
+            members = [i for i, item in enumerate(items) if item.asked.temperature == temperature and isinstance(openings[i], list)]
+            begun = [cast(list[Opening], openings[i]) for i in members]
+            texts = together(begun, partial(self._write, temperature), device=next(self._model.parameters()).device)
+            written |= zip(members, texts, strict=True)
         results: list[ScoreItem | ItemError] = []
-        for index, (item, given) in enumerate(zip(items, openings, strict=True)):
-            if isinstance(given, ItemError):
-                results.append(given)
+        for index, (item, opening) in enumerate(zip(items, openings, strict=True)):
+            found = opening if isinstance(opening, ItemError) else written[index]
+            if isinstance(found, ItemError):
+                results.append(found)
                 continue
-            texts_of, count = written.get(index, []), item.n_critiques
-            groups = tuple(tuple(texts_of[k * count : (k + 1) * count]) for k in range(len(item.completions)))
-            results.append(replace(item, critiques=groups))
+            count = item.asked.n_critiques
+            results.append(replace(item, critiques=tuple(tuple(found[k * count : (k + 1) * count]) for k in range(len(item.completions)))))
         return results
 
-    def _openings(self, item: ScoreItem, text: str) -> list[Opening]:
+    def _write(self, temperature: float, begun: Sequence[list[Opening]]) -> list[list[str]]:
+        contract = self._encoder.contract
+        ids = generate(
+            self._model,
+            [opening for openings in begun for opening in openings],
+            end_id=contract.end_token_id,
+            banned_id=contract.pad_token_id,
+            temperature=temperature,
+            tokens_per_batch=self._tokens_per_batch,
+        )
+        texts = iter([self._encoder.decode(found) for found in ids])
+        return [[next(texts) for _ in openings] for openings in begun]
+
+    def _openings(self, item: ScoreItem) -> list[Opening]:
+        return [opening for text in item.completions for opening in self._of_completion(item, text)]
+
+    def _of_completion(self, item: ScoreItem, text: str) -> list[Opening]:
         ids = self._encoder.open_critique(cast(Sequence[Message], item.prompt), text)
         room = min(MAX_CRITIQUE_TOKENS, self._encoder.contract.max_tokens - len(ids) - CLOSING_TOKENS)
         if room < 1:
@@ -74,5 +76,5 @@ class CritiqueWriter:
                 f"the conversation takes {len(ids)} tokens of {self._encoder.contract.max_tokens} and leaves no room for a critique",
                 remedy="shorten it",
             )
-        seeds = [int(digest([self._version, item.seed, item.prompt, text, number])[:15], 16) for number in range(item.n_critiques)]
+        seeds = [int(digest([self._version, item.seed, item.prompt, text, number])[:15], 16) for number in range(item.asked.n_critiques)]
         return [Opening(ids, room, seed) for seed in seeds]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
-from rayward.config.scoring import HashWeights
+from rayward.config.placement import Device, HashWeights
 from rayward.schema import digest, identity
 from rayward.scoring.combining import EnsembleRule
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.isolation import each, settled
+from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.scorer import Scorer
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -63,12 +65,14 @@ class Ensemble:
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item; an item that one member cannot score has that member's error."""
-        refusals = [self.facts.refusal(item) for item in items]
-        asked = [ScoreItem(item.prompt, item.completions) for item, refusal in zip(items, refusals, strict=True) if refusal is None]
-        scored = iter(zip(*(member.score(asked) for member in self._members), strict=True))
+        bare = each(
+            items, lambda item: self.facts.refusal(item.asked) or ScoreItem(item.prompt, item.completions), doing="while it was checked"
+        )
+        asked = [item for item in bare if not isinstance(item, ItemError)]
+        scored = zip(*(member.score(asked) for member in self._members), strict=True)
         return [
-            self._result(item, next(scored)) if refusal is None else ItemResult(error=refusal)
-            for item, refusal in zip(items, refusals, strict=True)
+            ItemResult(error=found) if isinstance(found, ItemError) else settled(partial(self._result, item, next(scored)))
+            for item, found in zip(items, bare, strict=True)
         ]
 
     def _result(self, item: ScoreItem, results: Sequence[ItemResult]) -> ItemResult:
@@ -77,7 +81,7 @@ class Ensemble:
                 return ItemResult(error=ItemError(result.error.code, f"{member.model_id}: {result.error.message}"))
         per_completion = list(zip(*(result.rewards for result in results if result.rewards is not None), strict=True))
         return ItemResult(
-            rewards=self.facts.normalised((self._rule.combine(members) for members in per_completion), item),
+            rewards=self.facts.normalised((self._rule.combine(members) for members in per_completion), item.asked),
             outputs=tuple((*members, statistics.pstdev(members)) for members in per_completion),
             tokens=sum(result.tokens for result in results),
             tokens_computed=sum(result.tokens_computed for result in results),

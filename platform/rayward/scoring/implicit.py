@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
@@ -17,17 +18,18 @@ import torch
 from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
-from rayward.config.scoring import HashWeights
+from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import Contract
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
-from rayward.errors import ContractError, ModelLoadError, TooLongError
+from rayward.errors import ModelLoadError
 from rayward.model.language_model import LanguageModel
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.combining import ImplicitRule
-from rayward.scoring.scored_model import Device, ModelFacts
+from rayward.scoring.isolation import each, settled, together
+from rayward.scoring.scored_model import ModelFacts, check_ids
 from rayward.scoring.verify import pick_device, read_config
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -88,27 +90,22 @@ class ImplicitScorer:
         )
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
-        """Rewards or an error for each item, in order."""
-        results: list[ItemResult | None] = [None] * len(items)
-        encoded: list[tuple[int, EncodedComparison]] = []
-        for index, item in enumerate(items):
-            refusal = self.facts.refusal(item)
-            if refusal is not None:
-                results[index] = ItemResult(error=refusal)
-                continue
-            try:
-                encoded.append((index, self._encode(item)))
-            except TooLongError as exc:
-                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
-            except ContractError as exc:
-                results[index] = ItemResult(error=ItemError("template", exc.problem))
-        log_probs = [self._log_probs(model, [comparison for _, comparison in encoded]) for model in self._models]
-        for (index, comparison), policy, reference in zip(encoded, *log_probs, strict=True):
-            results[index] = self._result(items[index], comparison, policy, reference)
-        return cast(list[ItemResult], results)
+        """Rewards or an error for each item, in order; errors and what is raised as `Scorer.score`."""
+        encoded = each(items, lambda item: self.facts.refusal(item.asked) or self._encode(item), doing="while it was made into tokens")
+        comparisons = [found for found in encoded if not isinstance(found, ItemError)]
+        values = zip(*(self._log_probs(model, comparisons) for model in self._models), strict=True)
+        results: list[ItemResult] = []
+        for item, found in zip(items, encoded, strict=True):
+            if isinstance(found, ItemError):
+                results.append(ItemResult(error=found))
+            else:
+                policy, reference = next(values)
+                results.append(settled(partial(self._result, item, found, policy, reference)))
+        return results
 
     def _encode(self, item: ScoreItem) -> EncodedComparison:
         split = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+        check_ids((encoding.ids for encoding in split), min(model.num_embeddings for model in self._models))
         shortest = min(encoding.text_start for encoding in split)
         shared = next((i for i in range(shortest) if len({encoding.ids[i] for encoding in split}) > 1), shortest)
         # Completions that were cut differently, or whose first token swallowed the end of the prompt, start where they differ.
@@ -119,24 +116,34 @@ class ImplicitScorer:
             labels=Labels(),
         )
 
-    @torch.inference_mode()
-    def _log_probs(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[list[float]]:
-        found: list[list[float]] = [[] for _ in comparisons]
+    def _log_probs(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[list[float] | ItemError]:
+        found: list[list[float] | ItemError] = [[] for _ in comparisons]
+        device = next(model.parameters()).device
         for group in group_by_budget(comparisons, tokens_per_microbatch=self._budget, layout=model.layout):
-            batch = pack([comparisons[i] for i in group], layout=model.layout, pad_token_id=0)
-            values = model.completion_log_probs(batch).tolist()
-            for index in group:
-                found[index], values = values[: comparisons[index].num_completions], values[comparisons[index].num_completions :]
+            outputs = together([comparisons[i] for i in group], partial(self._group, model), device=device, good=_is_finite)
+            for index, values in zip(group, outputs, strict=True):
+                found[index] = values
         return found
 
-    def _result(self, item: ScoreItem, comparison: EncodedComparison, policy: list[float], reference: list[float]) -> ItemResult:
+    @torch.inference_mode()
+    def _group(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[list[float]]:
+        values = iter(model.completion_log_probs(pack(comparisons, layout=model.layout, pad_token_id=0)).tolist())
+        return [[next(values) for _ in range(comparison.num_completions)] for comparison in comparisons]
+
+    def _result(
+        self, item: ScoreItem, comparison: EncodedComparison, policy: list[float] | ItemError, reference: list[float] | ItemError
+    ) -> ItemResult:
+        if isinstance(policy, ItemError) or isinstance(reference, ItemError):
+            return ItemResult(error=policy if isinstance(policy, ItemError) else cast(ItemError, reference))
         lengths = [len(branch) if self._rule.per_token else 1 for branch in comparison.branch_ids]
         rewards = [self._rule.beta * (p - r) / n for p, r, n in zip(policy, reference, lengths, strict=True)]
-        if not all(math.isfinite(reward) for reward in rewards):
-            return ItemResult(error=ItemError("non_finite", "a model gave NaN or Inf"))
         return ItemResult(
-            rewards=self.facts.normalised(rewards, item),
+            rewards=self.facts.normalised(rewards, item.asked),
             outputs=tuple(zip(policy, reference, strict=True)),
             tokens=2 * comparison.num_tokens_unshared,
             tokens_computed=2 * comparison.num_tokens,
         )
+
+
+def _is_finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rayward.contract.contract import Normaliser
-from rayward.wire.items import ItemError, ItemResult, ScoreItem
+from rayward.errors import ContractError, TokenRangeError, TooLongError
+from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 
-Device = Literal["auto", "cpu", "cuda"]
+
+def encoding_error(exc: ContractError) -> ItemError:
+    """What the caller is told of a conversation that cannot become token ids."""
+    codes = {TooLongError: "too_long", TokenRangeError: "token_out_of_range"}
+    return ItemError(codes.get(type(exc), "template"), exc.problem)
+
+
+def check_ids(conversations: Iterable[Sequence[int]], vocabulary: int) -> None:
+    """Check that a model has an embedding for every id; tokenizers of other people's models may know more.
+
+    Raises:
+        TokenRangeError: it has not.
+    """
+    highest = max(max(ids) for ids in conversations)
+    if highest >= vocabulary:
+        raise TokenRangeError(
+            f"the text has the token id {highest}, and the model has embeddings for {vocabulary} ids",
+            remedy="leave that text out, or use the tokenizer that the model was trained with",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +49,23 @@ class ModelFacts:
     normaliser: Normaliser | None
     writes_critiques: bool = False
 
-    def refusal(self, item: ScoreItem) -> ItemError | None:
-        """Why the item asks for what this model has not (`unknown_weights`, `no_normaliser`, `no_critiques`), or None."""
-        if item.weights is not None and item.weights not in self.weight_sets:
+    def refusal(self, asked: Asked) -> ItemError | None:
+        """Why this model has not what is asked for (`unknown_weights`, `no_normaliser`, `no_critiques`), or None."""
+        if asked.weights is not None and asked.weights not in self.weight_sets:
             known = ", ".join(self.weight_sets) or "none"
-            return ItemError("unknown_weights", f"weight set {item.weights[:80]!r} is not known; known: {known}")
-        if item.normalise != "raw" and self.normaliser is None:
-            return ItemError("no_normaliser", f"{item.normalise} rewards need the statistics of a reference set; the model has none")
-        if (item.n_critiques > 1 or item.temperature > 0) and not self.writes_critiques:
+            return ItemError("unknown_weights", f"weight set {asked.weights[:80]!r} is not known; known: {known}")
+        if asked.normalise != "raw" and self.normaliser is None:
+            return ItemError("no_normaliser", f"{asked.normalise} rewards need the statistics of a reference set; the model has none")
+        if (asked.n_critiques > 1 or asked.temperature > 0) and not self.writes_critiques:
             return ItemError("no_critiques", "n_critiques and temperature are for models that write critiques; this one writes none")
         return None
 
-    def normalised(self, rewards: Iterable[float], item: ScoreItem) -> tuple[float, ...]:
-        """The rewards on the scale that the item asks for."""
-        if item.normalise == "raw":
+    def normalised(self, rewards: Iterable[float], asked: Asked) -> tuple[float, ...]:
+        """The rewards on the scale that is asked for."""
+        if asked.normalise == "raw":
             return tuple(rewards)
         assert self.normaliser is not None
-        return tuple(self.normaliser.apply(reward, item.normalise) for reward in rewards)
+        return tuple(self.normaliser.apply(reward, asked.normalise) for reward in rewards)
 
 
 class ScoredModel(Protocol):

@@ -7,43 +7,41 @@ An item that cannot be scored gets an error; the others are scored. A score does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
+import numpy as np
 import torch
 
 from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
 from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
-from rayward.config.scoring import HashWeights
+from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
-from rayward.errors import ContractError, ModelLoadError, TooLongError
-from rayward.model.build import load_reward_model
+from rayward.errors import ModelLoadError
+from rayward.model.build import load_reward_model, read_hf_config
+from rayward.model.capabilities import context_length, position_limit
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
-from rayward.scoring.scored_model import Device, ModelFacts
-from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, unverified, verify_artifacts
+from rayward.scoring.isolation import each, settled, together
+from rayward.scoring.scored_model import ModelFacts, check_ids
+from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
-__all__ = ["Device", "ItemError", "ItemResult", "ScoreItem", "Scorer"]
+__all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    # Some completions of one item, as one comparison; an item over the budget becomes several.
-    item: int
-    comparison: EncodedComparison
+ENCODING = "while it was made into tokens"
 
 
 class Scorer:
@@ -77,7 +75,8 @@ class Scorer:
         )
         # A pad token that the contract added to a foreign tokenizer has no embedding; masked positions may hold any id.
         pad = encoder.contract.pad_token_id
-        self._pad_id = pad if pad < len(cast(torch.Tensor, model.model.get_input_embeddings().weight)) else 0
+        self._vocabulary = len(cast(torch.Tensor, model.model.get_input_embeddings().weight))
+        self._pad_id = pad if pad < self._vocabulary else 0
 
     @classmethod
     def load(
@@ -116,8 +115,7 @@ class Scorer:
     def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
-            if not contract.golden:
-                raise unverified(str(directory))
+            contract.require_golden(directory)
             verify_artifacts(contract, directory)
         encoder = Encoder(contract, load_tokenizer(str(directory)))
         model = load_reward_model(
@@ -136,9 +134,7 @@ class Scorer:
     def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
-        context = config.get("max_position_embeddings")
-        limit = min(FOREIGN_MAX_TOKENS, context) if isinstance(context, int) else FOREIGN_MAX_TOKENS
-        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit)
+        limit = min(FOREIGN_MAX_TOKENS, context_length(read_hf_config(directory)) or FOREIGN_MAX_TOKENS)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
         labels = int(model.model.config.num_labels or 0)
@@ -147,7 +143,8 @@ class Scorer:
                 f"{directory.name} has {labels} outputs and no {CONTRACT_FILE} that says how they become a reward",
                 remedy="use a model with one output, or one that Rayward exported",
             )
-        contract = contract.model_copy(
+        limit = min(limit, position_limit(model.model) or limit)
+        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit).model_copy(
             update={
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_sha256": head_sha256(model.model.state_dict()),
@@ -167,36 +164,29 @@ class Scorer:
         """Rewards or an error for each item, in order.
 
         Errors of items: `too_long` (does not fit the contract's token limit), `template` (the chat template rejects it),
-        `non_finite` (the model gave NaN or Inf), `unknown_weights`, `no_normaliser` (the contract has none), `no_critiques` (the model
-        writes none).
+        `token_out_of_range` (an id without an embedding), `non_finite` (the model gave NaN or Inf), `unknown_weights`,
+        `no_normaliser` (the contract has none), `no_critiques` (the model writes none), `failed` (anything else that this item alone
+        raises).
+
+        Raises:
+            Exception: the device is broken, or out of memory for a single item.
         """
-        results: list[ItemResult | None] = [None] * len(items)
-        parts: list[_Part] = []
         criticised = self.criticise(items)
-        for index, item in enumerate(criticised):
-            if isinstance(item, ItemError):
-                results[index] = ItemResult(error=item)
+        encoded = each(criticised, self._comparisons, doing=ENCODING)
+        parts = [comparison for found in encoded if not isinstance(found, ItemError) for comparison in found]
+        outputs = iter(self._forward(parts, self._outputs))
+        results: list[ItemResult] = []
+        for item, found in zip(criticised, encoded, strict=True):
+            if isinstance(item, ItemError) or isinstance(found, ItemError):
+                results.append(ItemResult(error=cast(ItemError, found)))
                 continue
-            try:
-                conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
-            except TooLongError as exc:
-                results[index] = ItemResult(error=ItemError("too_long", exc.problem))
-            except ContractError as exc:
-                results[index] = ItemResult(error=ItemError("template", exc.problem))
-            else:
-                parts += [_Part(index, c) for c in self._split(index, conversations, gated=self.contract.gate is not None)]
-        outputs = self._forward([part.comparison for part in parts], self._outputs)
-        by_item: dict[int, list[tuple[EncodedComparison, torch.Tensor]]] = {}
-        for part, values in zip(parts, outputs, strict=True):
-            by_item.setdefault(part.item, []).append((part.comparison, values))
-        for index, scored in by_item.items():
-            results[index] = self._result(cast(ScoreItem, criticised[index]), scored)
-        assert all(result is not None for result in results)
-        return cast(list[ItemResult], results)
+            values = [next(outputs) for _ in found]
+            results.append(settled(partial(self._result, item, found, values)))
+        return results
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
-        found: list[ScoreItem | ItemError] = [self.facts.refusal(item) or item for item in items]
+        found = each(items, lambda item: self.facts.refusal(item.asked) or item, doing="while it was checked")
         if self._writer is None:
             return found
         waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]
@@ -212,8 +202,7 @@ class Scorer:
             ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
         """
         contract = self.contract
-        if not contract.golden:
-            raise unverified(self.model_id)
+        contract.require_golden(self.model_id)
         for index, golden in enumerate(contract.golden):
             ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
@@ -260,17 +249,26 @@ class Scorer:
 
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
         """What a head reads: for each item float32 [K, 2, hidden] (end of the completion, gate position), or why there is none."""
+        encoded = each(items, partial(self._comparisons, gated=True, plain=True), doing=ENCODING)
         results: list[torch.Tensor | ItemError] = []
-        for index, item in enumerate(items):
-            try:
-                conversations = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
-            except ContractError as exc:
-                results.append(ItemError("too_long" if isinstance(exc, TooLongError) else "template", exc.problem))
+        for comparisons in encoded:
+            if isinstance(comparisons, ItemError):
+                results.append(comparisons)
                 continue
-            comparisons = self._split(index, conversations, gated=True)
             found = self._forward(comparisons, lambda batch: torch.stack(self._model.features(batch), dim=1))
-            results.append(torch.cat(found))
+            failed = next((value for value in found if isinstance(value, ItemError)), None)
+            results.append(failed or torch.cat(cast(list[torch.Tensor], found)))
         return results
+
+    def _comparisons(self, item: ScoreItem, *, gated: bool | None = None, plain: bool = False) -> list[EncodedComparison]:
+        # plain: the conversations as they end, whatever the head reads.
+        if plain:
+            prompt = cast(Sequence[Message], item.prompt)
+            conversations = [self._encoder.encode_parts(prompt, text) for text in item.completions]
+        else:
+            conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
+        check_ids((conversation.ids for conversation in conversations), self._vocabulary)
+        return self._split(conversations, gated=self.contract.gate is not None if gated is None else gated)
 
     def _encode(self, item: ScoreItem, k: int) -> list[Encoding]:
         # The conversations of one completion: one, or one for each of its critiques.
@@ -284,7 +282,7 @@ class Scorer:
     def _outputs(self, batch: BatchTensors) -> torch.Tensor:
         return cast(torch.Tensor, self._model(batch))
 
-    def _split(self, item: int, conversations: list[Encoding], *, gated: bool) -> list[EncodedComparison]:
+    def _split(self, conversations: list[Encoding], *, gated: bool) -> list[EncodedComparison]:
         # Truncation is decided per completion, so prefixes are compared as ids, not as text.
         prefix = shared_prefix_length([conversation.ids for conversation in conversations])
         comparisons: list[EncodedComparison] = []
@@ -293,7 +291,7 @@ class Scorer:
 
         def comparison() -> EncodedComparison:
             gates = tuple(gate_position(self.contract, encoding.ids, encoding.text_start) for encoding in group) if gated else None
-            return comparison_of(str(item), group, prefix=prefix, gate_positions=gates)
+            return comparison_of("item", group, prefix=prefix, gate_positions=gates)
 
         for conversation in conversations:
             length = len(conversation.ids) - prefix
@@ -304,25 +302,31 @@ class Scorer:
             used += length
         return [*comparisons, comparison()]
 
-    @torch.inference_mode()
-    def _forward(self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]) -> list[torch.Tensor]:
+    def _forward(
+        self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]
+    ) -> list[torch.Tensor | ItemError]:
         # float32 [readings, ...] on the CPU for each comparison.
-        found: list[torch.Tensor] = [torch.zeros(0) for _ in comparisons]
-        layout, place = self._model.layout, place_of(self.contract.reading)
-        for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=layout):
-            batch = pack([comparisons[i] for i in group], layout=layout, pad_token_id=self._pad_id, read=place)
-            outputs = compute(to_tensors(batch, self._device)).cpu()
-            start = completion = 0
-            for index in group:
-                last = completion + comparisons[index].num_completions
-                stop = start + int(batch.num_reads[completion:last].sum())
-                found[index] = outputs[start:stop]
-                start, completion = stop, last
+        found: list[torch.Tensor | ItemError] = [torch.zeros(0) for _ in comparisons]
+        for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=self._model.layout):
+            members = [comparisons[i] for i in group]
+            outputs = together(members, partial(self._group, compute), device=self._device, good=_is_finite)
+            for index, values in zip(group, outputs, strict=True):
+                found[index] = values
         return found
 
-    def _result(self, item: ScoreItem, scored: list[tuple[EncodedComparison, torch.Tensor]]) -> ItemResult:
-        comparisons = [comparison for comparison, _ in scored]
-        outputs = torch.cat([values for _, values in scored])
+    @torch.inference_mode()
+    def _group(self, compute: Callable[[BatchTensors], torch.Tensor], comparisons: Sequence[EncodedComparison]) -> list[torch.Tensor]:
+        batch = pack(comparisons, layout=self._model.layout, pad_token_id=self._pad_id, read=place_of(self.contract.reading))
+        outputs = compute(to_tensors(batch, self._device)).cpu()
+        ends = np.cumsum([comparison.num_completions for comparison in comparisons])[:-1]
+        sizes = [int(reads.sum()) for reads in np.split(np.asarray(batch.num_reads), ends)]
+        return list(torch.split(outputs, sizes))
+
+    def _result(self, item: ScoreItem, comparisons: list[EncodedComparison], values: list[torch.Tensor | ItemError]) -> ItemResult:
+        failed = next((value for value in values if isinstance(value, ItemError)), None)
+        if failed is not None:
+            return ItemResult(error=failed)
+        outputs = torch.cat(cast(list[torch.Tensor], values))
         reading = self.contract.reading
         tokens = sum(c.num_tokens_unshared for c in comparisons)
         computed = tokens if self._model.layout == "padded" else sum(c.num_tokens for c in comparisons)
@@ -342,7 +346,7 @@ class Scorer:
         rewards = self._combined(item, outputs)
         several = self.facts.writes_critiques and rewards.shape[1] > 1
         return ItemResult(
-            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item),
+            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item.asked),
             outputs=tuple(tuple(row) for row in outputs.mean(dim=1).tolist()) if outputs.shape[2] > 1 else None,
             steps=steps,
             critiques=item.critiques if self.facts.writes_critiques else None,
@@ -354,8 +358,13 @@ class Scorer:
     def _combined(self, item: ScoreItem, outputs: torch.Tensor) -> torch.Tensor:
         # [K, critiques, outputs] -> [K, critiques]
         contract = self.contract
-        weights = contract.reward_weights if item.weights is None else contract.weight_sets[item.weights]
+        asked = item.asked.weights
+        weights = contract.reward_weights if asked is None else contract.weight_sets[asked]
         return outputs[..., 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rayward.cluster import gpu_reserved
+from rayward.config.placement import Device
 from rayward.contract.contract import Contract, verify_files
-from rayward.errors import ContractError, ContractMismatchError, ModelLoadError, UnverifiedError
+from rayward.errors import ContractError, ContractMismatchError, ModelLoadError
 from rayward.model.weights import HEAD_PREFIX, head_sha256
-from rayward.scoring.scored_model import Device
 
 
 def verify_artifacts(contract: Contract, directory: Path) -> None:
@@ -54,14 +54,6 @@ def mismatch(problem: str) -> ContractMismatchError:
     return ContractMismatchError(problem, remedy="restore the exported files, or export the model again")
 
 
-def unverified(name: str) -> UnverifiedError:
-    """The error that a contract holds nothing to verify the scores by."""
-    return UnverifiedError(
-        f"the contract of {name} holds no golden scores, so nothing says that it scores as it did",
-        remedy="export the model again, or ask for it unverified: --no-verify (commands), verify_golden: false (server)",
-    )
-
-
 def pick_device(device: Device) -> torch.device:
     """The device that a setting means: in a Ray task or actor, CUDA only where a GPU is reserved for it.
 
@@ -76,7 +68,9 @@ def pick_device(device: Device) -> torch.device:
         return torch.device("cuda")
     if device == "cuda":
         problem = "Ray reserved no GPU for this process" if unreserved else "torch sees no GPU"
-        raise ModelLoadError(f"device is cuda and {problem}", remedy="use device: cpu, or reserve a GPU (gpus_per_replica, gpus_per_actor)")
+        raise ModelLoadError(
+            f"device is cuda and {problem}", remedy="use device: cpu, or reserve a GPU (gpus_per_scorer, gpus_per_writer, gpus_per_replica)"
+        )
     return torch.device("cpu")
 
 

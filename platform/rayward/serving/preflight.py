@@ -11,23 +11,28 @@ from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerErro
 from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
 
 
-def check_model(directory: Path) -> None:
+def check_model(directory: Path, *, verify: bool = True) -> None:
     """Catch the usual mistakes before anything starts.
+
+    Args:
+        verify: the scorer will verify golden scores, so there must be some.
 
     Raises:
         ModelLoadError: the directory is not there, or holds no model.
-        ContractError: its contract cannot be read.
+        ContractError: its contract cannot be read, or (`UnverifiedError`) holds no golden scores.
     """
     if not directory.is_dir():
         raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
     rule = rule_kind(directory)
     if rule is EnsembleRule:
         for member in EnsembleRule.load(directory).members:
-            check_model(directory / member)
+            check_model(directory / member, verify=verify)
     elif rule is ImplicitRule:
         ImplicitRule.load(directory)
     elif (directory / CONTRACT_FILE).exists():
-        Contract.load(directory)
+        contract = Contract.load(directory)
+        if verify:
+            contract.require_golden(directory)
     elif not (directory / "config.json").is_file():
         raise ModelLoadError(f"{directory} has neither {CONTRACT_FILE} nor config.json", remedy="point at an exported or downloaded model")
 

@@ -58,9 +58,9 @@ def decide(error: BaseException, *, alone: bool = False) -> FailureDecision:
     """
     own = carried_by(error)
     if own is not None:
-        if own.retryable:
-            return FailureDecision.RETRY_GROUP
-        return _about_storage(own.__cause__) if isinstance(own.__cause__, OSError) else FailureDecision.STOP
+        if isinstance(own.__cause__, OSError):
+            return _about_storage(own.__cause__)
+        return FailureDecision.RETRY_GROUP if own.retryable else FailureDecision.STOP
     inner = getattr(error, "cause", None)
     if isinstance(inner, BaseException):
         return decide(inner, alone=alone)

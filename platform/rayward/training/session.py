@@ -249,7 +249,7 @@ class Session:
                 raise CheckpointError(
                     f"checkpoint at step {step} could not be written: {problem}",
                     remedy="free space or fix the storage; the run continues from its last committed checkpoint",
-                )
+                ) from problem
         if self._report is not None:
             self._report({"step": step, **metrics, **{f"validation_{key}": value for key, value in validation.items()}})
 

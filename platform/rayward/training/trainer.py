@@ -73,6 +73,7 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     from accelerate import init_empty_weights
 
     from rayward.model.build import build_reward_model, resolve_hf_config
+    from rayward.model.capabilities import position_limit
     from rayward.model.pretrained import weight_source
     from rayward.model.weights import check_language_head, resolve_model_dir
 
@@ -101,6 +102,12 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
         check_language_head(resolve_model_dir(config.model.path, config.model.revision), hf_config)
     with init_empty_weights(include_buffers=False):
         model = build_reward_model(hf_config, max_tokens=contract.max_tokens, with_language=with_language)
+    limit = position_limit(model.model)
+    if limit is not None and contract.max_tokens > limit:
+        raise ConfigError(
+            f"model.max_tokens is {contract.max_tokens}, {type(model.model).__name__} has positions for {limit} tokens",
+            remedy=f"set model.max_tokens to at most {limit}",
+        )
     weight_source(model.model, config.model, seed=config.run.seed, announce=True)
     if objective.place != "end" and not model.has_linear_head:
         raise ConfigError(

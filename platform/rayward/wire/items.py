@@ -1,10 +1,38 @@
-"""What is scored and what became of it, past all rules of any wire. Light: no pydantic schema of a protocol here."""
+"""What is scored and what became of it, past all rules of any wire: the one schema of replies, result lines and clients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from rayward.contract.contract import Normalise
+
+FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked of a model besides the texts; one value from the command line or the wire down to the forward.
+
+    Attributes:
+        weights: name of the weight set that makes the reward of several outputs; None: the model's own.
+        normalise: raw, centred or standardised.
+        n_critiques: of a model that writes critiques: the reward is the mean over so many.
+        temperature: of their sampling; 0: the likeliest text.
+    """
+
+    weights: str | None = None
+    normalise: Normalise = "raw"
+    n_critiques: int = 1
+    temperature: float = 0.0
+
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults, under the names of the wire."""
+        values = asdict(self)
+        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,26 +42,26 @@ class ScoreItem:
     Attributes:
         prompt: turns as {"role", "content"} mappings, ending with a user or tool turn.
         completions: K >= 1 texts of the assistant turn that follows.
-        weights: name of the weight set that makes the reward of several outputs; None: the model's own.
-        normalise: raw, centred or standardised.
-        n_critiques: of a model that writes critiques: the reward is the mean over so many.
-        temperature: of their sampling; 0: the likeliest text.
-        seed: of their sampling; critiques: given critiques of each completion, which are then not written. Neither is on the wire.
+        critiques: given critiques of each completion, which are then not written.
+        seed: of the sampling of critiques. Neither is on the wire.
     """
 
     prompt: tuple[dict[str, str], ...]
     completions: tuple[str, ...]
-    weights: str | None = None
-    normalise: Normalise = "raw"
-    n_critiques: int = 1
-    temperature: float = 0.0
+    asked: Asked = Asked()
     critiques: tuple[tuple[str, ...], ...] | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ItemError:
-    """Why one item has no rewards. Codes: `too_long`, `template`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`."""
+    """Why one item has no rewards.
+
+    Codes: `too_long`, `template`, `token_out_of_range`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`; `failed`:
+    anything else.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     code: str
     message: str
@@ -41,21 +69,45 @@ class ItemError:
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """What became of one item: K finite rewards, or an error; never both.
+    """What became of one item: K finite rewards, or an error; never both, never neither.
 
     Attributes:
         outputs: for a head with several outputs, their values for each completion.
         steps: of a process reward model, the probability that each step is right, for each completion.
         critiques: of a model that writes them, the critiques of each completion.
         reward_std: population standard deviation of the rewards over several critiques, for each completion.
-        tokens: tokens of the K conversations; tokens_computed: of these, after sharing prefixes.
+        tokens: tokens of the K conversations; tokens_computed: of these, after sharing prefixes. Sums of them are in the usage of a reply.
     """
 
-    rewards: tuple[float, ...] | None = None
-    error: ItemError | None = None
-    outputs: tuple[tuple[float, ...], ...] | None = None
-    steps: tuple[tuple[float, ...], ...] | None = None
+    # An instance is checked too before it is written: NaN would become null.
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, revalidate_instances="always")
+
+    rewards: tuple[FiniteFloat, ...] | None = None
+    outputs: tuple[tuple[FiniteFloat, ...], ...] | None = None
+    steps: tuple[tuple[FiniteFloat, ...], ...] | None = None
     critiques: tuple[tuple[str, ...], ...] | None = None
-    reward_std: tuple[float, ...] | None = None
-    tokens: int = 0
-    tokens_computed: int = 0
+    reward_std: tuple[FiniteFloat, ...] | None = None
+    error: ItemError | None = None
+    tokens: Annotated[int, Field(exclude=True)] = 0
+    tokens_computed: Annotated[int, Field(exclude=True)] = 0
+
+    def __post_init__(self) -> None:
+        if (self.rewards is None) == (self.error is None):
+            raise ValueError("a result holds either rewards or an error")
+
+    def is_finite(self) -> bool:
+        """Whether every number in it is finite."""
+        rows = (self.rewards or (), self.reward_std or (), *(self.outputs or ()), *(self.steps or ()))
+        return all(math.isfinite(value) for row in rows for value in row)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a reply and a result line hold: JSON values, without what is absent.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+        dumped: dict[str, Any] = _RESULT.dump_python(_RESULT.validate_python(self), mode="json", exclude_none=True)
+        return dumped
+
+
+_RESULT: TypeAdapter[ItemResult] = TypeAdapter(ItemResult)

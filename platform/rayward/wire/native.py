@@ -22,13 +22,13 @@ Shared by server and client: pydantic and the standard library only. The rules a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from rayward.contract.contract import Normalise
 from rayward.errors import RaywardError, RequestError, RuleError
-from rayward.wire.items import ItemResult
+from rayward.wire.items import Asked, ItemResult
 
 
 class _Wire(BaseModel):
@@ -69,32 +69,10 @@ class ScoreRequest(_Wire):
     n_critiques: Annotated[int, Field(ge=1)] = 1
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
 
-
-class WireItemError(_Wire):
-    """Error of one item in a 200 reply."""
-
-    code: str
-    message: str
-
-
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class WireResult(_Wire):
-    """Result of one item: `rewards` or `error`, exactly one of them."""
-
-    rewards: list[FiniteFloat] | None = None
-    outputs: list[list[FiniteFloat]] | None = None
-    steps: list[list[FiniteFloat]] | None = None
-    critiques: list[list[str]] | None = None
-    reward_std: list[FiniteFloat] | None = None
-    error: WireItemError | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.rewards is None) == (self.error is None):
-            raise ValueError("a result holds either rewards or an error")
-        return self
+    @property
+    def asked(self) -> Asked:
+        """What is asked of the model, for every item alike."""
+        return Asked(self.weights, self.normalise, self.n_critiques, self.temperature)
 
 
 class Usage(_Wire):
@@ -110,7 +88,7 @@ class ScoreReply(_Wire):
     id: str
     model: str
     version: str
-    results: list[WireResult]
+    results: list[ItemResult]
     usage: Usage
 
 
@@ -168,31 +146,8 @@ class Health(_Wire):
 
 def build_reply(reply_id: str, model: str, version: str, results: Sequence[ItemResult]) -> ScoreReply:
     """The reply for results in the order of the request's items."""
-    return ScoreReply(
-        id=reply_id,
-        model=model,
-        version=version,
-        results=[
-            WireResult(
-                rewards=None if result.rewards is None else list(result.rewards),
-                outputs=_lists(result.outputs),
-                steps=_lists(result.steps),
-                critiques=_lists(result.critiques),
-                reward_std=None if result.reward_std is None else list(result.reward_std),
-            )
-            if result.error is None
-            else WireResult(error=WireItemError(code=result.error.code, message=result.error.message))
-            for result in results
-        ],
-        usage=Usage(tokens=sum(r.tokens for r in results), tokens_computed=sum(r.tokens_computed for r in results)),
-    )
-
-
-Value = TypeVar("Value")
-
-
-def _lists(rows: Sequence[Sequence[Value]] | None) -> list[list[Value]] | None:
-    return None if rows is None else [list(row) for row in rows]
+    usage = Usage(tokens=sum(r.tokens for r in results), tokens_computed=sum(r.tokens_computed for r in results))
+    return ScoreReply(id=reply_id, model=model, version=version, results=list(results), usage=usage)
 
 
 def error_reply(error: RaywardError, code: str | None = None) -> tuple[int, ErrorReply]:

@@ -22,7 +22,7 @@ from rayward.contract.conversation import (
     broken_by_text,
 )
 from rayward.errors import RuleError
-from rayward.wire.items import ScoreItem
+from rayward.wire.items import Asked, ScoreItem
 from rayward.wire.native import ScoreRequest, WireItem, WireMessage
 
 
@@ -57,8 +57,9 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
         request = ScoreRequest.model_validate(raw)
     except ValidationError as exc:
         _raise_schema_violation(exc)
-    _check_critiques(request, limits)
-    return [_to_item(index, item, request, limits) for index, item in enumerate(request.items)], request.model
+    asked = request.asked
+    _check_critiques(asked, limits)
+    return [_to_item(index, item, asked, limits) for index, item in enumerate(request.items)], request.model
 
 
 def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
@@ -166,7 +167,7 @@ def _raise_schema_violation(exc: ValidationError) -> NoReturn:
     )
 
 
-def _to_item(index: int, item: WireItem, request: ScoreRequest, limits: Limits) -> ScoreItem:
+def _to_item(index: int, item: WireItem, asked: Asked, limits: Limits) -> ScoreItem:
     if not item.completions:
         raise RuleError(
             "empty_completions", f"item {index}: completions is empty; the rule is at least one", remedy="send a completion", item=index
@@ -181,25 +182,18 @@ def _to_item(index: int, item: WireItem, request: ScoreRequest, limits: Limits) 
                 remedy="shorten it; the model's own token limit is lower still",
                 item=index,
             )
-    return ScoreItem(
-        prompt=prompt,
-        completions=completions,
-        weights=request.weights,
-        normalise=request.normalise,
-        n_critiques=request.n_critiques,
-        temperature=request.temperature,
-    )
+    return ScoreItem(prompt, completions, asked)
 
 
-def _check_critiques(request: ScoreRequest, limits: Limits) -> None:
-    if request.n_critiques > limits.max_critiques:
+def _check_critiques(asked: Asked, limits: Limits) -> None:
+    if asked.n_critiques > limits.max_critiques:
         raise RuleError(
-            "too_many_critiques", f"n_critiques is {request.n_critiques}; the limit is {limits.max_critiques}", remedy="ask for fewer"
+            "too_many_critiques", f"n_critiques is {asked.n_critiques}; the limit is {limits.max_critiques}", remedy="ask for fewer"
         )
-    if request.n_critiques > 1 and request.temperature == 0:
+    if asked.n_critiques > 1 and asked.temperature == 0:
         raise RuleError(
             "same_critiques",
-            f"n_critiques is {request.n_critiques} and temperature 0, which writes the same critique every time",
+            f"n_critiques is {asked.n_critiques} and temperature 0, which writes the same critique every time",
             remedy="set temperature, for example to 0.5",
         )
 

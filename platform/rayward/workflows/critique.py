@@ -11,23 +11,26 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import ray.data
 
 from rayward import storage
-from rayward.cluster import Deferred, actor_options, connect, ray_errors
+from rayward.cluster import connect
+from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.data.prepared import LABEL_COLUMNS
-from rayward.errors import ConfigError, DataError, marking
+from rayward.errors import ConfigError, DataError
 from rayward.schema import digest, identity
+from rayward.scoring.batch import Work, items_of, pool
+from rayward.wire.items import Asked, ItemError
 
 if TYPE_CHECKING:
-    from rayward.scoring.scored_model import Device
+    from rayward.scoring.scored_model import ScoredModel
 
 
 ROWS_PER_BLOCK = 16
@@ -60,10 +63,7 @@ def write_critiques(
     config: Config,
     *,
     sampling: Sampling = Sampling(),
-    device: Device = "auto",
-    writers: int = 1,
-    gpus_per_writer: float = 0.0,
-    tokens_per_batch: int = 8192,
+    placement: Placement = Placement(),
 ) -> dict[str, tuple[int, int]]:
     """Write `<output>/train.jsonl` and `validation.jsonl`, rows of format `ranking` with a critique for every completion.
 
@@ -71,7 +71,8 @@ def write_critiques(
         model: directory of an exported model that writes critiques.
         output: local directory or URI that all nodes share; what it holds in its cache is not written again.
         config: names the data, as for `prepare`; critiques in it are not read.
-        writers: actors side by side.
+        sampling: how they are written.
+        placement: where the writers run, and how many.
 
     Returns:
         For each split the rows written, and the rows left out because a completion has no room for a critique.
@@ -96,7 +97,8 @@ def write_critiques(
     known = _cached(place)
     waiting = [row for split in SPLITS for row in rows[split] if row["key"] not in known]
     if waiting:
-        _run(waiting, model, place, sampling, device=device, writers=writers, gpus=gpus_per_writer, tokens_per_batch=tokens_per_batch)
+        work = partial(_write, place=place, sampling=sampling)
+        _run(waiting, work, model, place, placement)
         known = _cached(place)
     counts: dict[str, tuple[int, int]] = {}
     for split in SPLITS:
@@ -111,59 +113,31 @@ def _keyed(row: dict[str, Any], writer: tuple[str, str]) -> dict[str, Any]:
     return {**row, "key": digest([*writer, row["id"], row["prompt_json"], row["completions_json"]])}
 
 
-def _run(
-    rows: Sequence[Mapping[str, Any]], model: str, place: str, sampling: Sampling, *, device: Device, writers: int, gpus: float,
-    tokens_per_batch: int,
-) -> None:  # fmt: skip
+def _run(rows: Sequence[Mapping[str, Any]], work: Work, model: str, place: str, placement: Placement) -> None:
     filesystem, root = storage.resolve(place)
     filesystem.create_dir(root, recursive=True)
     tasks = [{name: row[name] for name in _TASK.names} for row in rows]
     starts = range(0, len(tasks), ROWS_PER_BLOCK)
     blocks = [pa.Table.from_pylist(tasks[start : start + ROWS_PER_BLOCK], schema=_TASK) for start in starts]
-    written = ray.data.from_arrow(blocks).map_batches(
-        _Writer,
-        fn_constructor_args=(str(Path(model).resolve()), place, sampling, device, tokens_per_batch),
-        batch_size=ROWS_PER_BLOCK,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(writers, len(blocks))),
-        **actor_options(gpus),
-    )
-    with ray_errors():
-        total = sum(row["num_rows"] for row in written.take_all())
+    written = pool(blocks, work, model=str(Path(model).resolve()), placement=placement, rows_per_call=ROWS_PER_BLOCK)
+    total = sum(sum(block["num_rows"].to_pylist()) for block in written)
     if total != len(tasks):
         raise DataError(f"{len(tasks)} rows were sent to the writers and {total} came back", remedy="run the same command again")
 
 
-class _Writer:
-    # One per actor of the pool: loads the model once, writes a cache file for every block.
+def _write(model: ScoredModel, block: pa.Table, *, place: str, sampling: Sampling) -> pa.Table:
+    # In an actor: a cache file for every block.
+    from rayward.scoring.load import reward_model_of
 
-    def __init__(self, model: str, place: str, sampling: Sampling, device: Device, tokens_per_batch: int) -> None:
-        from rayward.scoring.scorer import Scorer
-
-        self._place, self._sampling = place, sampling
-        self._scorer = Deferred(lambda: Scorer.load(model, device=device, tokens_per_batch=tokens_per_batch))
-
-    @marking
-    def __call__(self, table: pa.Table) -> pa.Table:
-        from rayward.wire.items import ItemError, ScoreItem
-
-        rows = table.to_pylist()
-        items = [
-            ScoreItem(
-                prompt=tuple(json.loads(row["prompt_json"])),
-                completions=tuple(json.loads(row["completions_json"])),
-                temperature=self._sampling.temperature,
-                seed=self._sampling.seed,
-            )
-            for row in rows
-        ]
-        lines = []
-        for row, found in zip(rows, self._scorer.get().criticise(items), strict=True):
-            critiques = None if isinstance(found, ItemError) or found.critiques is None else [texts[0] for texts in found.critiques]
-            lines.append(json.dumps({"key": row["key"], "critiques": critiques}) + "\n")
-        filesystem, root = storage.resolve(self._place)
-        storage.write_text(filesystem, f"{root}/{digest([row['key'] for row in rows])}.jsonl", "".join(lines))
-        return pa.table({"num_rows": [len(rows)]})
+    keys = block["key"].to_pylist()
+    items = items_of(block, Asked(temperature=sampling.temperature), seed=sampling.seed)
+    lines = []
+    for key, found in zip(keys, reward_model_of(model).criticise(items), strict=True):
+        critiques = None if isinstance(found, ItemError) or found.critiques is None else [texts[0] for texts in found.critiques]
+        lines.append(json.dumps({"key": key, "critiques": critiques}) + "\n")
+    filesystem, root = storage.resolve(place)
+    storage.write_text(filesystem, f"{root}/{digest(keys)}.jsonl", "".join(lines))
+    return pa.table({"num_rows": [len(keys)]})
 
 
 def _cached(place: str) -> dict[str, list[str] | None]:

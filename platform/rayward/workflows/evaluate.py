@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from rayward import storage
 from rayward.cluster import connect
 from rayward.config.data import DataConfig
+from rayward.config.placement import Placement
+from rayward.wire.items import Asked
 from rayward.workflows.console import console
 
 if TYPE_CHECKING:
@@ -21,15 +23,9 @@ def evaluate_pipeline(
     output: str,
     *,
     data_config: DataConfig,
-    device: str = "auto",
-    scorers: int = 1,
-    gpus_per_scorer: float = 0.0,
-    tokens_per_batch: int = 8192,
-    verify: bool = True,
-    weights: str | None = None,
+    asked: Asked = Asked(),
+    placement: Placement = Placement(),
     benchmark: Suite | None = None,
-    n_critiques: int = 1,
-    temperature: float = 0.0,
 ) -> Evaluation:
     """Evaluate a model on raw files or on one prepared directory and print the table."""
     connect()
@@ -44,15 +40,9 @@ def evaluate_pipeline(
         data=None if prepared else data,
         prepared=prepared,
         data_config=data_config,
-        device=cast(Any, device),
-        concurrency=scorers,
-        gpus_per_actor=gpus_per_scorer,
-        tokens_per_batch=tokens_per_batch,
-        verify=verify,
-        weights=weights,
+        asked=asked,
+        placement=placement,
         benchmark=benchmark,
-        n_critiques=n_critiques,
-        temperature=temperature,
     )
     print_table(result)
     console.print(f"evaluation: {output}/report.html\nplots: {output}/plots")

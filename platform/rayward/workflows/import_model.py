@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rayward.artifacts.writer import new_model
+from rayward.config.placement import Placement
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from rayward.errors import ConfigError
 from rayward.evaluation.card import write_model_card
 from rayward.model.build import load_reward_model
 from rayward.model.reward_model import RewardModel
-from rayward.model.weights import Checkpoint
+from rayward.model.weights import Checkpoint, resolve_model_dir
 from rayward.scoring.scorer import FOREIGN_MAX_TOKENS, Scorer
 from rayward.scoring.verify import pick_device, read_config
 from rayward.workflows.console import console
@@ -34,32 +35,34 @@ def import_model(
     max_tokens: int | None = None,
     outputs: tuple[str, ...] = (),
     weights: tuple[float, ...] = (),
-    device: str = "auto",
-    tokens_per_batch: int = 8192,
+    placement: Placement = Placement(),
 ) -> Contract:
     """Write a checkpoint of others as an export: the contract derives from its tokenizer, the golden scores from its own forward.
 
     Args:
+        source: directory, or a name on the hub.
         output: a directory that does not exist yet.
         max_tokens: longest conversation; None: the smaller of 4,096 and the model's context.
         outputs: names of the head's outputs; needed where there are several.
         weights: of the outputs in the reward; needed where there are several.
 
     Raises:
-        ConfigError: `output` exists, outputs and weights do not fit the head, or `max_tokens` the model.
-        ContractError: there is no usable tokenizer, or `source` is an export already.
+        ConfigError: `output` exists, `source` is an export already, outputs and weights do not fit the head, or `max_tokens` the model.
+        ContractError: there is no usable tokenizer.
         ContractMismatchError: what was written does not score as the source does.
         ModelLoadError: the checkpoint cannot be loaded.
     """
+    name = source.name
+    source = resolve_model_dir(str(source), None)
     if (source / CONTRACT_FILE).is_file():
         raise ConfigError(f"{source} has a contract already", remedy="use it as it is")
     with new_model(output, replace=False) as writer:
         config, tokenizer = read_config(source), load_tokenizer(str(source))
         dtype = _dtype(config)
         rules = Contract.from_tokenizer(tokenizer, max_tokens=_limit(config, max_tokens)).model_copy(update={"dtype": dtype})
-        model = load_reward_model(source, device=pick_device(cast(Any, device)), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
+        model = load_reward_model(source, device=pick_device(placement.device), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
-        scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=tokens_per_batch)
+        scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=placement.tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})
         for note in Checkpoint.open(source).notes:
             console.print(f"note: {note}")
@@ -72,7 +75,7 @@ def import_model(
         hf_config.pad_token_id = contract.pad_token_id
         hf_config.vocab_size = _rows(model, len(tokenizer))
         writer.write_config(hf_config, contract)
-        writer.write_json(ORIGIN_FILE, {"imported": source.resolve().name})
+        writer.write_json(ORIGIN_FILE, {"imported": name})
         del model, scorer
         contract = writer.finish(contract, rescore=False)
         described = {"objective": {"type": "imported"}, "run": {"name": output.name}}

@@ -125,26 +125,17 @@ def _prepare(config: MixtureConfig, which: str) -> PreparedData:
 
 def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
-    import ray.data
-
-    from rayward.cluster import ray_errors
-    from rayward.scoring.batch import ROWS_PER_CALL, feature_dataset
+    from rayward.scoring.batch import ROWS_PER_CALL, feature_blocks
 
     columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
     tables = list(prepared.tables("train", columns, max_rows=ROWS_PER_CALL))
-    dataset = ray.data.from_arrow(tables)
-    featured = feature_dataset(
-        dataset, model=str(Path(config.model).resolve()), device=config.device, concurrency=config.scorers,
-        tokens_per_batch=config.tokens_per_batch, gpus_per_actor=config.gpus_per_scorer,
-    )  # fmt: skip
-    with ray_errors():
-        rows = featured.take_all()
+    blocks = feature_blocks(tables, model=str(Path(config.model).resolve()), placement=config.placement)
+    rows = [row for block in blocks for row in block.to_pylist()]
     rows.sort(key=lambda row: row["row"])
     failed = [row for row in rows if row["error"] is not None]
     if failed:
-        raise DataError(
-            f"{len(failed)} prepared rows give no features, for example: {failed[0]['error']}", remedy="quarantine or correct them"
-        )
+        first = failed[0]["error"]["message"]
+        raise DataError(f"{len(failed)} prepared rows give no features, for example: {first}", remedy="quarantine or correct them")
     num_attributes = len(prepared.manifest.labels.attributes)
     ends, gates, ratings, pairs, held_out = [], [], [], [], []
     offset = 0

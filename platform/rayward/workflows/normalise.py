@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayward.config.placement import Placement
 from rayward.errors import DataError
 from rayward.workflows.score import score_lines
 
@@ -21,7 +22,7 @@ def default_output(model: str) -> Path:
     return path.with_name(f"{path.name}-normalised")
 
 
-def normalise_pipeline(model: str, items: Iterable[str], *, output: Path, reference: str, device: str, tokens_per_batch: int) -> Normaliser:
+def normalise_pipeline(model: str, items: Iterable[str], *, output: Path, reference: str, placement: Placement = Placement()) -> Normaliser:
     """Write the model again with mean and deviation of the rewards of a reference set; its version stays.
 
     Args:
@@ -42,7 +43,7 @@ def normalise_pipeline(model: str, items: Iterable[str], *, output: Path, refere
     stored = Contract.load(source) if kind is None else kind.load(source).moved(source, output)
     with staged(output, replace=False) as directory:
         rewards: list[float] = []
-        for number, result in enumerate(score_lines(model, items, device=device, tokens_per_batch=tokens_per_batch, verify=True), 1):
+        for number, result in enumerate(score_lines(model, items, placement=placement), 1):
             if "error" in result:
                 raise DataError(f"item {number} of {reference} has no reward: {result['error']['message']}", remedy="correct or remove it")
             rewards += result["rewards"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayward.cluster import connect
+from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.workflows.console import console
 from rayward.workflows.evaluate import evaluate_pipeline
@@ -31,9 +32,9 @@ def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) 
     result = train(config, prepared)
     export_result(config, result, output)
     if evaluation and manifest.num_validation:
-        gpus = min(config.training.gpus_per_worker, 1.0)
+        placement = Placement(gpus_per_actor=min(config.training.gpus_per_worker, 1.0))
         folder = f"{output}-evaluation"
-        judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, gpus_per_scorer=gpus)
+        judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, placement=placement)
         publish_evaluated(config, prepared, output, judged, Path(folder))
     console.print(f"model: {output}\nmetrics: {result.location}/metrics.jsonl\nmodel card: {output}/README.md")
     return result

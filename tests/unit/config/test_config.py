@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rayward.config.load import dump_config, load_config, parse_config
+from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError
@@ -120,3 +121,10 @@ def test_a_configuration_without_model_is_an_error_where_the_model_is_needed() -
         _ = Config().model.tokenizer_path
     assert load_config(overrides=["model.path=p"]).model.tokenizer_path == "p"
     assert load_config(overrides=["model.path=p", "model.tokenizer=t"]).model.tokenizer_path == "t"
+
+
+def test_where_scoring_runs_is_one_value() -> None:
+    config = ScoringConfig(device="cpu", gpus_per_replica=2, tokens_per_batch=100, verify_golden=False)
+    assert config.placement == Placement(device="cpu", actors=1, gpus_per_actor=2, tokens_per_batch=100, verify=False)
+    with pytest.raises(ConfigError, match="tokens_per_batch = 3"):
+        parse_config({"tokens_per_batch": 3}, Placement)

@@ -112,7 +112,8 @@ def test_a_label_that_is_younger_than_the_shards_is_unknown_in_them(tmp_path: Pa
         (lambda shard: shard.unlink(), r"part-00001\.parquet is missing"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-9]), r"part-00001\.parquet cannot be read"),
         (lambda shard: shard.write_bytes((shard.parent / "part-00000.parquet").read_bytes()), "holds 2 rows; manifest.json says 1"),
-        (lambda shard: pq.write_table(pa.table({"id": ["x"]}), shard), "row"),
+        (lambda shard: pq.write_table(pa.table({"id": ["x"]}), shard), "there is no column row"),
+        (lambda shard: pq.write_table(pa.table({"row": [2], "id": pa.array([None], pa.string())}), shard), "cannot be read"),
     ],
 )
 def test_a_shard_is_read_when_it_is_its_turn_and_a_bad_one_is_named(tmp_path: Path, spoil: Callable[[Path], None], says: str) -> None:

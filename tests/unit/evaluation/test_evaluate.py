@@ -112,7 +112,7 @@ def test_scored_row_to_record() -> None:
     row |= {"rewards": [0.5, 0.25], "error": None}
     record = to_record(row)
     assert (record.lengths, record.rewards, record.error_code) == ((2, 1), (0.5, 0.25), None)
-    failed = to_record({**row, "rewards": None, "error": "too_long: the completion takes 9: too many"})
+    failed = to_record({**row, "rewards": None, "error": {"code": "too_long", "message": "the completion takes 9: too many"}})
     assert (failed.rewards, failed.error_code, failed.error) == (None, "too_long", "the completion takes 9: too many")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_model, plain_re
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaForSequenceClassification
 
+from rayward.config.placement import Placement
 from rayward.contract.contract import Contract, GoldenScore
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError
+from rayward.model.generation import generate
 from rayward.model.weights import head_sha256
+from rayward.scoring import critiques
 from rayward.scoring.ensemble import Ensemble
 from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.wire.items import Asked, ItemError
 from rayward.wire.native import build_reply
 
 ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), ("Red.", "Blue, because the sky is blue."))
@@ -73,7 +78,7 @@ def test_the_reward_is_read_after_the_critique_that_comes_with_it(export: Path, 
     for text, reward, (critique,) in zip(ITEM.completions, result.rewards, result.critiques, strict=True):
         assert reward == pytest.approx(expected_reward(export, ITEM, text, critique), abs=1e-4)
     (wire,) = build_reply("id", "model", "version", [result]).results
-    assert wire.critiques == [list(texts) for texts in result.critiques]
+    assert wire.critiques == result.critiques
     assert scorer.facts.writes_critiques
 
 
@@ -89,7 +94,7 @@ def test_a_given_critique_is_not_written_anew(export: Path, scorer: Scorer) -> N
 
 def test_several_critiques_give_their_mean_and_spread(export: Path, scorer: Scorer) -> None:
     # So many that they differ whatever the model's version is, which seeds them and covers rewards that no two CPUs round alike.
-    (result,) = scorer.score([replace(ITEM, n_critiques=24, temperature=1.0)])
+    (result,) = scorer.score([replace(ITEM, asked=Asked(n_critiques=24, temperature=1.0))])
     assert result.critiques is not None
     assert result.reward_std is not None
     assert [len(set(texts)) > 1 for texts in result.critiques] == [True, True]
@@ -101,7 +106,7 @@ def test_several_critiques_give_their_mean_and_spread(export: Path, scorer: Scor
 
 
 def test_the_same_request_gets_the_same_critiques_in_any_company(scorer: Scorer) -> None:
-    asked = replace(ITEM, n_critiques=2, temperature=0.7)
+    asked = replace(ITEM, asked=Asked(n_critiques=2, temperature=0.7))
     (alone,) = scorer.score([asked])
     other = ScoreItem(({"role": "user", "content": "Something else entirely?"},), ("No.",))
     _, company = scorer.score([other, asked])
@@ -133,10 +138,28 @@ def test_a_damaged_model_does_not_start(tmp_path: Path, settings: dict[str, Any]
 
 def test_a_member_of_an_ensemble_writes_its_critiques(tmp_path: Path, export: Path, scorer: Scorer) -> None:
     (tmp_path / "ensemble.json").write_text(f'{{"rule": "mean", "members": ["{export}", "{export}"]}}')
-    ensemble = load_scored_model(tmp_path, device="cpu")
+    ensemble = load_scored_model(tmp_path, Placement(device="cpu"))
     assert isinstance(ensemble, Ensemble)
     (alone,), (together,) = scorer.score([ITEM]), ensemble.score([ITEM])
     assert together.rewards == pytest.approx(alone.rewards, abs=1e-5)
-    (refused,) = ensemble.score([replace(ITEM, n_critiques=2, temperature=1.0)])
+    (refused,) = ensemble.score([replace(ITEM, asked=Asked(n_critiques=2, temperature=1.0))])
     assert refused.error is not None
     assert refused.error.code == "no_critiques"
+
+
+def test_an_item_whose_critique_cannot_be_written_fails_no_other(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    (alone,) = scorer.score([ITEM])
+    other = ScoreItem(({"role": "user", "content": "Something else entirely?"},), ("No.",))
+    (opening,) = scorer._writer._openings(other)  # type: ignore[union-attr]
+    write = generate
+
+    def raising(model: Any, openings: Sequence[Any], **settings: Any) -> list[list[int]]:
+        if any(list(given.ids) == list(opening.ids) for given in openings):
+            raise KeyError("the text of the item")
+        return write(model, openings, **settings)
+
+    monkeypatch.setattr(critiques, "generate", raising)
+    bad, good = scorer.score([other, ITEM])
+    assert bad.error == ItemError("failed", "KeyError in the forward")
+    assert good.critiques == alone.critiques
+    assert good.rewards == pytest.approx(alone.rewards, abs=1e-5)

@@ -10,12 +10,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.helpers.models import make_export
 
+from rayward.config.placement import Placement
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.ensemble import Ensemble
 from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.serving.preflight import check_model
+from rayward.wire.items import Asked
 
 ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), ("Red.", "Blue, because the sky is blue.", "42"))
 TOO_LONG = ScoreItem(({"role": "user", "content": "long"},), ("word " * 200,))
@@ -46,7 +48,7 @@ def test_rewards_follow_the_rule_and_outputs_show_the_members(models: Path) -> N
         "lower_bound": [statistics.fmean(values) - 2.0 * statistics.pstdev(values) for values in members],
     }
     for rule, rewards in expected.items():
-        ensemble = load_scored_model(write_ensemble(models, rule, rule=rule, penalty=2.0), device="cpu")
+        ensemble = load_scored_model(write_ensemble(models, rule, rule=rule, penalty=2.0), Placement(device="cpu"))
         assert isinstance(ensemble, Ensemble)
         assert ensemble.facts.outputs == ("0_m0", "1_m1", "2_m2", "spread")
         (result,) = ensemble.score([ITEM])
@@ -69,7 +71,9 @@ def test_the_safety_gate_of_llama_2(safety_probability: float, chosen: str) -> N
 
 def test_an_item_that_one_member_cannot_score_is_an_error(models: Path) -> None:
     ensemble = Ensemble.load(write_ensemble(models, "e", rule="mean"), device="cpu")
-    good, bad, weighted, centred = ensemble.score([ITEM, TOO_LONG, replace(ITEM, weights="w"), replace(ITEM, normalise="centred")])
+    good, bad, weighted, centred = ensemble.score(
+        [ITEM, TOO_LONG, replace(ITEM, asked=Asked(weights="w")), replace(ITEM, asked=Asked(normalise="centred"))]
+    )
     assert good.rewards is not None
     for result, code in ((bad, "too_long"), (weighted, "unknown_weights"), (centred, "no_normaliser")):
         assert result.rewards is None

@@ -10,7 +10,8 @@ from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rayward.batch.comparison import EncodedComparison, Labels
-from rayward.batch.layout import pack
+from rayward.batch.layout import PackedBatch, pack
+from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
@@ -21,6 +22,7 @@ from rayward.scoring.implicit import ImplicitScorer
 from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem
 from rayward.serving.preflight import check_model
+from rayward.wire.items import Asked, ItemError
 from rayward.workflows.normalise import normalise_pipeline
 
 BETA = 0.3
@@ -70,7 +72,9 @@ def plain_log_prob(model: PreTrainedModel, encoder: Encoder, item: ScoreItem, co
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("tokens_per_batch", [64, 8192])
 def test_the_reward_is_the_scaled_difference_of_log_probabilities(policies: Path, per_token: bool, tokens_per_batch: int) -> None:
-    scorer = load_scored_model(write_rule(policies, "implicit", per_token=per_token), device="cpu", tokens_per_batch=tokens_per_batch)
+    scorer = load_scored_model(
+        write_rule(policies, "implicit", per_token=per_token), Placement(device="cpu", tokens_per_batch=tokens_per_batch)
+    )
     assert isinstance(scorer, ImplicitScorer)
     tokenizer = load_tokenizer(str(policies / "policy"))
     encoder = Encoder(Contract.from_tokenizer(tokenizer, max_tokens=192), tokenizer)
@@ -109,9 +113,22 @@ def test_shared_and_padded_rows_agree(policies: Path) -> None:
 def test_items_that_cannot_be_scored_are_errors(policies: Path) -> None:
     scorer = ImplicitScorer.load(write_rule(policies, "errors"), device="cpu")
     too_long = ScoreItem(ITEMS[0].prompt, ("word " * 200,))
-    asked = [ITEMS[0], too_long, replace(ITEMS[0], weights="w"), replace(ITEMS[0], normalise="centred")]
+    asked = [ITEMS[0], too_long, replace(ITEMS[0], asked=Asked(weights="w")), replace(ITEMS[0], asked=Asked(normalise="centred"))]
     codes = [result.error.code if result.error else None for result in scorer.score(asked)]
     assert codes == [None, "too_long", "unknown_weights", "no_normaliser"]
+
+
+def test_an_id_that_one_of_the_models_has_no_embedding_for_is_an_error_of_its_item(policies: Path) -> None:
+    for name in ("long-policy", "long-reference"):
+        (policies / name).mkdir()
+        tokenizer = load_tokenizer(str(make_policy(policies / name, 0)))
+        tokenizer.add_tokens(["unheard"])
+        tokenizer.save_pretrained(policies / name)
+    rule = write_rule(policies, "long", policy="../long-policy", reference="../long-reference")
+    good, bad = ImplicitScorer.load(rule, device="cpu").score([ITEMS[0], replace(ITEMS[0], completions=("An unheard word",))])
+    assert good.rewards is not None
+    assert bad.error is not None
+    assert bad.error.code == "token_out_of_range"
 
 
 def test_its_rewards_can_be_normalised(policies: Path) -> None:
@@ -119,11 +136,11 @@ def test_its_rewards_can_be_normalised(policies: Path) -> None:
     before = ImplicitScorer.load(directory, device="cpu")
     lines = [json.dumps({"prompt": "Name a colour.", "completions": list(ITEMS[0].completions)})]
     output, given = policies / "normalised-again", (directory / ImplicitRule.file).read_bytes()
-    found = normalise_pipeline(str(directory), lines, output=output, reference="three colours", device="cpu", tokens_per_batch=8192)
+    found = normalise_pipeline(str(directory), lines, output=output, reference="three colours", placement=Placement(device="cpu"))
     assert (directory / ImplicitRule.file).read_bytes() == given
     after = ImplicitScorer.load(output, device="cpu")
     assert after.version == before.version
-    rewards = after.score([replace(ITEMS[0], normalise="standardised")])[0].rewards
+    rewards = after.score([replace(ITEMS[0], asked=Asked(normalise="standardised"))])[0].rewards
     assert rewards is not None
     assert found.num_rewards == 3
     assert sum(rewards) == pytest.approx(0.0, abs=1e-5)
@@ -141,3 +158,21 @@ def test_what_does_not_fit_together_is_refused(policies: Path, tmp_path: Path) -
     with pytest.raises(ModelLoadError, match="different tokenizers"):
         ImplicitScorer.load(write_rule(policies, "two", reference=str(other)), device="cpu")
     check_model(write_rule(policies, "fine"))
+
+
+def test_a_model_that_raises_for_one_item_fails_no_other(policies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = ImplicitScorer.load(write_rule(policies, "poisoned"), device="cpu")
+    expected = [result.rewards for result in scorer.score(ITEMS)]
+    (tilde,) = load_tokenizer(str(policies / "policy"))("~", add_special_tokens=False)["input_ids"]
+    log_probs = LanguageModel.completion_log_probs
+
+    def raising(model: LanguageModel, batch: PackedBatch) -> torch.Tensor:
+        if model is scorer._models[1] and (batch.input_ids == tilde).any():
+            raise IndexError("index out of range in self")
+        return log_probs(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "completion_log_probs", raising)
+    first, bad, second = scorer.score([ITEMS[0], ScoreItem(ITEMS[0].prompt, ("~",)), ITEMS[1]])
+    for result, rewards in zip((first, second), expected, strict=True):
+        assert result.rewards == pytest.approx(rewards, abs=1e-5)
+    assert bad.error == ItemError("failed", "IndexError in the forward")

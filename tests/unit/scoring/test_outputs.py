@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.models import make_export, plain_outputs
@@ -15,11 +16,16 @@ from rayward.contract.tokenizer import load_tokenizer
 from rayward.contract.weight_sets import WEIGHT_SETS
 from rayward.errors import ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.wire.items import Asked
 from rayward.wire.native import build_reply
 
 OUTPUTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 WEIGHTS = (0.2, 0.5, 0.0, 0.0, -0.3)
 ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), ("Red.", "Blue, because the sky is blue."))
+
+
+def asking(**options: Any) -> ScoreItem:
+    return replace(ITEM, asked=Asked(**options))
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +57,23 @@ def test_the_reward_is_the_weighted_sum_and_the_outputs_come_with_it(scorer: Sco
     for found, row in zip(result.outputs, expected, strict=True):
         assert found == pytest.approx(row, abs=1e-5)
     (wire,) = build_reply("id", "model", "version", [result]).results
-    assert wire.outputs == [list(row) for row in result.outputs]
+    assert wire.outputs == result.outputs
 
 
 def test_a_request_may_choose_a_published_weight_set(scorer: Scorer, expected: list[tuple[float, ...]]) -> None:
     assert scorer.facts.weight_sets == tuple(WEIGHT_SETS)
     for name, weights in WEIGHT_SETS.items():
-        (result,) = scorer.score([replace(ITEM, weights=name)])
+        (result,) = scorer.score([asking(weights=name)])
         assert result.rewards == pytest.approx(combined(expected, tuple(weights.get(output, 0.0) for output in OUTPUTS)), abs=1e-5)
 
 
 def test_items_with_different_wishes_share_a_call(scorer: Scorer) -> None:
-    wishes = [ITEM, replace(ITEM, weights="helpsteer2_goodness"), replace(ITEM, weights="nonsense"), replace(ITEM, normalise="centred")]
+    wishes = [
+        ITEM,
+        asking(weights="helpsteer2_goodness"),
+        asking(weights="nonsense"),
+        asking(normalise="centred"),
+    ]
     plain, good, unknown, centred = scorer.score(wishes)
     assert plain.rewards != good.rewards
     assert unknown.rewards is None
@@ -82,7 +93,7 @@ def test_normalised_rewards_use_the_contracts_statistics_and_leave_the_version_a
     finally:
         contract.save(export)
     assert with_statistics.version == scorer.version
-    raw, centred, standardised = with_statistics.score([ITEM, replace(ITEM, normalise="centred"), replace(ITEM, normalise="standardised")])
+    raw, centred, standardised = with_statistics.score([ITEM, asking(normalise="centred"), asking(normalise="standardised")])
     assert raw.rewards is not None
     assert centred.rewards == pytest.approx([reward - 0.75 for reward in raw.rewards])
     assert standardised.rewards == pytest.approx([(reward - 0.75) / 0.5 for reward in raw.rewards])

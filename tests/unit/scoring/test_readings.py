@@ -16,6 +16,7 @@ from rayward.contract.encoder import Encoder
 from rayward.contract.reading import Aggregate, RewardReadout
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.wire.items import Asked
 from rayward.wire.native import build_reply
 
 ITEMS = [
@@ -53,7 +54,7 @@ def test_steps_are_read_at_their_ends(tmp_path: Path, tokens_per_batch: int, agg
             assert len(steps) == text.count("|") + 1
             assert reward == pytest.approx(combine(expected), abs=1e-5)
     (wire, _) = build_reply("id", "model", "version", results).results
-    assert wire.steps == [list(row) for row in results[0].steps or ()]
+    assert wire.steps == results[0].steps
 
 
 def test_every_token_of_the_completion_is_read(tmp_path: Path) -> None:
@@ -73,6 +74,6 @@ def test_every_token_of_the_completion_is_read(tmp_path: Path) -> None:
 
 def test_a_model_without_critiques_refuses_to_write_some(tmp_path: Path) -> None:
     scorer = Scorer.load(make_export(tmp_path / "model"), device="cpu")
-    (found,) = scorer.score([replace(ITEMS[1], temperature=0.5, n_critiques=2)])
+    (found,) = scorer.score([replace(ITEMS[1], asked=Asked(temperature=0.5, n_critiques=2))])
     assert found.error is not None
     assert found.error.code == "no_critiques"

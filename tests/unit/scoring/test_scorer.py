@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers.architectures import make_architecture
 from tests.helpers.models import make_export, make_model, plain_reward
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import LlamaForSequenceClassification
@@ -16,6 +18,7 @@ from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError, UnverifiedError
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.serving.preflight import check_model
 
 
 def item(prompt: str, *completions: str) -> ScoreItem:
@@ -226,4 +229,45 @@ def test_a_contract_without_golden_scores_is_unverified_and_says_what_to_ask_for
     loaded = Scorer.load(directory, device="cpu", verify=False)
     with pytest.raises(UnverifiedError):
         loaded.verify_golden()
+    with pytest.raises(UnverifiedError):
+        check_model(directory)
+    check_model(directory, verify=False)
     assert len(loaded.golden_scores()) > 3
+
+
+def test_an_id_without_embedding_is_an_error_of_its_item(export: Path, scorer: Scorer, copy: Path) -> None:
+    (copy / "contract.json").unlink()
+    tokenizer = load_tokenizer(str(copy))
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(copy)
+    foreign = Scorer.load(copy, device="cpu")
+    good, bad = foreign.score([ITEMS[0], item("An unheard word", "y")])
+    assert good.rewards == pytest.approx(scorer.score(ITEMS)[0].rewards, abs=1e-5)
+    assert bad.error is not None
+    assert bad.error.code == "token_out_of_range"
+    assert f"embeddings for {len(tokenizer) - 1} ids" in bad.error.message
+    (feature,) = foreign.features([item("x", "unheard")])
+    assert getattr(feature, "code", None) == "token_out_of_range"
+
+
+def test_a_foreign_model_is_not_given_more_tokens_than_it_has_positions(copy: Path) -> None:
+    (copy / "contract.json").unlink()
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+    vocabulary = len(load_tokenizer(str(copy)))
+    for name, positions, limit in (("gpt2", 48, 48), ("roberta", 50, 48)):
+        model = make_architecture("gpt2" if name == "gpt2" else "bert", **FOREIGN[name], vocab_size=vocabulary, pad_token_id=1)
+        model.save_pretrained(copy)
+        assert positions in model.config.to_dict().values()
+        foreign = Scorer.load(copy, device="cpu")
+        assert foreign.contract.max_tokens == limit
+        fits, long = foreign.score([item("a", "b"), item("a", "word " * 60)])
+        assert fits.rewards is not None
+        assert long.error is not None
+        assert long.error.code == "too_long"
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_positions": 48},
+    "roberta": {"model_type": "roberta", "max_position_embeddings": 50},
+}

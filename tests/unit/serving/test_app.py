@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import traceback
 from pathlib import Path
@@ -30,6 +31,13 @@ def test_every_serve_file_is_valid(path: Path) -> None:
         assert application.import_path == "rayward.serving.app:build"
         assert application.args is not None
         ScoringConfig.model_validate(application.args)
+
+
+def test_serve_can_validate_the_arguments_of_its_file() -> None:
+    from rayward.serving.app import build
+
+    # By the annotation itself: its name as a string would let any key through.
+    assert inspect.signature(build).parameters["args"].annotation is ScoringConfig
 
 
 def test_there_is_a_serve_file() -> None:
@@ -78,7 +86,7 @@ def test_other_start_up_failures_are_reported_whole(reason: str) -> None:
 
 
 def test_a_scorer_that_cannot_load_its_model_marks_the_reason(tmp_path: Path) -> None:
-    from rayward.serving.app import ScorerDeployment
+    from rayward.serving.replica import ScorerDeployment
 
     with pytest.raises(ModelLoadError) as caught:
         cast(Any, ScorerDeployment).func_or_class(ScoringConfig(model=str(tmp_path / "absent")), "m")

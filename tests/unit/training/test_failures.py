@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, Ra
 from safetensors import SafetensorError
 
 from rayward.errors import (
+    CheckpointDamagedError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -43,12 +44,15 @@ def caused(error: RaywardError, cause: Exception) -> RaywardError:
 
 TABLE: list[tuple[BaseException, FailureDecision]] = [
     (StreamOrderError("p", remedy="r"), RETRY),
-    (CheckpointError("p", remedy="r"), RETRY),
+    (CheckpointDamagedError("p", remedy="r"), RETRY),
+    (CheckpointError("has matrix with shape (7, 5); the model needs (5, 7)", remedy="r"), STOP),
     (NON_FINITE, STOP),
     (ConfigError("p", remedy="r"), STOP),
     (ModelLoadError("p", remedy="r"), STOP),
     (caused(DataError("a shard cannot be read", remedy="r"), ConnectionResetError(errno.ECONNRESET, "reset")), RETRY),
     (caused(DataError("a shard cannot be read", remedy="r"), FileNotFoundError(errno.ENOENT, "gone")), RESUME),
+    (caused(CheckpointError("not written", remedy="r"), OSError(errno.ENOSPC, "rank 1: No space left on device")), RESUME),
+    (caused(CheckpointError("not written", remedy="r"), OSError(errno.ETIMEDOUT, "rank 0: timed out")), RETRY),
     (task_error(StreamOrderError("p", remedy="r")), RETRY),
     (task_error(DataError("p", remedy="r")), STOP),
     (task_error(ValueError("x")), STOP),

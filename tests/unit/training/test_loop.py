@@ -31,6 +31,20 @@ def reference(comparisons: list[EncodedComparison]) -> list[dict[str, float]]:
     return train(tiny_engine(), make_shares(comparisons, budget=100_000), OBJECTIVE)
 
 
+@pytest.fixture(scope="module")
+def decided(comparisons: list[EncodedComparison]) -> list[EncodedComparison]:
+    """Those whose rewards under a fresh model lie apart by far more than rounding: only on them is an accuracy the same number
+    over every order of summation, on every CPU."""
+    engine = tiny_engine()
+    kept = []
+    for comparison in comparisons:
+        with torch.no_grad():
+            rewards = engine.forward(pack([comparison]))[:, 0].sort().values
+        if rewards.diff().min() > 1e-2:
+            kept.append(comparison)
+    return kept
+
+
 @pytest.mark.parametrize("budget", [170, 250, 400])
 def test_the_micro_batch_budget_changes_no_step(
     comparisons: list[EncodedComparison], reference: list[dict[str, float]], budget: int
@@ -45,25 +59,12 @@ def test_the_micro_batch_budget_changes_no_step(
         assert found["tokens"] == expected["tokens"]
 
 
-def decided(comparisons: list[EncodedComparison], margin: float = 1e-2) -> list[EncodedComparison]:
-    """Those whose rewards under a fresh model lie apart by far more than rounding: only on them is an accuracy the same number
-    over every order of summation, on every CPU."""
-    engine = tiny_engine()
-    kept = []
-    for comparison in comparisons:
-        with torch.no_grad():
-            rewards = engine.forward(pack([comparison]))[:, 0].sort().values
-        if rewards.diff().min() > margin:
-            kept.append(comparison)
-    return kept
-
-
 @pytest.mark.parametrize("budget", [170, 250, 400])
-def test_the_micro_batch_budget_changes_no_accuracy(comparisons: list[EncodedComparison], budget: int) -> None:
-    clear = decided(comparisons)
-    assert len(clear) >= 80
-    whole = validate(tiny_engine(), make_shares(clear, per_step=len(clear), budget=100_000), OBJECTIVE)
-    cut = validate(tiny_engine(), make_shares(clear, per_step=len(clear), budget=budget), OBJECTIVE)
+def test_the_micro_batch_budget_changes_no_accuracy(decided: list[EncodedComparison], budget: int) -> None:
+    assert len(decided) >= 80
+    engine = tiny_engine()
+    whole = validate(engine, make_shares(decided, per_step=len(decided), budget=100_000), OBJECTIVE)
+    cut = validate(engine, make_shares(decided, per_step=len(decided), budget=budget), OBJECTIVE)
     assert 0.0 < whole["accuracy"] < 1.0
     assert cut["accuracy"] == whole["accuracy"]
     assert cut["margin"] == pytest.approx(whole["margin"], abs=1e-6)
@@ -204,8 +205,8 @@ def test_a_stream_that_ends_early_stops_the_run(comparisons: list[EncodedCompari
     assert seen == [1, 2]
 
 
-def test_validation_counts_over_all_shares(comparisons: list[EncodedComparison]) -> None:
-    engine, clear = tiny_engine(), decided(comparisons)[:40]
+def test_validation_counts_over_all_shares(decided: list[EncodedComparison]) -> None:
+    engine, clear = tiny_engine(), decided[:40]
     by_eight = validate(engine, make_shares(clear), OBJECTIVE)
     at_once = validate(engine, make_shares(clear, per_step=40, budget=100_000), OBJECTIVE)
     assert by_eight["comparisons"] == 40

@@ -75,12 +75,13 @@ def test_a_lock_of_a_killed_process_is_removed_with_a_message(tmp_path: Path, ca
     assert "was killed" in caplog.text
 
 
-def test_a_planted_lock_delays_no_start(tmp_path: Path) -> None:
+def test_a_planted_lock_delays_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.close(take(tmp_path / TORCH_LOCK_FILE))
     clock, built = Clock(), list[str]()
     build_operator(lambda: built.append("built"), tmp_path, clock.waiting())
     assert built == ["built"]
     assert clock.now < 2.0
+    assert "waiting" not in caplog.text
 
 
 def test_a_living_process_is_waited_for_and_its_lock_is_left_to_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -95,7 +96,8 @@ def test_a_living_process_is_waited_for_and_its_lock_is_left_to_it(tmp_path: Pat
     build_operator(lambda: built.append("built"), tmp_path, clock.waiting())
     assert built == ["built"]
     assert clock.now == pytest.approx(55.0, abs=1.0)
-    assert caplog.text == ""
+    assert caplog.text.count("waiting for another process") == 1
+    assert "was killed" not in caplog.text
 
 
 def test_the_wait_for_a_living_process_ends_with_a_typed_error(tmp_path: Path) -> None:

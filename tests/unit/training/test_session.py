@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from rayward.objectives.table import OBJECTIVES
 from rayward.training.checkpoints.store import CheckpointStore
 from rayward.training.engines.protocol import STATE_KINDS
 from rayward.training.engines.torch import TorchEngine
+from rayward.training.failures import FailureDecision, decide
 from rayward.training.golden import golden_scores
 from rayward.training.session import Job, Session, resume_point
 
@@ -214,22 +216,23 @@ def test_one_failed_write_is_survived_and_two_are_not(
 ) -> None:
     real, calls, failing = CheckpointStore.save, 0, {1}
 
-    def save(self: CheckpointStore, *args: object) -> str | None:
+    def save(self: CheckpointStore, *args: object) -> OSError | None:
         nonlocal calls
         calls += 1
-        return "disk full" if calls in failing else real(self, *args)  # type: ignore[arg-type]
+        return OSError(errno.ENOSPC, "disk full") if calls in failing else real(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CheckpointStore, "save", save)
     job = make_job(tmp_path / "one", prepared)
     with caplog.at_level(logging.ERROR):
         run_session(job, prepared)
-    assert "checkpoint at step 2 was not written (disk full)" in caplog.text
+    assert "checkpoint at step 2 was not written ([Errno 28] disk full)" in caplog.text
     assert steps_in(job.store.root) == [4, 6]
     calls, failing = 0, {2, 3}
     job = make_job(tmp_path / "two", prepared)
-    with pytest.raises(CheckpointError, match="checkpoint at step 6 could not be written: disk full"):
+    with pytest.raises(CheckpointError, match=r"checkpoint at step 6 could not be written: \[Errno 28\] disk full") as caught:
         run_session(job, prepared)
     assert steps_in(job.store.root) == [2]
+    assert decide(caught.value) is FailureDecision.RESUME, "the group would train two checkpoints' steps again for nothing"
 
 
 def test_golden_scores_are_those_of_the_conversations_alone(tmp_path: Path, prepared: PreparedData) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rayward.errors import RequestError, RuleError
-from rayward.wire.items import ItemError, ItemResult
+from rayward.wire.items import Asked, ItemError, ItemResult
 from rayward.wire.native import ScoreReply, build_reply, error_reply
 from rayward.wire.rules import Limits, parse_request
 
@@ -171,9 +172,57 @@ def test_reply_holds_rewards_or_error_in_order() -> None:
     }
 
 
-@pytest.mark.parametrize("rewards", [[float("nan")], [float("inf")], None, ["1"], [True]])
-def test_reply_cannot_hold_what_is_no_reward(rewards: Any) -> None:
+REPLY = '{"id": "1", "model": "m", "version": "v", "results": [%s], "usage": {"tokens": 1, "tokens_computed": 1}}'
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        '{"rewards": [NaN]}',
+        '{"rewards": [Infinity]}',
+        '{"rewards": null}',
+        '{"rewards": ["1"]}',
+        '{"rewards": [true]}',
+        "{}",
+        '{"rewards": [1.0], "error": {"code": "x", "message": "y"}}',
+        '{"rewards": [1.0], "reward": 1.0}',
+        '{"rewards": [1.0], "outputs": [[NaN]]}',
+        '{"error": {"code": 1, "message": "y"}}',
+    ],
+)
+def test_reply_cannot_hold_what_is_no_reward(result: str) -> None:
     with pytest.raises(ValueError, match="validation error"):
-        ScoreReply.model_validate(
-            {"id": "1", "model": "m", "version": "v", "results": [{"rewards": rewards}], "usage": {"tokens": 1, "tokens_computed": 1}}
-        )
+        ScoreReply.model_validate_json(REPLY % result)
+
+
+def test_a_result_that_is_not_finite_is_never_written() -> None:
+    # Not even as null, which is what JSON would make of it.
+    nan = ItemResult(rewards=(float("nan"),))
+    with pytest.raises(ValueError, match="finite number"):
+        build_reply("score-1", "rm", "abc", [nan])
+    with pytest.raises(ValueError, match="finite number"):
+        nan.as_json()
+
+
+def test_reply_client_and_result_line_share_one_schema() -> None:
+    result = ItemResult(rewards=(1.5,), steps=((0.25, 0.5),), critiques=(("ok",),), reward_std=(0.5,), tokens=9, tokens_computed=8)
+    reply = build_reply("score-1", "rm", "abc", [result])
+    written = reply.model_dump_json(exclude_none=True)
+    assert json.loads(written)["results"] == [result.as_json()]
+    # Tokens are counted in the usage of the reply, not item by item.
+    (read,) = ScoreReply.model_validate_json(written).results
+    assert read == replace(result, tokens=0, tokens_computed=0)
+
+
+@pytest.mark.parametrize("both", [{}, {"rewards": (1.0,), "error": ItemError("x", "y")}])
+def test_a_result_is_rewards_or_an_error(both: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="either rewards or an error"):
+        ItemResult(**both)
+
+
+def test_what_is_asked_reaches_every_item_and_only_what_differs_is_sent() -> None:
+    asked = Asked(weights="w", normalise="centred", n_critiques=3, temperature=0.5)
+    assert Asked().given() == {}
+    assert asked.given() == {"weights": "w", "normalise": "centred", "n_critiques": 3, "temperature": 0.5}
+    found, _ = parse_request(json.dumps({"items": [GOOD, GOOD], **asked.given()}).encode(), LIMITS)
+    assert [item.asked for item in found] == [asked, asked]

@@ -5,24 +5,26 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers.architectures import ARCHITECTURES, make_architecture
 from tests.helpers.models import CONVERSATIONS, make_model
 from tests.helpers.tokenizer import make_tokenizer
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 from rayward import cli
 from rayward.artifacts import writer as writer_module
+from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
@@ -47,7 +49,7 @@ def rewards(scorer: Scorer) -> list[float]:
 
 def test_an_imported_model_scores_as_its_source_and_is_verified(tmp_path: Path) -> None:
     make_foreign(tmp_path / "source")
-    contract = import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     imported, foreign = Scorer.load(tmp_path / "model", device="cpu"), Scorer.load(tmp_path / "source", device="cpu")
     assert rewards(imported) == pytest.approx(rewards(foreign), abs=1e-5)
     assert len(contract.golden) > 3
@@ -64,7 +66,7 @@ def test_an_imported_model_scores_as_its_source_and_is_verified(tmp_path: Path) 
 
 def test_the_weights_keep_their_type(tmp_path: Path) -> None:
     make_foreign(tmp_path / "source", dtype=torch.bfloat16)
-    contract = import_model(tmp_path / "source", tmp_path / "model", device="cpu", max_tokens=100)
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), max_tokens=100)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "model"))
     assert contract.dtype == "bfloat16"
     assert contract.max_tokens == 100
@@ -76,9 +78,15 @@ def test_several_outputs_are_named_and_weighted(tmp_path: Path) -> None:
     make_foreign(tmp_path / "source", num_labels=2)
     for given in ({}, {"outputs": ("a", "b")}, {"outputs": ("a",), "weights": (1.0,)}, {"outputs": ("a", "a"), "weights": (1.0, 1.0)}):
         with pytest.raises(ConfigError, match="2 outputs"):
-            import_model(tmp_path / "source", tmp_path / "model", device="cpu", **given)
+            import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), **given)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    import_model(tmp_path / "source", tmp_path / "model", device="cpu", outputs=("a", "b"), weights=(0.25, 2.0))
+    import_model(
+        tmp_path / "source",
+        tmp_path / "model",
+        placement=Placement(device="cpu"),
+        outputs=("a", "b"),
+        weights=(0.25, 2.0),
+    )
     (result,) = Scorer.load(tmp_path / "model", device="cpu").score(ITEMS[:1])
     assert result.outputs is not None
     assert result.rewards == pytest.approx([0.25 * result.outputs[0][0] + 2.0 * result.outputs[0][1]], abs=1e-5)
@@ -99,7 +107,7 @@ def without_pad(directory: Path) -> PreTrainedTokenizerFast:
 def test_a_pad_token_of_our_own_gets_a_row(tmp_path: Path) -> None:
     make_foreign(tmp_path / "source")
     before = len(without_pad(tmp_path / "source"))
-    contract = import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     assert contract.pad_token_id == before
     rows = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
     assert (len(rows), float(rows[before:].abs().sum())) == (before + 1, 0.0)
@@ -114,19 +122,41 @@ def test_a_pad_token_of_our_own_gets_a_row(tmp_path: Path) -> None:
     assert logits == pytest.approx([golden.reward[0] for golden in contract.golden[:2]], abs=1e-4)
 
 
-def test_an_encoder_keeps_its_own_classifier(tmp_path: Path) -> None:
+EXPERTS: dict[str, Any] = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.2, "num_labels": 1,
+    "pad_token_id": 0, "num_experts_per_tok": 2,
+}  # fmt: skip
+WITH_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**EXPERTS, "num_local_experts": 4},
+    "deepseek_v3": {
+        **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WITH_EXPERTS])
+def test_every_family_is_imported_as_plain_transformers_computes_it(tmp_path: Path, name: str) -> None:
     (tmp_path / "source").mkdir()
-    tokenizer = make_tokenizer(tmp_path / "source")
+    make_tokenizer(tmp_path / "source")
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, num_labels=1, initializer_range=0.2,
-    )  # fmt: skip
-    BertForSequenceClassification(config).eval().save_pretrained(tmp_path / "source")
-    import_model(tmp_path / "source", tmp_path / "model", device="cpu")
-    found = rewards(Scorer.load(tmp_path / "model", device="cpu"))
-    assert found == pytest.approx(rewards(Scorer.load(tmp_path / "source", device="cpu")), abs=1e-5)
-    assert len(set(found)) == len(found)
+    model = (
+        AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **WITH_EXPERTS[name]))
+        if name in WITH_EXPERTS
+        else make_architecture(name, vocab_size=259)
+    ).eval()
+    model.save_pretrained(tmp_path / "source")
+    contract = import_model(tmp_path / "source", tmp_path / "model", max_tokens=256, placement=Placement(device="cpu"))
+    again, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
+    assert len({golden.reward for golden in contract.golden}) == len(contract.golden) > 3
+    for golden in contract.golden:
+        ids = torch.tensor([golden.token_ids])
+        with torch.no_grad():
+            before, after = (plain.eval()(input_ids=ids).logits[0, 0].item() for plain in (model, again))
+        assert golden.reward[0] == pytest.approx(before, abs=1e-5)
+        assert after == pytest.approx(before, abs=1e-5)
 
 
 def test_a_copy_that_scores_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,25 +169,27 @@ def test_a_copy_that_scores_differently_is_not_published(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(writer_module, "save_file", faulty)
     with pytest.raises(ContractMismatchError, match="golden scores"):
-        import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+        import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     make_foreign(tmp_path / "source")
     with pytest.raises(ConfigError, match="--max-tokens is 513"):
-        import_model(tmp_path / "source", tmp_path / "model", max_tokens=513, device="cpu")
-    import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+        import_model(tmp_path / "source", tmp_path / "model", max_tokens=513, placement=Placement(device="cpu"))
+    import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     with pytest.raises(ConfigError, match="exists already"):
-        import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+        import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     with pytest.raises(ConfigError, match="has a contract already"):
-        import_model(tmp_path / "model", tmp_path / "again", device="cpu")
+        import_model(tmp_path / "model", tmp_path / "again", placement=Placement(device="cpu"))
     headless = shutil.copytree(tmp_path / "source", tmp_path / "headless")
     tensors = load_file(headless / "model.safetensors")
     del tensors["score.weight"]
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match="random numbers"):
-        import_model(headless, tmp_path / "again", device="cpu")
+        import_model(headless, tmp_path / "again", placement=Placement(device="cpu"))
+    with pytest.raises(ModelLoadError, match="neither a local directory nor a hub model"):
+        import_model(Path("nobody/nothing"), tmp_path / "again", placement=Placement(device="cpu"))
     assert not (tmp_path / "again").exists()
 
 
@@ -220,7 +252,7 @@ class Compute(nn.Module):
 def test_heads_of_other_frameworks_score_as_they_did(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = make_foreign(tmp_path / "source").model
     compute = _write_head(tmp_path / "source", kind)
-    contract = import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     for golden in contract.golden:
         with torch.no_grad():
             expected = compute(backbone(input_ids=torch.tensor([golden.token_ids])).last_hidden_state[0, -1]).item()
@@ -257,7 +289,7 @@ def test_heads_of_other_frameworks_are_imported_with_verified_scores(tmp_path: P
         config = json.loads((tmp_path / "source" / "config.json").read_text())
         (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "value_head_prefix": "value_score"}))
     save_file(tensors, file, metadata={"format": "pt"})
-    contract = import_model(tmp_path / "source", tmp_path / "model", device="cpu")
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
     assert contract.golden
     imported, foreign = Scorer.load(tmp_path / "model", device="cpu"), Scorer.load(tmp_path / "source", device="cpu")
     assert rewards(imported) == pytest.approx(rewards(foreign), abs=1e-5)

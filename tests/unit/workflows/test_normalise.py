@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from tests.helpers.models import make_export
 
+from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ContractError, DataError
 from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.ensemble import Ensemble
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.wire.items import Asked
 from rayward.workflows.normalise import default_output, normalise_pipeline
 
 COMPLETIONS = ("Red.", "Rust, which is a kind of red.", "Red or blue.")
@@ -21,7 +23,7 @@ ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), COMPLETIONS)
 
 
 def run(model: Path, output: Path, lines: list[str] = LINES) -> None:
-    normalise_pipeline(str(model), lines, output=output, reference="three colours", device="cpu", tokens_per_batch=8192)
+    normalise_pipeline(str(model), lines, output=output, reference="three colours", placement=Placement(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_the_model_itself_does_not_change(model: Path, tmp_path: Path) -> None:
     found = revised.contract.normaliser
     assert found is not None
     assert (found.mean, found.std, found.num_rewards) == pytest.approx((statistics.fmean(rewards), statistics.pstdev(rewards), 3))
-    centred = revised.score([replace(ITEM, normalise="centred")])[0].rewards
+    centred = revised.score([replace(ITEM, asked=Asked(normalise="centred"))])[0].rewards
     assert centred == pytest.approx([reward - found.mean for reward in rewards])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.fs as pafs
 
 from rayward import storage
 from rayward.contract.contract import GoldenScore
-from rayward.errors import CheckpointError, CheckpointVersionError
+from rayward.errors import CheckpointDamagedError, CheckpointError, CheckpointVersionError
 from rayward.training.checkpoints.format import (
     BUFFERS_FILE,
     COMMIT_FILE,
@@ -27,6 +28,20 @@ from rayward.training.checkpoints.writer import sha256_of, write_buffers_file, w
 from rayward.training.engines.protocol import SharedState
 
 logger = logging.getLogger(__name__)
+
+
+_Problem = tuple[int | None, str]
+"""Number of an OSError, and what it says of which rank."""
+
+
+def _problem(rank: int, exc: OSError) -> _Problem:
+    return exc.errno, f"rank {rank}: {exc.strerror or exc}"
+
+
+def _merged(problems: Sequence[_Problem]) -> OSError:
+    text = "; ".join(text for _, text in problems)
+    number = next((number for number, _ in problems if number is not None), None)
+    return OSError(text) if number is None else OSError(number, text)
 
 
 class CheckpointStore:
@@ -83,41 +98,41 @@ class CheckpointStore:
             return None
         return CommittedCheckpoint(directory, commit)
 
-    def save(self, engine: SharedState, commit: CommitDraft) -> str | None:
+    def save(self, engine: SharedState, commit: CommitDraft) -> OSError | None:
         """Write and commit a checkpoint; called by all ranks.
 
         Returns:
-            None when committed; else the reason why nothing was written (the earlier checkpoints are untouched).
+            None when committed; else why nothing was written, on every rank (the earlier checkpoints are untouched).
         """
         directory = f"{self.root}/step_{commit.step:08d}"
         name = f"rank_{engine.rank:05d}.safetensors"
-        problem: str | None = None
+        problem: _Problem | None = None
         files: dict[str, FileEntry] = {}
         try:
             if engine.rank == 0:
                 storage.delete_dir(self.filesystem, directory)
                 self.filesystem.create_dir(directory)
         except OSError as exc:
-            problem = f"rank 0: {exc}"
+            problem = _problem(0, exc)
         if not any(engine.all_gather_object(problem)):
             try:
                 files[name] = write_rank_file(self.filesystem, f"{directory}/{name}", engine)
                 if engine.rank == 0 and (buffers := engine.buffers()):
                     files[BUFFERS_FILE] = write_buffers_file(self.filesystem, f"{directory}/{BUFFERS_FILE}", buffers)
             except OSError as exc:
-                problem = f"rank {engine.rank}: {exc}"
+                problem = _problem(engine.rank, exc)
         results = engine.all_gather_object((files, problem))
         problems = [p for _, p in results if p]
         if engine.rank == 0 and not problems:
             try:
                 self._commit(directory, commit, engine, {n: e for written, _ in results for n, e in written.items()})
             except OSError as exc:
-                problems = [f"rank 0: {exc}"]
+                problems = [_problem(0, exc)]
         problems = engine.all_gather_object(problems)[0]
         if problems:
             if engine.rank == 0:
                 self._discard(directory)
-            return "; ".join(problems)
+            return _merged(problems)
         if engine.rank == 0:
             self._prune(commit.keep_last)
         return None
@@ -159,7 +174,7 @@ class CheckpointStore:
         """Load a checkpoint written at any world size; called by all ranks.
 
         Raises:
-            CheckpointError: a file's content is not what was committed. The checkpoint is then marked, so that the next
+            CheckpointDamagedError: a file's content is not what was committed. The checkpoint is then marked, so that the next
                 attempt takes the one before it.
         """
         commit = checkpoint.commit
@@ -169,7 +184,7 @@ class CheckpointStore:
         if damaged:
             if engine.rank == 0:
                 storage.write_text(self.filesystem, f"{checkpoint.directory}/{DAMAGED_FILE}", json.dumps(damaged))
-            raise CheckpointError(
+            raise CheckpointDamagedError(
                 f"checkpoint {checkpoint.directory}: the content of {', '.join(damaged)} is not what was committed",
                 remedy="the run restarts from the checkpoint before it; check the storage",
             )

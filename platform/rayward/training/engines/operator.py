@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 OPERATOR = "deepspeed_shm_comm"
 TORCH_LOCK_FILE = "lock"
 TURN_FILE = "rayward.turn"
-TIMEOUT_S = 600.0
+TIMEOUT_S = 1800.0
+"""A minute's work on an idle machine took eight on one that was eight times overloaded."""
 LOOK_EVERY_S = 0.5
 
 
@@ -43,9 +44,10 @@ class Waiting:
     ) -> None:
         self._clock, self._sleep, self._timeout_s = clock, sleep, timeout_s
         self._deadline = clock() + timeout_s
+        self._said = False
 
-    def look_again(self, path: Path) -> None:
-        """Sleep until the next look at what is waited for.
+    def look_again(self, path: Path, *, held: bool = True) -> None:
+        """Sleep until the next look at what is waited for; where somebody holds it, say so once.
 
         Raises:
             TrainingError: it takes too long.
@@ -55,6 +57,9 @@ class Waiting:
                 f"another process has held {path} for {self._timeout_s:g} s; DeepSpeed's operator is compiled in about a minute",
                 remedy="end that process, or delete the file if nothing compiles on any machine that shares this directory",
             )
+        if held and not self._said:
+            self._said = True
+            logger.warning("waiting for another process that builds DeepSpeed's operator and holds %s", path)
         self._sleep(LOOK_EVERY_S)
 
 
@@ -100,7 +105,7 @@ def clear_stale_lock(lock: Path, waiting: Waiting) -> None:
             logger.warning("removing %s: the process that compiled DeepSpeed's operator was killed", lock)
             lock.unlink(missing_ok=True)
             return
-        waiting.look_again(lock)
+        waiting.look_again(lock, held=unheld == 0)
 
 
 def _nobody_holds(lock: Path) -> bool:
