@@ -215,3 +215,15 @@ def test_a_scalar_and_a_slice_of_a_file(tmp_path: Path) -> None:
     with safe_open(tmp_path / SINGLE_FILE, framework="pt") as file:
         assert read_flat(Stored((), lambda: file.get_slice("scalar")), 0, 1).tolist() == [2.5]
         assert read_flat(Stored((3, 4), lambda: file.get_slice("matrix")), 2, 9).tolist() == [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "jamba", "minimax", "qwen3_next"])
+def test_types_of_a_16_bit_model_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    model_of(family).save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    loaded = load_reward_model(tmp_path, device=CPU, dtype=torch.bfloat16, max_tokens=64).model.state_dict()
+    for name, value in plain.items():
+        if name != "score.weight":
+            assert loaded[name].dtype == value.dtype, name
+            assert torch.equal(loaded[name], value), name
+    assert loaded["score.weight"].dtype == torch.float32
