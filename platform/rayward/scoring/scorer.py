@@ -202,8 +202,7 @@ class Scorer:
             ContractMismatchError: token ids differ, or a reward is further off than the contract allows.
         """
         contract = self.contract
-        if not contract.golden:
-            raise unverified(self.model_id)
+        contract.require_golden(self.model_id)
         for index, golden in enumerate(contract.golden):
             ids = self._encoder.encode(golden.prompt, golden.completion, golden.critique)
             if tuple(ids) != golden.token_ids:
