@@ -16,6 +16,7 @@
     │   ├── StreamOrderError   a worker received another step than the one it expected
     │   ├── WorkerError        a library raised in a worker, and a restart would not help
     │   └── CheckpointError    a checkpoint could not be written or read
+    │       ├── CheckpointDamagedError  a file of a checkpoint is not what was committed
     │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
@@ -240,7 +241,11 @@ class StreamOrderError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """Example: the storage fails twice in a row while a checkpoint is written, or a checkpoint turns out damaged."""
+    """Example: the storage fails twice in a row while a checkpoint is written."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """Example: a byte of the newest checkpoint has changed on disk; the next start takes the one before it."""
 
     retryable = True
 
@@ -248,7 +253,6 @@ class CheckpointError(TrainingError):
 class CheckpointVersionError(CheckpointError):
     """Example: the newest checkpoint of the run was written by a newer Rayward."""
 
-    retryable = False
     exit_code = 2
 
 

@@ -119,6 +119,17 @@ def test_cuda_without_a_reservation_is_refused_with_the_reason() -> None:
         pick_device("cuda")
 
 
+def test_ray_has_what_it_is_asked_for() -> None:
+    # `RuntimeContext.worker` is not documented: when this fails, look how the new version tells a driver from a worker.
+    import ray
+    from ray.runtime_context import RuntimeContext
+
+    worker = SimpleNamespace(mode=ray.WORKER_MODE)
+    assert RuntimeContext(worker).worker is worker
+    assert ray.WORKER_MODE != ray.SCRIPT_MODE
+    assert callable(RuntimeContext.get_accelerator_ids)
+
+
 def test_outside_of_ray_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_reserved() is None
     for there, expected in ((True, "cuda"), (False, "cpu")):

@@ -8,13 +8,11 @@ from typing import TypeVar
 
 import torch
 
-from rayward.errors import ContractError, TokenRangeError, TooLongError
+from rayward.errors import ContractError
+from rayward.scoring.scored_model import encoding_error
 from rayward.wire.items import ItemError, ItemResult
 
 logger = logging.getLogger(__name__)
-
-CODES: dict[type[ContractError], str] = {TooLongError: "too_long", TokenRangeError: "token_out_of_range"}
-"""Of items that cannot become token ids; any other such error is `template`."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,7 +26,7 @@ def item_error(exc: BaseException, doing: str) -> ItemError:
             and never its words, which may quote the text of the item; those are in the log.
     """
     if isinstance(exc, ContractError):
-        return ItemError(CODES.get(type(exc), "template"), exc.problem)
+        return encoding_error(exc)
     logger.warning("an item failed %s", doing, exc_info=exc)
     return ItemError("failed", f"{type(exc).__name__} {doing}")
 

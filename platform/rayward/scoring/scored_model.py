@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rayward.contract.contract import Normaliser
-from rayward.errors import TokenRangeError
+from rayward.errors import ContractError, TokenRangeError, TooLongError
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
+
+
+def encoding_error(exc: ContractError) -> ItemError:
+    """What the caller is told of a conversation that cannot become token ids."""
+    codes = {TooLongError: "too_long", TokenRangeError: "token_out_of_range"}
+    return ItemError(codes.get(type(exc), "template"), exc.problem)
 
 
 def check_ids(conversations: Iterable[Sequence[int]], vocabulary: int) -> None:

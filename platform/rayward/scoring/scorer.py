@@ -25,7 +25,8 @@ from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ModelLoadError
-from rayward.model.build import load_reward_model
+from rayward.model.build import load_reward_model, read_hf_config
+from rayward.model.capabilities import context_length, position_limit
 from rayward.model.reward_model import BatchTensors, RewardModel, to_tensors
 from rayward.model.weights import head_sha256
 from rayward.model.weights_identity import weights_identity
@@ -133,9 +134,7 @@ class Scorer:
     def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
-        context = config.get("max_position_embeddings")
-        limit = min(FOREIGN_MAX_TOKENS, context) if isinstance(context, int) else FOREIGN_MAX_TOKENS
-        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit)
+        limit = min(FOREIGN_MAX_TOKENS, context_length(read_hf_config(directory)) or FOREIGN_MAX_TOKENS)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
         labels = int(model.model.config.num_labels or 0)
@@ -144,7 +143,8 @@ class Scorer:
                 f"{directory.name} has {labels} outputs and no {CONTRACT_FILE} that says how they become a reward",
                 remedy="use a model with one output, or one that Rayward exported",
             )
-        contract = contract.model_copy(
+        limit = min(limit, position_limit(model.model) or limit)
+        contract = Contract.from_tokenizer(tokenizer, max_tokens=limit).model_copy(
             update={
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_sha256": head_sha256(model.model.state_dict()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from rayward.contract.contract import Contract, GoldenScore
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError
+from rayward.model.generation import generate
 from rayward.model.weights import head_sha256
+from rayward.scoring import critiques
 from rayward.scoring.ensemble import Ensemble
 from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem, Scorer
-from rayward.wire.items import Asked
+from rayward.wire.items import Asked, ItemError
 from rayward.wire.native import build_reply
 
 ITEM = ScoreItem(({"role": "user", "content": "Name a colour."},), ("Red.", "Blue, because the sky is blue."))
@@ -142,3 +145,21 @@ def test_a_member_of_an_ensemble_writes_its_critiques(tmp_path: Path, export: Pa
     (refused,) = ensemble.score([replace(ITEM, asked=Asked(n_critiques=2, temperature=1.0))])
     assert refused.error is not None
     assert refused.error.code == "no_critiques"
+
+
+def test_an_item_whose_critique_cannot_be_written_fails_no_other(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    (alone,) = scorer.score([ITEM])
+    other = ScoreItem(({"role": "user", "content": "Something else entirely?"},), ("No.",))
+    (opening,) = scorer._writer._openings(other)  # type: ignore[union-attr]
+    write = generate
+
+    def raising(model: Any, openings: Sequence[Any], **settings: Any) -> list[list[int]]:
+        if any(list(given.ids) == list(opening.ids) for given in openings):
+            raise KeyError("the text of the item")
+        return write(model, openings, **settings)
+
+    monkeypatch.setattr(critiques, "generate", raising)
+    bad, good = scorer.score([other, ITEM])
+    assert bad.error == ItemError("failed", "KeyError in the forward")
+    assert good.critiques == alone.critiques
+    assert good.rewards == pytest.approx(alone.rewards, abs=1e-5)

@@ -10,7 +10,7 @@ from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rayward.batch.comparison import EncodedComparison, Labels
-from rayward.batch.layout import pack
+from rayward.batch.layout import PackedBatch, pack
 from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
@@ -22,7 +22,7 @@ from rayward.scoring.implicit import ImplicitScorer
 from rayward.scoring.load import load_scored_model
 from rayward.scoring.scorer import ScoreItem
 from rayward.serving.preflight import check_model
-from rayward.wire.items import Asked
+from rayward.wire.items import Asked, ItemError
 from rayward.workflows.normalise import normalise_pipeline
 
 BETA = 0.3
@@ -118,6 +118,19 @@ def test_items_that_cannot_be_scored_are_errors(policies: Path) -> None:
     assert codes == [None, "too_long", "unknown_weights", "no_normaliser"]
 
 
+def test_an_id_that_one_of_the_models_has_no_embedding_for_is_an_error_of_its_item(policies: Path) -> None:
+    for name in ("long-policy", "long-reference"):
+        (policies / name).mkdir()
+        tokenizer = load_tokenizer(str(make_policy(policies / name, 0)))
+        tokenizer.add_tokens(["unheard"])
+        tokenizer.save_pretrained(policies / name)
+    rule = write_rule(policies, "long", policy="../long-policy", reference="../long-reference")
+    good, bad = ImplicitScorer.load(rule, device="cpu").score([ITEMS[0], replace(ITEMS[0], completions=("An unheard word",))])
+    assert good.rewards is not None
+    assert bad.error is not None
+    assert bad.error.code == "token_out_of_range"
+
+
 def test_its_rewards_can_be_normalised(policies: Path) -> None:
     directory = write_rule(policies, "normalised")
     before = ImplicitScorer.load(directory, device="cpu")
@@ -145,3 +158,21 @@ def test_what_does_not_fit_together_is_refused(policies: Path, tmp_path: Path) -
     with pytest.raises(ModelLoadError, match="different tokenizers"):
         ImplicitScorer.load(write_rule(policies, "two", reference=str(other)), device="cpu")
     check_model(write_rule(policies, "fine"))
+
+
+def test_a_model_that_raises_for_one_item_fails_no_other(policies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = ImplicitScorer.load(write_rule(policies, "poisoned"), device="cpu")
+    expected = [result.rewards for result in scorer.score(ITEMS)]
+    (tilde,) = load_tokenizer(str(policies / "policy"))("~", add_special_tokens=False)["input_ids"]
+    log_probs = LanguageModel.completion_log_probs
+
+    def raising(model: LanguageModel, batch: PackedBatch) -> torch.Tensor:
+        if model is scorer._models[1] and (batch.input_ids == tilde).any():
+            raise IndexError("index out of range in self")
+        return log_probs(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "completion_log_probs", raising)
+    first, bad, second = scorer.score([ITEMS[0], ScoreItem(ITEMS[0].prompt, ("~",)), ITEMS[1]])
+    for result, rewards in zip((first, second), expected, strict=True):
+        assert result.rewards == pytest.approx(rewards, abs=1e-5)
+    assert bad.error == ItemError("failed", "IndexError in the forward")

@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, Ra
 from safetensors import SafetensorError
 
 from rayward.errors import (
+    CheckpointDamagedError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -43,7 +44,8 @@ def caused(error: RaywardError, cause: Exception) -> RaywardError:
 
 TABLE: list[tuple[BaseException, FailureDecision]] = [
     (StreamOrderError("p", remedy="r"), RETRY),
-    (CheckpointError("p", remedy="r"), RETRY),
+    (CheckpointDamagedError("p", remedy="r"), RETRY),
+    (CheckpointError("has matrix with shape (7, 5); the model needs (5, 7)", remedy="r"), STOP),
     (NON_FINITE, STOP),
     (ConfigError("p", remedy="r"), STOP),
     (ModelLoadError("p", remedy="r"), STOP),

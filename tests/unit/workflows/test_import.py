@@ -80,7 +80,13 @@ def test_several_outputs_are_named_and_weighted(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="2 outputs"):
             import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), **given)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"), outputs=("a", "b"), weights=(0.25, 2.0))
+    import_model(
+        tmp_path / "source",
+        tmp_path / "model",
+        placement=Placement(device="cpu"),
+        outputs=("a", "b"),
+        weights=(0.25, 2.0),
+    )
     (result,) = Scorer.load(tmp_path / "model", device="cpu").score(ITEMS[:1])
     assert result.outputs is not None
     assert result.rewards == pytest.approx([0.25 * result.outputs[0][0] + 2.0 * result.outputs[0][1]], abs=1e-5)

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from rayward import storage
 from rayward.contract.contract import GoldenScore
-from rayward.errors import CheckpointError, CheckpointVersionError
+from rayward.errors import CheckpointDamagedError, CheckpointError, CheckpointVersionError
 from rayward.training.checkpoints.format import (
     BUFFERS_FILE,
     COMMIT_FILE,
@@ -174,7 +174,7 @@ class CheckpointStore:
         """Load a checkpoint written at any world size; called by all ranks.
 
         Raises:
-            CheckpointError: a file's content is not what was committed. The checkpoint is then marked, so that the next
+            CheckpointDamagedError: a file's content is not what was committed. The checkpoint is then marked, so that the next
                 attempt takes the one before it.
         """
         commit = checkpoint.commit
@@ -184,7 +184,7 @@ class CheckpointStore:
         if damaged:
             if engine.rank == 0:
                 storage.write_text(self.filesystem, f"{checkpoint.directory}/{DAMAGED_FILE}", json.dumps(damaged))
-            raise CheckpointError(
+            raise CheckpointDamagedError(
                 f"checkpoint {checkpoint.directory}: the content of {', '.join(damaged)} is not what was committed",
                 remedy="the run restarts from the checkpoint before it; check the storage",
             )

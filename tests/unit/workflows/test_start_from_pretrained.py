@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.jobs import make_config, make_prepared
+from tests.helpers.jobs import make_config, make_job, make_prepared, run_session
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rayward.config.run import Config
 from rayward.errors import ModelLoadError
 from rayward.model.weights import SINGLE_FILE
+from rayward.scoring.scorer import Scorer
+from rayward.training.checkpoints.store import choose_checkpoint
 from rayward.training.trainer import resolve_job
+from rayward.workflows.export import export
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -87,3 +91,38 @@ def test_a_head_of_layers_is_not_replaced_in_silence(tmp_path: Path, caplog: pyt
         assert "start anew" not in caplog.text
         resolve_job(config_from(tmp_path / "model", tmp_path, f"{prepared.directory}/tokenizer", head="fresh"), prepared)
     assert "score.weight start anew" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "bert", "layers", "bias"])
+def test_what_was_started_from_is_trained_and_exported(tmp_path: Path, kind: str) -> None:
+    prepared = make_prepared(tmp_path / "prepared")
+    directory = tmp_path / "model"
+    if kind == "bert":
+        AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **_SIZES)).save_pretrained(directory)
+    elif kind == "deepseek_v3":
+        language_model(directory, kind, **DEEPSEEK)
+    else:
+        language_model(directory)
+    file = directory / SINGLE_FILE
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
+    for name, value in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            value.copy_(torch.tensor([0.5, -0.25, 0.125, 1.0]))
+    if kind == "layers":
+        shapes = {"score.0.weight": (8, 32), "score.0.bias": (8,), "score.2.weight": (1, 8), "score.2.bias": (1,)}
+        tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    elif kind == "bias":
+        tensors |= {"score.weight": torch.randn(1, 32), "score.bias": torch.tensor([1.5])}
+    save_file(tensors, file, metadata={"format": "pt"})
+    job = make_job(tmp_path / "runs", prepared)
+    job = replace(job, config=config_from(directory, tmp_path, f"{prepared.directory}/tokenizer"))
+    engine = run_session(job, prepared)
+    export(job.config, prepared, choose_checkpoint(job.store, "last"), job.store, tmp_path / "export")
+    scorer = Scorer.load(tmp_path / "export", verify=True)
+    exported = scorer._model.model.state_dict()
+    for name, value in engine.reward_model.model.state_dict().items():
+        torch.testing.assert_close(exported[name].float(), value.float(), rtol=1e-6, atol=1e-6)
+    before = [name for name, value in tensors.items() if name in exported and name.startswith("score.") and value.equal(exported[name])]
+    assert not before, "the head was trained"
+    buffers = [value for name, value in exported.items() if name.endswith("e_score_correction_bias")]
+    assert [value.tolist() for value in buffers] == ([[0.5, -0.25, 0.125, 1.0]] if kind == "deepseek_v3" else [])
