@@ -11,7 +11,6 @@ from tests.helpers.models import make_export
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rayward.config.placement import Placement
 from rayward.model import weights_identity as module
 from rayward.model.weights_identity import BLOCK_BYTES, NUM_BLOCKS, weights_identity
 from rayward.scoring.combining import EnsembleRule, ImplicitRule
