@@ -54,7 +54,7 @@ latest:
 	$(LATEST)/bin/python -m pip install --quiet "$(TORCH)"
 	$(LATEST)/bin/python -m pip install --quiet --upgrade "$(TORCH)" --editable ".[dev]"
 	$(LATEST)/bin/python -m pip install --quiet --upgrade transformers huggingface-hub tokenizers
-	$(LATEST)/bin/python -m pip list | grep -iE "^(torch|transformers|tokenizers|huggingface|ray|deepspeed|pydantic) "
+	$(LATEST)/bin/python -m pip list | grep -iE "^(torch|transformers|tokenizers|huggingface[_-]hub|ray|deepspeed|pydantic) "
 	$(LATEST)/bin/python -m pytest tests/unit
 
 clean:

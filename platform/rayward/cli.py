@@ -117,8 +117,8 @@ def evaluate(
     output: Annotated[str, typer.Option(help="Directory for scores, metrics, report and plots.")] = "evaluation",
     format: Annotated[str, typer.Option(help="Format of raw files.")] = "auto",
     device: Device = "auto",
-    scorers: Annotated[int, typer.Option(help="Scorers side by side.")] = 1,
-    gpus_per_scorer: Annotated[float, typer.Option(help="GPUs that each scorer reserves.")] = 0.0,
+    scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side.")] = 1,
+    gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves.")] = 0.0,
     tokens_per_batch: TokensPerBatch = 8192,
     verify: Verify = True,
     weights: Weights = None,
@@ -301,8 +301,8 @@ def critique(
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampled texts.")] = 0,
     device: Device = "auto",
-    writers: Annotated[int, typer.Option(help="Actors side by side.")] = 1,
-    gpus_per_writer: Annotated[float, typer.Option(help="GPUs that each actor reserves.")] = 0.0,
+    writers: Annotated[int, typer.Option(min=1, help="Actors side by side.")] = 1,
+    gpus_per_writer: Annotated[float, typer.Option(min=0, help="GPUs that each actor reserves.")] = 0.0,
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""

@@ -98,7 +98,7 @@ def test_prepared_shards_with_two_scorers_and_a_foreign_model(tmp_path: Path) ->
     evaluation = evaluate(model=str(model), prepared=str(tmp_path), output=str(tmp_path / "out"), placement=two)
     assert (evaluation.num_rows, evaluation.num_scored, evaluation.overall.num_pairs) == (40, 40, 120)
     assert evaluation.num_rankings == 40
-    assert evaluation.model_version == "unverified"
+    assert evaluation.model_version == Scorer.load(model, device="cpu").version
     assert [record.id for record in read_scores(tmp_path / "out" / "scores.jsonl")] == [f"c{i}" for i in range(40)]
 
 

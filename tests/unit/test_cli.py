@@ -53,6 +53,27 @@ def test_a_file_of_items_that_is_not_there(monkeypatch: pytest.MonkeyPatch, caps
     assert "items.jsonl cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("evaluate", "m", "d", "--scorers", "0"), "--scorers"),
+        (("critique", "m", "d", "--writers", "0"), "--writers"),
+        (("evaluate", "m", "d", "--gpus-per-scorer", "-1"), "--gpus-per-scorer"),
+        (("score", "m", "--device", "gpu"), "device = 'gpu'"),
+        (("score", "m", "--tokens-per-batch", "3"), "tokens_per_batch = 3"),
+        (("score", "m", "--normalise", "no"), "--normalise"),
+        (("evaluate", "m", "d", "--n-critiques", "3"), "--temperature"),
+        (("critique", "m", "d", "--temperature", "3"), "--temperature"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_asked_and_where_it_runs_is_checked_before_anything_is_loaded(
+    arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, *arguments) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_every_command_has_help() -> None:
     runner = CliRunner()
     listing = runner.invoke(cli.app, ["--help"])

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,15 @@ def test_ray_still_marks_the_entry_point_of_a_job_by_the_variable_that_we_read()
 
     found = getattr(constants, "RAY_JOB_CONFIG_JSON_ENV_VAR", None)
     assert found == cluster.JOB_VARIABLE, f"Ray {ray.__version__} no longer has {cluster.JOB_VARIABLE}: see rayward/cluster.py"
+
+
+def test_ray_still_says_whether_a_process_is_one_of_its_workers() -> None:
+    from ray.runtime_context import RuntimeContext
+
+    context = RuntimeContext(SimpleNamespace(mode="any"))
+    found = getattr(getattr(context, "worker", None), "mode", None)
+    assert found == "any", f"Ray {ray.__version__} no longer has RuntimeContext.worker.mode: see gpu_reserved in rayward/cluster.py"
+    assert hasattr(ray, "WORKER_MODE"), f"Ray {ray.__version__} no longer has ray.WORKER_MODE: see gpu_reserved in rayward/cluster.py"
 
 
 def test_who_is_connected_stays_so(calls: Calls) -> None:

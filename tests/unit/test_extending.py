@@ -1,4 +1,4 @@
-"""docs/extending.md names folders, files and tables that are there."""
+"""docs/extending.md names folders, files and tables that are there, and the README's tree every module."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ def test_paths_in_the_answers_exist() -> None:
     named = {path for path in re.findall(r"`((?:platform|tests|jobs|docs)/[\w./]+)`", PAGE) if "<" not in path}
     assert named
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_of_the_readme_names_every_room_and_module() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    names = set(re.findall(r"\w+", tree))
+    rooms = {path.parent.relative_to(PACKAGE).parts for path in PACKAGE.rglob("__init__.py")}
+    assert {room[-1] for room in rooms if room} <= names
+    by_kind = {"config", "objectives", "workflows", "demo", "client"}  # a block, a family, a command a file
+    modules = {path.stem for path in PACKAGE.glob("*/*.py") if path.parent.name not in by_kind} - {"__init__"}
+    assert sorted(modules - names) == []

@@ -189,6 +189,11 @@ def request_headers(extra: Mapping[str, str] | None) -> dict[str, str]:
 
 def _as_body(item: Item) -> dict[str, Any]:
     if isinstance(item, ScoreItem):
+        if item != ScoreItem(item.prompt, item.completions):
+            raise ConfigError(
+                "an item asks for weights, a scale or critiques of its own; a request asks the same for all its items",
+                remedy="give weights, normalise, n_critiques and temperature to the client",
+            )
         return {"prompt": list(item.prompt), "completions": list(item.completions)}
     # Tuples and other sequences become JSON arrays; keys the schema does not know are refused by the server.
     body = dict(item)

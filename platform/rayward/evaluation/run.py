@@ -26,6 +26,8 @@ from rayward.evaluation.suites.base import Suite
 from rayward.evaluation.summary import summarise
 from rayward.wire.items import Asked
 
+UNKNOWN_VERSION = "unknown"
+"""Of a model that scored no row."""
 SCORES_FILE, METRICS_FILE, REPORT_FILE, PLOT_FOLDER = "scores.jsonl", "metrics.json", "report.html", "plots"
 
 
@@ -68,16 +70,17 @@ def evaluate(
             remedy="give raw files with data, or a prepared directory with prepared",
         )
     directory = _local_directory(output)
-    version = _version(model)
+    _require_model(model)
     raw_config = data_config or parse_config({}, DataConfig)
     held_out = read_prepared(prepared) if prepared else read_raw(data or (), raw_config, download_to=str(directory / "downloads"))
     if benchmark is not None:
         benchmark.check((row["id"], row["source"], row["ranks"]) for row in _judged(held_out))
     scored: dict[int, Record] = {}
+    version = UNKNOWN_VERSION
     if held_out.tables:
         from rayward.scoring.batch import score_blocks
 
-        scored = dict(_records(score_blocks(held_out.tables, model=str(Path(model).resolve()), asked=asked, placement=placement)))
+        scored, version = collect(score_blocks(held_out.tables, model=str(Path(model).resolve()), asked=asked, placement=placement))
     records = merge(held_out, scored)
     write_scores(records, directory / SCORES_FILE)
     where = (prepared,) if prepared else tuple(data or ())
@@ -161,12 +164,13 @@ def to_record(row: dict[str, Any]) -> Record:
     )
 
 
-def _version(model: str) -> str:
+def _require_model(model: str) -> None:
+    # Before the data is read: what is wrong with the name or the contract is said at once.
     directory = Path(model)
     if not directory.is_dir():
         raise ModelLoadError(f"{model} is not a directory", remedy="point at an exported or downloaded model")
-    contract = directory / CONTRACT_FILE
-    return Contract.load(directory).model_version() if contract.is_file() else "unverified"
+    if (directory / CONTRACT_FILE).is_file():
+        Contract.load(directory)
 
 
 def _judged(held_out: HeldOut) -> Iterator[dict[str, Any]]:
@@ -174,12 +178,24 @@ def _judged(held_out: HeldOut) -> Iterator[dict[str, Any]]:
         yield from table.select(["id", "source", "ranks"]).to_pylist()
 
 
-def _records(blocks: Iterable[pa.Table]) -> Iterator[tuple[int, Record]]:
-    seen: set[int] = set()
+def collect(blocks: Iterable[pa.Table]) -> tuple[dict[int, Record], str]:
+    """The scored rows by position, and the version of the model that scored them.
+
+    Raises:
+        ScoringError: a row came back twice, or the model was replaced meanwhile: every actor loads it for itself, and may load it again.
+    """
+    records: dict[int, Record] = {}
+    versions: set[str] = set()
     for block in blocks:
         for row in block.to_pylist():
             position = row["row"]
-            if position in seen:
+            if position in records:
                 raise ScoringError(f"row {position} was scored twice", remedy="the shards repeat rows: prepare again")
-            seen.add(position)
-            yield position, to_record(row)
+            records[position] = to_record(row)
+            versions.add(row["version"])
+    if len(versions) > 1:
+        raise ScoringError(
+            f"the rows were scored by the versions {', '.join(sorted(versions))} of the model; an evaluation is of one",
+            remedy="evaluate again, and write another model into a directory of its own",
+        )
+    return records, versions.pop() if versions else UNKNOWN_VERSION

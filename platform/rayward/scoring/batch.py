@@ -33,7 +33,7 @@ Work: TypeAlias = "Callable[[ScoredModel, pa.Table], pa.Table]"
 
 
 def score_blocks(blocks: Blocks, *, model: str, asked: Asked = Asked(), placement: Placement = Placement()) -> Iterator[pa.Table]:
-    """Add `rewards` (list of K finite float32, null where there is none) and `error` (code and message, or null).
+    """Add `rewards` (list of K finite float32, null where there is none), `error` (code and message, or null) and the model's `version`.
 
     Args:
         blocks: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
@@ -108,7 +108,8 @@ class _Worker:
 def _score(model: ScoredModel, block: pa.Table, *, asked: Asked) -> pa.Table:
     results = model.score(items_of(block, asked))
     rewards = pa.array([result.rewards for result in results], REWARDS_TYPE)
-    return block.append_column("rewards", rewards).append_column("error", _errors([result.error for result in results]))
+    block = block.append_column("rewards", rewards).append_column("error", _errors([result.error for result in results]))
+    return block.append_column("version", pa.array([model.version] * len(results), pa.string()))
 
 
 def _features(model: ScoredModel, block: pa.Table) -> pa.Table:

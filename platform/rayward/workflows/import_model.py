@@ -17,7 +17,8 @@ from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ConfigError
 from rayward.evaluation.card import write_model_card
-from rayward.model.build import load_reward_model
+from rayward.model.build import load_reward_model, read_hf_config
+from rayward.model.capabilities import context_length, position_limit
 from rayward.model.reward_model import RewardModel
 from rayward.model.weights import Checkpoint, resolve_model_dir
 from rayward.scoring.scorer import FOREIGN_MAX_TOKENS, Scorer
@@ -59,8 +60,10 @@ def import_model(
     with new_model(output, replace=False) as writer:
         config, tokenizer = read_config(source), load_tokenizer(str(source))
         dtype = _dtype(config)
-        rules = Contract.from_tokenizer(tokenizer, max_tokens=_limit(config, max_tokens)).model_copy(update={"dtype": dtype})
-        model = load_reward_model(source, device=pick_device(placement.device), dtype=getattr(torch, dtype), max_tokens=rules.max_tokens)
+        limit = _limit(max_tokens, context_length(read_hf_config(source)))
+        model = load_reward_model(source, device=pick_device(placement.device), dtype=getattr(torch, dtype), max_tokens=limit)
+        limit = min(limit, _limit(max_tokens, position_limit(model.model)))
+        rules = Contract.from_tokenizer(tokenizer, max_tokens=limit).model_copy(update={"dtype": dtype})
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
         scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=placement.tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})
@@ -72,7 +75,9 @@ def import_model(
         hf_config.id2label = dict(enumerate(contract.outputs))
         hf_config.label2id = {name: index for index, name in enumerate(contract.outputs)}
         hf_config.problem_type = "regression"
-        hf_config.pad_token_id = contract.pad_token_id
+        if hasattr(model.model, "score") or hf_config.pad_token_id is None:
+            # Where the pooled position is looked for; an encoder counts its positions by it and keeps its own.
+            hf_config.pad_token_id = contract.pad_token_id
         hf_config.vocab_size = _rows(model, len(tokenizer))
         writer.write_config(hf_config, contract)
         writer.write_json(ORIGIN_FILE, {"imported": name})
@@ -83,15 +88,13 @@ def import_model(
     return contract
 
 
-def _limit(config: dict[str, object], max_tokens: int | None) -> int:
-    context = config.get("max_position_embeddings")
-    context = context if isinstance(context, int) and context > 0 else None
+def _limit(max_tokens: int | None, room: int | None) -> int:
     if max_tokens is None:
-        return min(FOREIGN_MAX_TOKENS, context or FOREIGN_MAX_TOKENS)
-    if max_tokens < 1 or (context is not None and max_tokens > context):
+        return min(FOREIGN_MAX_TOKENS, room or FOREIGN_MAX_TOKENS)
+    if max_tokens < 1 or (room is not None and max_tokens > room):
         raise ConfigError(
-            f"--max-tokens is {max_tokens}; the rule is 1 to the model's context length ({context or 'not stated'})",
-            remedy=f"give at most {context or FOREIGN_MAX_TOKENS}",
+            f"--max-tokens is {max_tokens}; the rule is 1 to the model's context length ({room or 'not stated'})",
+            remedy=f"give at most {room or FOREIGN_MAX_TOKENS}",
         )
     return max_tokens
 

@@ -10,7 +10,7 @@ import pytest
 
 from rayward.client.client import AsyncRewardClient, RewardClient
 from rayward.errors import ConfigError, ContractError, DeadlineError, OverloadedError, RequestError, ServerError, TooLongError
-from rayward.wire.items import ScoreItem
+from rayward.wire.items import Asked, ScoreItem
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -100,6 +100,16 @@ def test_model_and_messages_are_sent(call: Callable[..., Any]) -> None:
     call(handle, "score_items", [ScoreItem(prompt=turns, completions=("a",))], model="rm")
     assert json.loads(seen[0].content) == {"items": [{"prompt": list(turns), "completions": ["a"]}], "model": "rm"}
     assert seen[0].url == "http://server/v1/score"
+
+
+@pytest.mark.parametrize(
+    "own", [{"asked": Asked(weights="w")}, {"seed": 1}, {"critiques": (("c",),)}], ids=["weights", "seed", "critiques"]
+)
+def test_what_an_item_asks_for_by_itself_is_not_dropped_in_silence(call: Callable[..., Any], own: dict[str, Any]) -> None:
+    handle, seen = sequence(reply([{"rewards": [1.0]}]))
+    with pytest.raises(ConfigError, match="the same for all its items"):
+        call(handle, "score_items", [ScoreItem(({"role": "user", "content": "a"},), ("b",), **own)])
+    assert seen == []
 
 
 def test_long_list_is_split_and_put_together_in_order(call: Callable[..., Any]) -> None:

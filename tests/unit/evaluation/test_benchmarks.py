@@ -17,7 +17,6 @@ from tests.helpers.fixtures import FIXTURES
 from rayward import cli
 from rayward.config.data import DataConfig
 from rayward.errors import ConfigError, DataError
-from rayward.evaluation import run as job
 from rayward.evaluation import suites
 from rayward.evaluation.held_out import read_raw
 from rayward.evaluation.records import BenchmarkScores, Evaluation, Record
@@ -33,6 +32,7 @@ from rayward.evaluation.suites.rewardbench import (
 )
 from rayward.evaluation.suites.rewardbench2 import REWARDBENCH2_ROWS, TiesPrompt, best_of_credit, ties_parts, ties_score
 from rayward.evaluation.suites.table import SUITES, choose
+from rayward.scoring import batch
 from rayward.workflows import evaluate as workflow
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -333,19 +333,14 @@ def test_the_documented_rows_are_read_and_fit(tmp_path: Path) -> None:
         choose(name).check((found["id"], found["source"], found["ranks"]) for found in rows)
 
 
-class _Scored:
-    """What Ray Data would give back, with rewards made of the texts: a right answer says so."""
-
-    def __init__(self, tables: Sequence[pa.Table]) -> None:
-        self.tables = tables
-
-    def iter_batches(self, **_options: object) -> Iterator[pa.Table]:
-        for table in self.tables:
-            rows = table.to_pylist()
-            for found in rows:
-                found["rewards"] = [float(text.split()[-1]) for text in json.loads(found["completions_json"])]
-                found["error"] = None
-            yield pa.Table.from_pylist(rows)
+def _scored(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
+    # What the actors would give back, with rewards made of the texts: a right answer says so.
+    for table in tables:
+        rows = table.to_pylist()
+        for found in rows:
+            found["rewards"] = [float(text.split()[-1]) for text in json.loads(found["completions_json"])]
+            found |= {"error": None, "version": "v"}
+        yield pa.Table.from_pylist(rows)
 
 
 @pytest.fixture
@@ -353,12 +348,12 @@ def scored_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The command without Ray: scores are read from the texts; the list grows with every call of the scorer."""
     calls: list[int] = []
 
-    def score(tables: Sequence[pa.Table], **_options: object) -> _Scored:
+    def score(tables: Sequence[pa.Table], **_options: object) -> Iterator[pa.Table]:
         calls.append(len(tables))
-        return _Scored(tables)
+        return _scored(tables)
 
     monkeypatch.setattr(workflow, "connect", lambda: None)
-    monkeypatch.setattr(job, "_score", score)
+    monkeypatch.setattr(batch, "score_blocks", score)
     return calls
 
 

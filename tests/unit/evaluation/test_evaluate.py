@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from tests.helpers.prepared import make_manifest, prepared_row, write_prepared
 from tests.unit.evaluation.table import evaluation_of, make_records, pair
@@ -14,7 +15,7 @@ from tests.unit.evaluation.table import evaluation_of, make_records, pair
 from rayward.config.data import DataConfig
 from rayward.errors import ConfigError, DataError, DataFormatError, ModelLoadError, ScoringError
 from rayward.evaluation.held_out import HeldOut, read_prepared, read_raw
-from rayward.evaluation.run import evaluate, merge, read_scores, to_record, write_scores
+from rayward.evaluation.run import collect, evaluate, merge, read_scores, to_record, write_scores
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> str:
@@ -114,6 +115,19 @@ def test_scored_row_to_record() -> None:
     assert (record.lengths, record.rewards, record.error_code) == ((2, 1), (0.5, 0.25), None)
     failed = to_record({**row, "rewards": None, "error": {"code": "too_long", "message": "the completion takes 9: too many"}})
     assert (failed.rewards, failed.error_code, failed.error) == (None, "too_long", "the completion takes 9: too many")
+
+
+def test_an_evaluation_is_of_one_version_of_the_model() -> None:
+    def block(*rows: tuple[int, str]) -> pa.Table:
+        scored = {"rewards": [0.5, 0.25], "error": None}
+        return pa.Table.from_pylist([{**prepared_row(number), **scored, "version": version} for number, version in rows])
+
+    records, version = collect([block((1, "a")), block((0, "a"), (2, "a"))])
+    assert (sorted(records), version) == ([0, 1, 2], "a")
+    with pytest.raises(ScoringError, match="scored by the versions a, b of the model"):
+        collect([block((0, "a")), block((1, "b"))])
+    with pytest.raises(ScoringError, match="row 1 was scored twice"):
+        collect([block((1, "a")), block((1, "a"))])
 
 
 def test_scores_file_holds_what_every_table_is_computed_from(tmp_path: Path) -> None:

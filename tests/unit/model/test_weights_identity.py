@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rayward.model import weights_identity as module
 from rayward.model.weights_identity import BLOCK_BYTES, NUM_BLOCKS, weights_identity
 from rayward.scoring.combining import EnsembleRule, ImplicitRule
-from rayward.scoring.load import load_scored_model
+from rayward.scoring.ensemble import Ensemble
+from rayward.scoring.implicit import ImplicitScorer
 from rayward.scoring.scorer import Scorer
 
 NAMES = ("model.embed.weight", "model.layers.0.weight", "model.layers.1.weight", "score.weight")
@@ -119,13 +120,13 @@ def test_foreign_models_of_one_shape_have_versions_of_their_own(tmp_path: Path) 
 def test_every_byte_counts_where_it_is_asked_for(tmp_path: Path) -> None:
     # The first value of the embedding lies outside of the sample.
     directories = [foreign(tmp_path / "first"), foreign(tmp_path / "second", "model.embed_tokens.weight")]
-    assert len({load_scored_model(path, Placement(device="cpu")).version for path in directories}) == 1
-    assert len({load_scored_model(path, Placement(device="cpu", hash_weights="full")).version for path in directories}) == 2
+    assert len({Scorer.load(path, device="cpu").version for path in directories}) == 1
+    assert len({Scorer.load(path, device="cpu", hash_weights="full").version for path in directories}) == 2
     ensembles = []
     for index, path in enumerate(directories):
         (tmp_path / f"ensemble{index}").mkdir()
         EnsembleRule(rule="mean", members=(str(path), str(path))).save(tmp_path / f"ensemble{index}")
-        ensembles.append(load_scored_model(tmp_path / f"ensemble{index}", Placement(device="cpu", hash_weights="full")).version)
+        ensembles.append(Ensemble.load(tmp_path / f"ensemble{index}", device="cpu", hash_weights="full").version)
     assert ensembles[0] != ensembles[1]
 
 
@@ -147,6 +148,6 @@ def test_an_implicit_reward_is_known_by_its_policies_and_not_by_their_place(tmp_
         rule = tmp_path / f"{name}-{reference}"
         rule.mkdir()
         ImplicitRule(policy=f"../{name}", reference=f"../{reference}", max_tokens=128).save(rule)
-        versions[name, reference] = load_scored_model(rule, Placement(device="cpu")).version
+        versions[name, reference] = ImplicitScorer.load(rule, device="cpu").version
     assert len(set(versions.values())) == 3
     assert versions["moved", "base"] == versions["one", "base"]

@@ -159,6 +159,22 @@ def test_every_family_is_imported_as_plain_transformers_computes_it(tmp_path: Pa
         assert after == pytest.approx(before, abs=1e-5)
 
 
+def test_an_encoder_keeps_its_count_of_positions(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    tokenizer = make_tokenizer(tmp_path / "source")
+    # The pad id of its config is not the tokenizer's, and positions begin behind it: 48 of 50 are left.
+    model = make_architecture("bert", model_type="roberta", vocab_size=len(tokenizer), max_position_embeddings=50, pad_token_id=1)
+    model.eval().save_pretrained(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"1 to the model's context length \(48\)"):
+        import_model(tmp_path / "source", tmp_path / "model", max_tokens=49, placement=Placement(device="cpu"))
+    contract = import_model(tmp_path / "source", tmp_path / "model", placement=Placement(device="cpu"))
+    assert contract.max_tokens == 48
+    for golden in contract.golden:
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([golden.token_ids])).logits[0, 0].item()
+        assert golden.reward[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_copy_that_scores_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_foreign(tmp_path / "source")
     save = writer_module.save_file
