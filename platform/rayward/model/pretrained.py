@@ -58,7 +58,6 @@ class SafetensorsSource:
 
     Attributes:
         notes: what was started anew or taken from a place of its own.
-        is_pretraining: the checkpoint has no reward head, and the model's begins anew.
 
     Raises:
         ModelLoadError: a parameter is missing or of another shape, or a tensor is in the directory that no parameter takes.
@@ -200,7 +199,7 @@ class SafetensorsSource:
         buffers = persistent_buffers(self._model)
         anew = sorted(self._fresh - buffers.keys())
         if anew:
-            yield f"{', '.join(anew)} start anew"
+            yield f"started anew: {', '.join(anew)}"
         if kept := sorted(self._fresh & buffers.keys()):
             yield f"{_some(kept)} are not stored and keep the values that the model is built with"
 

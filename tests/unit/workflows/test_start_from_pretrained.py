@@ -70,7 +70,7 @@ def test_the_driver_says_once_what_starts_anew(tmp_path: Path, model_type: str, 
     config = config.model_copy(update={"training": config.training.model_copy(update={"tokens_per_microbatch": 4096})})
     with caplog.at_level(logging.WARNING):
         resolve_job(config, prepared)
-    expected = "bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias" if model_type == "bert" else "score.weight start anew"
+    expected = "bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias" if model_type == "bert" else "started anew: score.weight"
     assert expected in caplog.text
 
 
@@ -88,9 +88,9 @@ def test_a_head_of_layers_is_not_replaced_in_silence(tmp_path: Path, caplog: pyt
     config = config_from(tmp_path / "model", tmp_path, f"{prepared.directory}/tokenizer")
     with caplog.at_level(logging.WARNING):
         resolve_job(config, prepared)
-        assert "start anew" not in caplog.text
+        assert "started anew" not in caplog.text
         resolve_job(config_from(tmp_path / "model", tmp_path, f"{prepared.directory}/tokenizer", head="fresh"), prepared)
-    assert "score.weight start anew" in caplog.text
+    assert "started anew: score.weight" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "bert", "layers", "bias"])
