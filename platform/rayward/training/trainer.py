@@ -220,6 +220,7 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
         "has_validation": manifest.num_validation > 0,
     }
     on_cuda = training.gpus_per_worker > 0
+    filesystem, path = storage.resolve(job.location)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
@@ -231,7 +232,8 @@ def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
         ),
         run_config=RunConfig(
             name="ray_train",
-            storage_path=job.location,
+            storage_path=path,
+            storage_filesystem=filesystem,  # opened by us: Ray itself knows pyarrow's schemes only
             failure_config=FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": worker_environment(training)},
         ),
