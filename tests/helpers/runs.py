@@ -73,13 +73,16 @@ def final_weights(run: Path, step: int = NUM_STEPS) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.glob("rank_*.safetensors"))}
 
 
-def run_ranks(world: Path, storage: Path, *, world_size: int, budget: int, engine: str = "deepspeed") -> list[float]:
-    """Losses of a run without Ray, one process per rank."""
+def run_ranks(world: Path, storage: Path, *, world_size: int, budget: int, engine: str = "deepspeed", experts: bool = False) -> list[float]:
+    """Losses of a run without Ray, one process per rank; with `experts` of a Mixtral whose routers are balanced."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from rayward.data.prepare.job import prepare
 
-    config = tiny_config(world, storage, "ranks", tokens_per_microbatch=budget, engine=engine)
+    config = tiny_config(world, storage, "ranks", tokens_per_microbatch=budget, engine=engine, router_coefficient=0.1 if experts else 0.0)
+    if experts:
+        mixtral = {**(config.model.architecture or {}), "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+        config = config.model_copy(update={"model": config.model.model_copy(update={"architecture": mixtral})})
     prepared = prepare(config)
     path = storage / "config.json"
     path.write_text(config.model_dump_json())

@@ -64,6 +64,7 @@ def main(config_path: str, prepared_path: str, rank: int, world_size: int, port:
         first_step=0,
         stop_step=num_steps,
         on_step=lambda _step, metrics: history.append(metrics["loss"]),
+        router_coefficient=training.router_coefficient,
     )
     if rank == 0:
         print("LOSSES " + json.dumps(history), flush=True)

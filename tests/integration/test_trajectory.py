@@ -42,6 +42,15 @@ def test_losses_do_not_depend_on_ranks_or_budget(world: Path, reference: list[fl
     assert found == pytest.approx(reference, rel=TOLERANCE)
 
 
+def test_the_balance_of_experts_is_that_of_the_whole_step(world: Path, tmp_path: Path) -> None:
+    # The first steps: which experts are chosen is a step function, and rounding decides it sooner or later.
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    expected = run_ranks(world, tmp_path / "one", world_size=1, budget=2048, engine="torch", experts=True)[:8]
+    found = run_ranks(world, tmp_path / "two", world_size=2, budget=160, experts=True)[:8]
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize(("world_size", "budget"), [drill(1, 2048), (2, 160), drill(3, 512)])
 def test_the_full_job_has_the_same_losses(world: Path, reference: list[float], tmp_path: Path, world_size: int, budget: int) -> None:
     from rayward.data.prepare.job import prepare

@@ -38,6 +38,9 @@ class TrainingConfig(Frozen):
     """Global gradient norm is clipped to this."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass (non-reentrant)."""
+    router_coefficient: float = Field(0.0, ge=0.0)
+    """Of mixtures of experts: adds this times the load-balancing loss of the routers over all tokens of the step (arXiv 2101.03961;
+    OpenRLHF's `aux_loss_coef`). Above 0 every step costs one more forward."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """`torch` is the plain single-worker engine, for comparison and tests."""
     log_every_steps: int = Field(1, ge=1)

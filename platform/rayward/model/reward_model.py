@@ -6,7 +6,7 @@ Training, evaluation, golden scores and serving all call `RewardModel.forward`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from rayward.errors import ModelLoadError
 from rayward.model.attention import PACKED_ATTENTION, packed_mask, why_not_shareable
 from rayward.model.gate import Gating
 from rayward.model.heads import LanguageHead, LinearHead, MlpHead
+from rayward.model.routers import routing_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +123,28 @@ class RewardModel(nn.Module):
     def backbone(self) -> PreTrainedModel:
         return cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
 
-    def forward(self, batch: BatchTensors, tokens: LanguageLossTensors | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: BatchTensors, tokens: LanguageLossTensors | None = None, *, with_routing: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         """Outputs, float32 [R, outputs], where the batch is read: completion by completion (R may be 0).
 
-        With `tokens`, also the weighted sum of the negative log-probabilities of these tokens, a float32 scalar.
+        With `tokens`, also the weighted sum of the negative log-probabilities of these tokens, a float32 scalar. With `with_routing`, also
+        that sum (0 without tokens) and what the routers did, float32 [2, experts] (`routers.routing_sums`).
         """
         if not self.has_linear_head:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
             return cast(Tensor, logits[batch.end_row])
-        hidden = self._hidden(batch)
+        output = self._run(batch, **({"output_router_logits": True} if with_routing else {}))
+        hidden, routing = cast(Tensor, output.last_hidden_state), self._routing(batch, output) if with_routing else None
         # An empty micro-batch selects no position, and its sum still reaches every parameter with a zero gradient.
         outputs = cast(Tensor, cast(nn.Module, self.model.score)(hidden[batch.read_row, batch.read_column]))
         if tokens is not None:
             targets = batch.input_ids[tokens.row, tokens.column]
             log_probs = cast(LanguageHead, self.model.lm_head)(hidden[tokens.row, tokens.before], targets)
-            return outputs, -(tokens.weight * log_probs).sum()
+            language = -(tokens.weight * log_probs).sum()
+            return (outputs, language) if routing is None else (outputs, language, routing)
+        if routing is not None:
+            return outputs, torch.zeros((), device=outputs.device), routing
         if self.gate is None:
             return outputs
         assert batch.gate_column is not None
@@ -149,11 +157,17 @@ class RewardModel(nn.Module):
         return hidden[batch.end_row, batch.end_column].float(), hidden[batch.end_row, batch.gate_column].float()
 
     def _hidden(self, batch: BatchTensors) -> Tensor:
+        return cast(Tensor, self._run(batch).last_hidden_state)
+
+    def _routing(self, batch: BatchTensors, output: Any) -> Tensor:
+        top_k = self.backbone.config.get_text_config().num_experts_per_tok
+        return routing_sums(output.router_logits, batch.attention_mask, top_k, is_empty=len(batch.end_row) == 0)
+
+    def _run(self, batch: BatchTensors, **asked: bool) -> Any:
         mask: Tensor | BlockMask | None = batch.attention_mask
         if batch.segments is not None:
             mask = packed_mask(batch.segments, batch.input_ids.shape[1], batch.input_ids.device)
-        output = self.backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
-        return cast(Tensor, output.last_hidden_state)
+        return self.backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **asked)
 
 
 def _use_fp32_head(model: PreTrainedModel) -> None:

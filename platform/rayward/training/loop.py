@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from rayward.batch.layout import LanguageLossTokens, PackedBatch
 from rayward.data.stream.shares import StepShare
 from rayward.errors import NonFiniteError, StreamOrderError
+from rayward.model.routers import expert_load
 from rayward.objectives.sums import METRIC_SUMS, ranking_metrics
 from rayward.objectives.table import Objective
 from rayward.training.engines.protocol import Engine
@@ -44,10 +45,11 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class _Losses:
-    """Loss sums of a micro-batch: of the objective, and of the language-loss tokens."""
+    """Loss sums of a micro-batch: of the objective, of the language-loss tokens, and of the routers."""
 
     reward: torch.Tensor
     language: torch.Tensor
+    router: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class _Sums:
 
     @classmethod
     def zeros(cls, device: torch.device) -> _Sums:
-        return cls(torch.zeros(6 + len(METRIC_SUMS), dtype=torch.float64, device=device))
+        return cls(torch.zeros(7 + len(METRIC_SUMS), dtype=torch.float64, device=device))
 
     def add(self, batch: PackedBatch, losses: _Losses, metrics: torch.Tensor) -> None:
         counts = [
@@ -81,16 +83,19 @@ class _Sums:
             sum(c.num_tokens_unshared for c in batch.comparisons),
         ]
         head = torch.tensor(counts, dtype=torch.float64, device=self.values.device)
-        sums = torch.stack([losses.reward.detach().double(), losses.language.detach().double()])
+        sums = torch.stack([value.detach().double() for value in (losses.reward, losses.language, losses.router)])
         self.values += torch.cat([sums, head, metrics.to(self.values.device)])
 
-    def named(self, counts: _Counts, coefficient: float) -> dict[str, float]:
-        reward, language, comparisons, computed, real, unshared, *ranking = self.values.tolist()
-        loss = reward / counts.reward
-        named = {"loss": loss}
+    def named(self, counts: _Counts, coefficient: float, router_coefficient: float = 0.0) -> dict[str, float]:
+        reward, language, router, comparisons, computed, real, unshared, *ranking = self.values.tolist()
+        loss, parts = reward / counts.reward, dict[str, float]()
         if coefficient:
-            tokens = language / counts.language
-            named = {"loss": loss + coefficient * tokens, "reward_loss": loss, "language_loss": tokens}
+            parts["language_loss"] = language / counts.language
+        if router_coefficient:
+            parts["router_loss"] = router
+        named = {"loss": loss + coefficient * language / counts.language + router_coefficient * router}
+        if parts:
+            named |= {"reward_loss": loss, **parts}
         return {
             **named,
             **ranking_metrics(ranking),
@@ -106,17 +111,35 @@ def _counts(batch: PackedBatch, tokens: LanguageLossTokens | None, objective: Ob
     return torch.tensor([objective.count(batch.labels), weights], dtype=torch.float64)
 
 
-def _losses(engine: Engine, batch: PackedBatch, tokens: LanguageLossTokens | None, objective: Objective) -> tuple[_Losses, torch.Tensor]:
-    if tokens is None:
-        outputs, language = engine.forward(batch), torch.zeros((), device=engine.device)
+def _losses(
+    engine: Engine, batch: PackedBatch, tokens: LanguageLossTokens | None, objective: Objective, load: torch.Tensor | None = None
+) -> tuple[_Losses, torch.Tensor]:
+    language = router = torch.zeros((), device=engine.device)
+    if load is not None:
+        outputs, language, routing = engine.forward_with_routing(batch, tokens)
+        router = (load * routing[1]).sum()
+    elif tokens is None:
+        outputs = engine.forward(batch)
     else:
         outputs, language = engine.forward_with_language_loss(batch, tokens)
     out = objective.loss(outputs, batch.labels)
-    return _Losses(out.loss_sum, language), out.metrics
+    return _Losses(out.loss_sum, language, router), out.metrics
 
 
-def train_step(engine: Engine, share: StepShare, objective: Objective, learning_rate: float) -> dict[str, float]:
+def _expert_load(engine: Engine, batches: Sequence[PackedBatch]) -> torch.Tensor:
+    # The loss is a product of two means over the step: one of them must be known before the first backward.
+    with torch.no_grad():
+        sums = torch.stack([engine.forward_with_routing(batch, None)[2].double() for batch in batches]).sum(dim=0)
+    return expert_load(engine.all_reduce(sums))
+
+
+def train_step(
+    engine: Engine, share: StepShare, objective: Objective, learning_rate: float, *, router_coefficient: float = 0.0
+) -> dict[str, float]:
     """One optimizer step on this rank's share; called by all ranks together.
+
+    Args:
+        router_coefficient: of the routers' load-balancing loss, which is that of the whole step whatever its micro-batches and ranks.
 
     Returns:
         metrics over the whole step, the same on every rank.
@@ -131,26 +154,29 @@ def train_step(engine: Engine, share: StepShare, objective: Objective, learning_
     )
     local = sum((_counts(*each, objective) for each in batches), torch.zeros(2, dtype=torch.float64))
     counts = _Counts.of(engine.all_reduce(local))
+    load = _expert_load(engine, share.microbatches) if router_coefficient else None
     sums = _Sums.zeros(engine.device)
     totals = []
     last = len(batches) - 1
     for index, (batch, tokens) in enumerate(batches):
-        losses, metrics = _losses(engine, batch, tokens, objective)
+        losses, metrics = _losses(engine, batch, tokens, objective, load)
         loss = losses.reward / counts.reward
         if coefficient:
             loss = loss + coefficient * losses.language / counts.language
+        if load is not None:
+            loss = loss + router_coefficient * losses.router
         engine.backward(loss, is_last=index == last)
         totals.append(loss.detach())
         sums.add(batch, losses, metrics)
     sums.values = engine.all_reduce(sums.values)
-    if not torch.isfinite(sums.values[:2]).all():
+    if not torch.isfinite(sums.values[:3]).all():
         judged = zip(share.microbatches, totals, strict=True)
         suspects = [c.id for batch, loss in judged if not torch.isfinite(loss) for c in batch.comparisons]
         raise _non_finite(engine, "loss", share.step, suspects)
     norm = engine.step(learning_rate)
     if not math.isfinite(norm):
         raise _non_finite(engine, "gradient", share.step, list(share.comparison_ids))
-    return {**sums.named(counts, coefficient), "gradient_norm": norm, "learning_rate": learning_rate}
+    return {**sums.named(counts, coefficient, router_coefficient), "gradient_norm": norm, "learning_rate": learning_rate}
 
 
 def _non_finite(engine: Engine, what: str, step: int, suspects: list[str]) -> NonFiniteError:
@@ -192,12 +218,14 @@ def run_steps(
     stop_step: int,
     on_step: StepCallback,
     epoch_start: int = 0,
+    router_coefficient: float = 0.0,
 ) -> None:
     """Train on the shares of steps first_step .. stop_step - 1, in order.
 
     Args:
         on_step: called on every rank after each step with (steps done, metrics).
         epoch_start: step that the epoch began with; the stream of an epoch counts its steps from 0.
+        router_coefficient: as for `train_step`.
 
     Raises:
         StreamOrderError: a share is not the one that is due, or the stream ends early.
@@ -214,7 +242,7 @@ def run_steps(
                 f"and the stream has {found or 'ended'}",
                 remedy="the run restarts from its last checkpoint; if it happens again, report it with the Ray version",
             )
-        metrics = train_step(engine, share, objective, schedule.at(step))
+        metrics = train_step(engine, share, objective, schedule.at(step), router_coefficient=router_coefficient)
         elapsed_s = time.perf_counter() - started
         on_step(
             step + 1,

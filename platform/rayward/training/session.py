@@ -51,6 +51,7 @@ class Trajectory(Frozen):
     beta2: float
     epsilon: float
     clip_norm: float
+    router_coefficient: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Job:
             beta2=training.beta2,
             epsilon=training.epsilon,
             clip_norm=training.clip_norm,
+            router_coefficient=training.router_coefficient,
         )
 
     @property
@@ -193,6 +195,7 @@ class Session:
                 stop_step=stop,
                 on_step=self._after_step,
                 epoch_start=epoch * job.steps_per_epoch,
+                router_coefficient=job.config.training.router_coefficient,
             )
             step = stop
 

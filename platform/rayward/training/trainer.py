@@ -75,6 +75,7 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
     from rayward.model.build import build_reward_model, resolve_hf_config
     from rayward.model.capabilities import position_limit
     from rayward.model.pretrained import weight_source
+    from rayward.model.routers import check_routers
     from rayward.model.weights import check_language_head, resolve_model_dir
 
     # Workers run in other directories than the driver.
@@ -108,6 +109,8 @@ def resolve_job(config: Config, prepared: PreparedData) -> tuple[Job, Layout]:
             f"model.max_tokens is {contract.max_tokens}, {type(model.model).__name__} has positions for {limit} tokens",
             remedy=f"set model.max_tokens to at most {limit}",
         )
+    if training.router_coefficient:
+        check_routers(model.backbone)
     weight_source(model.model, config.model, seed=config.run.seed, announce=True)
     if objective.place != "end" and not model.has_linear_head:
         raise ConfigError(

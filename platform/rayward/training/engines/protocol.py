@@ -46,6 +46,10 @@ class Compute(Protocol):
         """The outputs, and the summed language-model loss of these tokens."""
         ...
 
+    def forward_with_routing(self, batch: PackedBatch, tokens: LanguageLossTokens | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs, the language-model loss (0 without tokens), and what the routers did, float32 [2, experts]."""
+        ...
+
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate gradients; the gradient of the step is the sum over micro-batches and data-parallel ranks."""
         ...

@@ -35,6 +35,10 @@ class TorchEngine:
     def forward_with_language_loss(self, batch: PackedBatch, tokens: LanguageLossTokens) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], self.reward_model(to_tensors(batch, self.device), language_loss_tensors(tokens, self.device)))
 
+    def forward_with_routing(self, batch: PackedBatch, tokens: LanguageLossTokens | None) -> tuple[Tensor, Tensor, Tensor]:
+        covered = None if tokens is None else language_loss_tensors(tokens, self.device)
+        return cast(tuple[Tensor, Tensor, Tensor], self.reward_model(to_tensors(batch, self.device), covered, with_routing=True))
+
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
