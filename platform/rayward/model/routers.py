@@ -39,9 +39,10 @@ def routing_sums(layers: tuple[Tensor, ...], mask: Tensor | None, top_k: int, *,
     sums = torch.zeros(2, num_experts, device=layers[0].device)
     for logits in layers:
         probabilities = logits.reshape(-1, num_experts).float().softmax(dim=-1)
-        weight = probabilities.new_full((len(probabilities), 1), 0.0 if is_empty else 1.0) if mask is None else mask.reshape(-1, 1).float()
+        weight = probabilities.new_ones((len(probabilities), 1)) if mask is None else mask.reshape(-1, 1).float()
         chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.detach().topk(top_k, dim=-1).indices, 1.0)
         sums = sums + torch.stack([(chosen * weight).sum(dim=0), (probabilities * weight).sum(dim=0)])
+    # Times zero: a rank without work still reaches every router, with a zero gradient.
     return sums * 0.0 if is_empty else sums
 
 
