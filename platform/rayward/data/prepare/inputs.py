@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-PREPARATION = 3
+PREPARATION = 4
 """Raised when the same files and settings would give other rows, so that nobody reads rows of the old rules; not the manifest's version."""
 
 
