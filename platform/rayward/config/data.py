@@ -25,6 +25,18 @@ SourceFormat = Literal[
     "pointwise",
     "stepwise",
     "critique",
+    "alpaca",
+    "sharegpt",
+    "axolotl",
+    "ms_swift",
+    "nemo_rl",
+    "kto",
+    "arena",
+    "shp",
+    "distilabel",
+    "prm800k",
+    "rm_bench",
+    "rmb",
 ]
 
 

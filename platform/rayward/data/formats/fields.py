@@ -11,11 +11,40 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayward.contract.conversation import Message, broken_by_prompt, broken_by_role, broken_by_text
+from rayward.data.formats.turns import plain_turns, with_system
+from rayward.data.formats.values import (
+    FLOAT32_MAX,
+    Row,
+    as_list,
+    as_name,
+    as_number,
+    as_rating,
+    as_text,
+    kind_of,
+    missing,
+    optional,
+    parsed,
+    required,
+)
 from rayward.data.record import NUMBER_COLUMNS, BadRow, Comparison, RowRejected, ranked_by, require
 from rayward.schema import digest
 
-Row = Mapping[str, Any]
-_FLOAT32_MAX = 3.4028234663852886e38
+__all__ = [
+    "Row",
+    "SourceOptions",
+    "as_completion",
+    "as_list",
+    "as_messages",
+    "as_number",
+    "as_prompt",
+    "as_text",
+    "build_comparison",
+    "kind_of",
+    "optional",
+    "require_user_last",
+    "required",
+    "split_last",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,54 +74,10 @@ class SourceOptions:
     critiques: bool = False
 
 
-def required(row: Row, key: str) -> Any:
-    """The value of a column.
-
-    Raises:
-        RowRejected: it is absent or null.
-    """
-    value = row.get(key)
-    if value is None:
-        raise RowRejected(BadRow.MISSING_FIELD, f"field {key!r} is {'null' if key in row else 'missing'}")
-    return value
-
-
-def as_text(value: Any, key: str) -> str:
-    """The value as a text; rejected when it is none."""
-    if not isinstance(value, str):
-        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a text")
-    return value
-
-
-def as_number(value: Any, key: str) -> float:
-    """The value as a float that fp32 can hold (else infinite); rejected when it is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a number")
-    try:
-        number = float(value)
-    except OverflowError as exc:
-        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is an integer too large for a float") from exc
-    # The shards hold fp32: what does not fit is infinite there, and must be refused as such here.
-    return number if math.isnan(number) or abs(number) <= _FLOAT32_MAX else math.copysign(math.inf, number)
-
-
-def as_list(value: Any, key: str) -> list[Any]:
-    """The value as a list; rejected when it is none."""
-    if not isinstance(value, list):
-        raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a list")
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {"str": "a text", "list": "a list", "dict": "an object", "bool": "true or false", "NoneType": "null"}
-    return names.get(type(value).__name__, "a number" if isinstance(value, int | float) else f"of type {type(value).__name__}")
-
-
 def as_messages(value: Any, key: str) -> tuple[Message, ...]:
     """The value as turns; rejected when it is no list of them."""
     turns: list[Message] = []
-    for index, turn in enumerate(as_list(value, key)):
+    for index, turn in enumerate(plain_turns(value, key)):
         where = f"{key}[{index}]"
         if not isinstance(turn, dict):
             raise RowRejected(BadRow.WRONG_TYPE, f"{where} is {kind_of(turn)}; the rule is an object with role and content")
@@ -104,6 +89,7 @@ def as_messages(value: Any, key: str) -> tuple[Message, ...]:
 
 def as_prompt(value: Any, key: str) -> tuple[Message, ...]:
     """A text as one user turn, or the turns themselves."""
+    value = parsed(value)
     if isinstance(value, str):
         return (Message(role="user", content=value),)
     if not isinstance(value, list):
@@ -119,6 +105,7 @@ def require_user_last(turns: tuple[Message, ...], key: str) -> tuple[Message, ..
 
 def as_completion(value: Any, key: str, prompt: tuple[Message, ...]) -> str:
     """Text, one assistant message, or the whole conversation with the prompt repeated."""
+    value = parsed(value)
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -137,11 +124,6 @@ def split_last(turns: tuple[Message, ...], key: str) -> tuple[tuple[Message, ...
     if turns[-1]["role"] != "assistant":
         raise RowRejected(BadRow.EMPTY_COMPLETION, f"the last turn of {key!r} is a {turns[-1]['role']} turn, so there is no completion")
     return turns[:-1], turns[-1]["content"]
-
-
-def optional(row: Row, key: str) -> float | None:
-    """A number, or None where the column is absent or null."""
-    return None if row.get(key) is None else as_number(row[key], key)
 
 
 def build_comparison(
@@ -164,16 +146,13 @@ def build_comparison(
         critiques: one text per completion; kept where `data.critique_lead_in` is set.
     """
     numbers = {key: number for key in NUMBER_COLUMNS if (number := optional(row, key)) is not None}
-    name, source = row.get("id"), row.get("source")
-    if isinstance(name, int) and not isinstance(name, bool):
-        name = str(name)
     kept = None
     if ratings is not None and options.attributes:
         kept = tuple(_ratings(given, options, f"completion {index}") for index, given in enumerate(ratings))
     comparison = Comparison(
-        id="" if name is None else as_text(name, "id"),
-        source=options.source if source is None else as_text(source, "source"),
-        prompt=prompt,
+        id=as_name(row.get("id")),
+        source=as_name(row.get("source")) or options.source,
+        prompt=with_system(row, prompt),
         completions=tuple(completions),
         ranks=ranks,
         margin=margin,
@@ -194,8 +173,8 @@ def _ratings(given: Mapping[str, Any], options: SourceOptions, where: str) -> tu
     ratings = []
     for name in options.attributes:
         value = given.get(name)
-        rating = math.nan if value is None else as_number(value, f"{where}: {name}")
-        low, high = options.attribute_range or (-_FLOAT32_MAX, _FLOAT32_MAX)
+        rating = math.nan if missing(value) else as_rating(value, f"{where}: {name}")
+        low, high = options.attribute_range or (-FLOAT32_MAX, FLOAT32_MAX)
         if not (math.isnan(rating) or low <= rating <= high):
             rule = f"the rule (data.attribute_range) is {low:g} to {high:g}" if options.attribute_range else "the rule is a finite number"
             raise RowRejected(BadRow.BAD_RATING, f"{where}: {name} is {rating:g}; {rule}")

@@ -16,11 +16,12 @@ from rayward.data.formats.fields import (
     as_prompt,
     as_text,
     build_comparison,
-    optional,
     require_user_last,
     required,
     split_last,
 )
+from rayward.data.formats.scores import judged
+from rayward.data.formats.values import parsed
 from rayward.data.record import BadRow, Comparison, RowRejected
 
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -32,14 +33,14 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
 
     Critiques stand in `chosen_feedback` and `rejected_feedback` (arXiv 2408.11791).
     """
-    chosen, rejected = required(row, options.chosen_key), required(row, options.rejected_key)
+    chosen, rejected = parsed(required(row, options.chosen_key)), parsed(required(row, options.rejected_key))
     if options.prompt_key is not None:
         prompt = as_prompt(required(row, options.prompt_key), options.prompt_key)
         texts = [as_completion(chosen, options.chosen_key, prompt), as_completion(rejected, options.rejected_key, prompt)]
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, texts = _split_common_text(chosen, rejected)
     else:
-        prompt, texts = _split_common_turns(
+        prompt, texts = shared_turns(
             as_messages(chosen, options.chosen_key), as_messages(rejected, options.rejected_key), options.chosen_key, options.rejected_key
         )
     return build_comparison(
@@ -47,10 +48,8 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
         options,
         prompt,
         texts,
-        ranks=(0.0, 1.0),
-        margin=optional(row, "margin"),
-        strength=optional(row, "strength"),
         critiques=[row.get("chosen_feedback"), row.get("rejected_feedback")],
+        **judged(row, options.chosen_key, options.rejected_key),
     )
 
 
@@ -69,9 +68,10 @@ def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...],
     return (Message(role="user", content=prompt),), [chosen[common:].strip(), rejected[common:].strip()]
 
 
-def _split_common_turns(
+def shared_turns(
     chosen: tuple[Message, ...], rejected: tuple[Message, ...], chosen_key: str, rejected_key: str
 ) -> tuple[tuple[Message, ...], list[str]]:
+    """The turns that two conversations share as their prompt, and their answers."""
     prompt, better = split_last(chosen, chosen_key)
     other, worse = split_last(rejected, rejected_key)
     if prompt != other:
@@ -91,24 +91,16 @@ def transcript(value: Any, key: str) -> tuple[Message, ...]:
 def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
     """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
     chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
-    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
-    return build_comparison(
-        row, options, prompt, texts, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength")
-    )
+    prompt, texts = shared_turns(chosen, rejected, "chosen", "rejected")
+    return build_comparison(row, options, prompt, texts, **judged(row))
 
 
 def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     """UltraFeedback binarized: the strength is the score gap; equal scores are a tie, a negative gap is an error of the row."""
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
     as_text(required(row, "prompt"), "prompt")
-    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
-    scores = optional(row, "score_chosen"), optional(row, "score_rejected")
-    if scores[0] is None or scores[1] is None:
-        return build_comparison(row, options, prompt, texts, ranks=(0.0, 1.0))
-    gap = scores[0] - scores[1]
-    if gap < 0:
-        raise RowRejected(BadRow.BAD_RANKING, f"score_chosen {scores[0]} is below score_rejected {scores[1]}")
-    return build_comparison(row, options, prompt, texts, ranks=(0.0, float(gap != 0)), strength=gap)
+    prompt, texts = shared_turns(chosen, rejected, "chosen", "rejected")
+    return build_comparison(row, options, prompt, texts, **judged(row))
 
 
 def helpsteer_preference(prompt_key: str, first_key: str, second_key: str, strength_key: str) -> Callable[[Row, SourceOptions], Comparison]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rayward.config.data import DataConfig
-from rayward.data.formats import pairs, rated
+from rayward.data.formats import conversations, pairs, process, rated, verdicts
 from rayward.data.formats.fields import Row, SourceOptions
 from rayward.data.formats.pairs import TRANSCRIPT
 from rayward.data.record import Comparison
@@ -38,7 +38,9 @@ def _fits_trl(row: Row, options: SourceOptions) -> bool:
     if (options.chosen_key, options.rejected_key) != ("chosen", "rejected") or options.prompt_key not in (None, "prompt"):
         return False
     kinds = {type(row.get(key)) for key in ("chosen", "rejected")}
-    if len(kinds) != 1 or not kinds <= {str, list} or _fits_hh_rlhf(row, options):
+    if len(kinds) != 1 or not kinds <= {str, list} or _fits_hh_rlhf(row, options) or _fits_rm_bench(row, options):
+        return False
+    if row.get("prompt") is None and any(key in row for key in ("instruction", "conversations", *conversations.QUESTIONS)):
         return False
     return row.get("prompt") is None or type(row["prompt"]) in kinds
 
@@ -56,6 +58,51 @@ def _fits_hh_rlhf(row: Row, options: SourceOptions) -> bool:
 
 def _fits_ultrafeedback(row: Row, options: SourceOptions) -> bool:
     return isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list)
+
+
+def _fits_alpaca(row: Row, options: SourceOptions) -> bool:
+    return "instruction" in row and "prompt" not in row and any(a in row and b in row for a, b in conversations.ANSWERS)
+
+
+def _fits_axolotl(row: Row, options: SourceOptions) -> bool:
+    if "instruction" in row or "prompt" in row or not any(a in row and b in row for a, b in conversations.ANSWERS):
+        return False
+    turns = isinstance(row.get("messages"), list) and isinstance(row.get("chosen"), dict)
+    return turns or any(key in row for key in conversations.QUESTIONS)
+
+
+def _fits_ms_swift(row: Row, options: SourceOptions) -> bool:
+    return ("messages" in row or {"query", "response"} <= row.keys()) and ("rejected_response" in row or "rejected_messages" in row)
+
+
+def _fits_kto(row: Row, options: SourceOptions) -> bool:
+    if not ("label" in row or "kto_tag" in row) or {"prompt", "completion", "label"} <= row.keys():
+        return False
+    asked = any(key in row for key in ("instruction", "prompt", *conversations.QUESTIONS))
+    answered = any(isinstance(row.get(key), str | list) for key in ("completion", "output", "response"))
+    return any(isinstance(row.get(key), list) for key in ("messages", "conversations")) or (asked and answered)
+
+
+def _fits_arena(row: Row, options: SourceOptions) -> bool:
+    judged = "winner" in row or all(key in row for key in verdicts.FLAGS)
+    return judged and any(a in row and b in row for a, b in verdicts.ARENA_ANSWERS)
+
+
+def _fits_rm_bench(row: Row, options: SourceOptions) -> bool:
+    sides = [row.get(key) for key in ("chosen", "rejected")]
+    return "prompt" in row and all(isinstance(side, list) and side and all(isinstance(text, str) for text in side) for side in sides)
+
+
+def _fits_rmb(row: Row, options: SourceOptions) -> bool:
+    return "conversation_input" in row and ({"bon_best", "loser_list"} <= row.keys() or {"chosen", "reject"} <= row.keys())
+
+
+def _fits_prm800k(row: Row, options: SourceOptions) -> bool:
+    return isinstance(row.get("question"), dict) and isinstance(row.get("label"), dict)
+
+
+def _fits_distilabel(row: Row, options: SourceOptions) -> bool:
+    return "generations" in row and ("ratings" in row or "rating" in row) and "chosen" not in row
 
 
 def _has(*keys: str) -> Callable[[Row, SourceOptions], bool]:
@@ -106,6 +153,26 @@ FORMATS: dict[str, Format] = {
         lambda row, options: _has("prompt", "completion", "critique")(row, options) and "label" not in row,
         rated.critique,
     ),
+    "alpaca": Format("instruction[, input], chosen, rejected[, system, history]", _fits_alpaca, conversations.alpaca),
+    "sharegpt": Format(
+        "conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}[, system, tools]",
+        _has("conversations", "chosen", "rejected"),
+        conversations.sharegpt,
+    ),
+    "axolotl": Format(
+        "[system, ]input (or question, query), chosen, rejected; or messages, chosen, rejected",
+        _fits_axolotl,
+        conversations.axolotl,
+    ),
+    "ms_swift": Format("messages, rejected_response or rejected_messages[, margin, tools]", _fits_ms_swift, conversations.ms_swift),
+    "nemo_rl": Format("context, completions: [{rank, completion}]", _has("context", "completions"), conversations.nemo_rl),
+    "kto": Format("messages or conversations, label or kto_tag; or instruction, output, kto_tag", _fits_kto, conversations.kto),
+    "arena": Format("winner, conversation_a, conversation_b (or prompt, response_a, response_b)", _fits_arena, verdicts.arena),
+    "shp": Format("history, human_ref_A, human_ref_B, labels[, score_ratio]", _has("history", "human_ref_A", "human_ref_B"), verdicts.shp),
+    "distilabel": Format("instruction, generations, ratings", _fits_distilabel, verdicts.distilabel),
+    "prm800k": Format("question: {problem}, label: {steps}", _fits_prm800k, process.prm800k),
+    "rm_bench": Format("prompt, chosen: [texts], rejected: [texts]", _fits_rm_bench, verdicts.rm_bench),
+    "rmb": Format("conversation_input, bon_best, loser_list (or chosen, reject)", _fits_rmb, verdicts.rmb),
 }
 """Name of the format (`data.format`) to its detection and adapter."""
 
