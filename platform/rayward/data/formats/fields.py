@@ -31,6 +31,7 @@ class SourceOptions:
         preference: which of the two judgements of `safe_rlhf` orders the completions.
         step_separator: text between two steps of a completion; None: labels of steps are ignored outside format `stepwise`.
         critiques: whether critiques are kept; a row without them is then rejected.
+        ignore: names of columns, with wildcards, that may stay unread.
     """
 
     source: str
@@ -43,6 +44,7 @@ class SourceOptions:
     preference: str = "better"
     step_separator: str | None = None
     critiques: bool = False
+    ignore: tuple[str, ...] = ()
 
 
 def required(row: Row, key: str) -> Any:
@@ -139,6 +141,18 @@ def split_last(turns: tuple[Message, ...], key: str) -> tuple[tuple[Message, ...
     return turns[:-1], turns[-1]["content"]
 
 
+def with_system(system: Any, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The prompt after the system turn that a column of its own holds; the same turn may stand in both."""
+    if system is None or system == "":
+        return prompt
+    text = as_text(system, "system")
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"].strip() != text.strip():
+            raise RowRejected(BadRow.WRONG_TYPE, "the column 'system' and the prompt's own system turn differ; the rule is one of them")
+        return prompt
+    return (Message(role="system", content=text), *prompt) if text.strip() else prompt
+
+
 def optional(row: Row, key: str) -> float | None:
     """A number, or None where the column is absent or null."""
     return None if row.get(key) is None else as_number(row[key], key)
@@ -157,12 +171,13 @@ def build_comparison(
     step_labels: tuple[tuple[float, ...], ...] | None = None,
     critiques: Sequence[Any] | None = None,
 ) -> Comparison:
-    """The comparison, with the columns that every format may carry: `id`, `source`, `weight` and other numbers (NUMBER_COLUMNS).
+    """The comparison, with the columns that every format may carry (`columns.COMMON_COLUMNS`).
 
     Args:
         ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
         critiques: one text per completion; kept where `data.critique_lead_in` is set.
     """
+    prompt = with_system(row.get("system"), prompt)
     numbers = {key: number for key in NUMBER_COLUMNS if (number := optional(row, key)) is not None}
     name, source = row.get("id"), row.get("source")
     if isinstance(name, int) and not isinstance(name, bool):
