@@ -41,6 +41,9 @@ class BadRow(StrEnum):
     DUPLICATE = "duplicate"
     CONTRADICTION = "contradiction"
     IN_VALIDATION = "in_validation"
+    UNUSED_COLUMN = "unused_column"
+    ADAPTER_REJECTED = "adapter_rejected"
+    ADAPTER_FAILED = "adapter_failed"
 
 
 class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from rayward.config.data import DataConfig
-from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.data.formats.table import FORMATS, SourceOptions, adapt, choose_format, columns_of
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
+from rayward.errors import DataFormatError
 
 ASK = {"role": "user", "content": "Name a prime."}
 SEVEN = {"role": "assistant", "content": "Seven."}
@@ -63,14 +64,6 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {
             "dataset": "capybara", "chosen": [ASK, SEVEN], "chosen_rating": 5.0, "rejected": [ASK, EIGHT], "rejected_rating": 3,
-        },
-    ),
-    "distilabel's capybara": (
-        "trl",
-        {
-            "source": "Dove", "conversation": [{"input": "Name a prime.", "output": "Seven."}], "original_response": "Seven.",
-            "chosen": [ASK, SEVEN], "rejected": [ASK, EIGHT], "rating_chosen": 5, "rating_rejected": 3, "chosen_model": "m",
-            "rejected_model": "n",
         },
     ),
     "helpsteer2 preference": (
@@ -220,7 +213,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 STRENGTHS = {
     "ultrafeedback_binarized": 2.0, "argilla's cleaned ultrafeedback": 2.0, "argilla's ultrafeedback with plain answers": 2.0,
-    "distilabel's dpo mix": 2.0, "distilabel's capybara": 2.0, "helpsteer2 preference": 2.0, "helpsteer3 preference": 2.0, "SHP": 2.0,
+    "distilabel's dpo mix": 2.0, "helpsteer2 preference": 2.0, "helpsteer3 preference": 2.0, "SHP": 2.0,
     "distilabel's orca pairs": 2.0, "distilabel's ratings": 2.0, "scored": 2.0,
 }  # fmt: skip
 
@@ -228,7 +221,8 @@ STRENGTHS = {
 def read(row: dict[str, Any], **settings: Any) -> tuple[str, Comparison]:
     """The comparison of a row whose format is detected, and the format."""
     name, options = choose_format([row], DataConfig(**settings), where="f", source="file")
-    comparison = FORMATS[name].adapt(row, options)
+    assert columns_of(name, options).unused(row) == [], "a published schema is known whole"
+    comparison = adapt(name, columns_of(name, options), row, options)
     validate(comparison, ties="keep")
     return name, comparison
 
@@ -268,7 +262,10 @@ SINGLES: dict[str, tuple[str, dict[str, Any]]] = {
             "question": {"problem": "Name a prime.", "ground_truth_solution": "x", "ground_truth_answer": "7", "pre_generated_steps": []},
             "label": {
                 "steps": [
-                    {"completions": [{"text": "Seven is odd.", "rating": 0, "flagged": None}], "human_completion": None, "chosen_completion": 0},
+                    {
+                        "completions": [{"text": "Seven is odd.", "rating": 0, "flagged": None}], "human_completion": None,
+                        "chosen_completion": 0,
+                    },
                     {"completions": [{"text": "Seven.\n\n# Answer\n\n7", "rating": 1}], "human_completion": None, "chosen_completion": 0},
                 ],
                 "total_time": 1, "finish_reason": "solution",
@@ -312,6 +309,7 @@ def test_other_published_rows_are_found_and_read(case: str) -> None:
     name, _ = choose_format([row], DataConfig(), where="f", source="file")
     assert name == expected
     options = SourceOptions("file", attributes={"ultrafeedback": ("overall_score",), "helpsteer2": ("helpfulness",)}.get(name, ("label",)))
+    assert set(columns_of(name, options).unused(row)) <= {key for key in row if key in FORMATS[name].settings}
     comparison = FORMATS[name].adapt(row, options)
     validate(comparison, ties="keep")
     assert [dict(turn) for turn in comparison.prompt] == [ASK]
@@ -385,7 +383,6 @@ def test_a_published_row_that_is_broken_is_rejected(case: str, change: dict[str,
     [
         ("argilla's cleaned ultrafeedback", {"chosen-rating": 2.75}),
         ("distilabel's dpo mix", {"chosen_rating": 3}),
-        ("distilabel's capybara", {"rating_chosen": 3.0}),
         ("argilla's ultrafeedback with plain answers", {"chosen_avg_rating": "2.75"}),
         ("distilabel's orca pairs", {"rating": [7.0, 7.0], "status": "tie"}),
         ("skywork, implicit turns", {"score_chosen": 5.0, "score_rejected": 5.0}),
@@ -401,8 +398,24 @@ def test_equal_scores_are_a_tie_of_strength_zero(case: str, change: dict[str, An
 
 
 def test_a_score_that_only_one_completion_has_judges_nothing() -> None:
-    comparison = read(PAIRS["skywork, implicit turns"][1] | {"chosen_score": 9.0, "rejected_score": None})[1]
+    row = PAIRS["skywork, implicit turns"][1] | {"chosen_score": 9.0}
+    comparison = read(row | {"rejected_score": None})[1]
     assert (comparison.ranks, comparison.strength) == ((0.0, 1.0), None)
+    with pytest.raises(RowRejected, match="chosen_score is given and rejected_score is not"):
+        read(row)
+    assert read(row, ignore=["chosen_score"])[1].ranks == (0.0, 1.0)
+
+
+def test_capybara_keeps_the_prompt_a_second_time() -> None:
+    row = {
+        "source": "Dove", "conversation": [{"input": "Name a prime.", "output": "Seven."}], "original_response": "Seven.",
+        "chosen": [ASK, SEVEN], "rejected": [ASK, EIGHT], "rating_chosen": 5, "rating_rejected": 3, "chosen_model": "m",
+        "rejected_model": "n",
+    }  # fmt: skip
+    with pytest.raises(DataFormatError, match="conversation"):
+        read(row)
+    name, comparison = read(row, ignore=["conversation", "original_response"])
+    assert (name, comparison.strength) == ("trl", 2.0)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -419,7 +432,7 @@ def test_a_system_column_is_a_system_turn(case: str) -> None:
 def test_a_system_column_that_contradicts_the_system_turn_is_refused() -> None:
     row = {"messages": [{"role": "system", "content": "Be brief."}, ASK, SEVEN], "rejected_response": "Eight."}
     assert len(read(row | NOTE)[1].prompt) == 2
-    with pytest.raises(RowRejected, match="two different system texts"):
+    with pytest.raises(RowRejected, match="own system turn differ"):
         read(row | {"system": "Be long."})
 
 
@@ -516,7 +529,7 @@ def test_id_and_source_become_text(given: Any, text: str) -> None:
 @pytest.mark.parametrize("given", [None, "", [], {}, math.nan])
 def test_no_id_and_no_source_are_the_content_and_the_file(given: Any) -> None:
     comparison = read(PAIR | {"id": given, "source": given})[1]
-    assert (len(comparison.id), comparison.source) == (64, "file")
+    assert (len(comparison.id), comparison.source) == (32, "file")
     assert comparison.id == read(PAIR)[1].id
 
 

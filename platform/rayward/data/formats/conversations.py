@@ -111,7 +111,7 @@ def _pair(row: Row, options: SourceOptions, prompt: tuple[Message, ...]) -> Comp
     better, worse = next((keys for keys in ANSWERS if row.get(keys[0]) is not None or row.get(keys[1]) is not None), ANSWERS[0])
     answers = [_answer(required(row, key), key, prompt) for key in (better, worse)]
     critiques = [row.get("chosen_feedback"), row.get("rejected_feedback")]
-    return build_comparison(row, options, prompt, answers, critiques=critiques, **judged(row, better, worse))
+    return build_comparison(row, options, prompt, answers, critiques=critiques, **judged(row, options, better, worse))
 
 
 def _answer(value: Any, key: str, prompt: tuple[Message, ...]) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayward.contract.conversation import Message, broken_by_prompt, broken_by_role, broken_by_text
-from rayward.data.formats.turns import plain_turns, with_system
+from rayward.data.formats.turns import plain_turns
 from rayward.data.formats.values import (
     FLOAT32_MAX,
     Row,
@@ -60,6 +60,7 @@ class SourceOptions:
         preference: which of the two judgements of `safe_rlhf` orders the completions.
         step_separator: text between two steps of a completion; None: labels of steps are ignored outside format `stepwise`.
         critiques: whether critiques are kept; a row without them is then rejected.
+        ignore: names of columns, with wildcards, that may stay unread.
     """
 
     source: str
@@ -72,6 +73,7 @@ class SourceOptions:
     preference: str = "better"
     step_separator: str | None = None
     critiques: bool = False
+    ignore: tuple[str, ...] = ()
 
 
 def as_messages(value: Any, key: str) -> tuple[Message, ...]:
@@ -126,6 +128,18 @@ def split_last(turns: tuple[Message, ...], key: str) -> tuple[tuple[Message, ...
     return turns[:-1], turns[-1]["content"]
 
 
+def with_system(system: Any, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The prompt after the system turn that a column of its own holds; the same turn may stand in both."""
+    if system is None or system == "":
+        return prompt
+    text = as_text(system, "system")
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"].strip() != text.strip():
+            raise RowRejected(BadRow.WRONG_TYPE, "the column 'system' and the prompt's own system turn differ; the rule is one of them")
+        return prompt
+    return (Message(role="system", content=text), *prompt) if text.strip() else prompt
+
+
 def build_comparison(
     row: Row,
     options: SourceOptions,
@@ -139,12 +153,14 @@ def build_comparison(
     step_labels: tuple[tuple[float, ...], ...] | None = None,
     critiques: Sequence[Any] | None = None,
 ) -> Comparison:
-    """The comparison, with the columns that every format may carry: `id`, `source`, `weight` and other numbers (NUMBER_COLUMNS).
+    """The comparison, with the columns that every format may carry (`columns.COMMON_COLUMNS`).
 
     Args:
         ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
         critiques: one text per completion; kept where `data.critique_lead_in` is set.
     """
+    for key in ("system", "system_prompt"):
+        prompt = with_system(row.get(key), prompt)
     numbers = {key: number for key in NUMBER_COLUMNS if (number := optional(row, key)) is not None}
     kept = None
     if ratings is not None and options.attributes:
@@ -152,7 +168,7 @@ def build_comparison(
     comparison = Comparison(
         id=as_name(row.get("id")),
         source=as_name(row.get("source")) or options.source,
-        prompt=with_system(row, prompt),
+        prompt=prompt,
         completions=tuple(completions),
         ranks=ranks,
         margin=margin,

@@ -49,7 +49,7 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
         prompt,
         texts,
         critiques=[row.get("chosen_feedback"), row.get("rejected_feedback")],
-        **judged(row, options.chosen_key, options.rejected_key),
+        **judged(row, options, options.chosen_key, options.rejected_key),
     )
 
 
@@ -92,7 +92,7 @@ def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
     """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
     chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
     prompt, texts = shared_turns(chosen, rejected, "chosen", "rejected")
-    return build_comparison(row, options, prompt, texts, **judged(row))
+    return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
 def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
@@ -100,7 +100,7 @@ def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
     as_text(required(row, "prompt"), "prompt")
     prompt, texts = shared_turns(chosen, rejected, "chosen", "rejected")
-    return build_comparison(row, options, prompt, texts, **judged(row))
+    return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
 def helpsteer_preference(prompt_key: str, first_key: str, second_key: str, strength_key: str) -> Callable[[Row, SourceOptions], Comparison]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rayward.contract.conversation import Message
-from rayward.data.formats.values import Row, as_list, as_text, kind_of, parsed, required
+from rayward.data.formats.values import as_list, as_text, kind_of, parsed, required
 from rayward.data.record import BadRow, RowRejected
 
 _ROLES = {
@@ -21,8 +20,6 @@ _ROLES = {
     "function_response": "tool",
 }
 _CALLS = ("function_call", "tool_call", "function-call")
-SYSTEM_COLUMNS = ("system", "system_prompt")
-"""Columns whose text is a system turn before the prompt, in every format."""
 
 
 def plain_turns(value: Any, key: str) -> list[Any]:
@@ -79,21 +76,3 @@ def _calls(content: Any, where: str) -> list[dict[str, Any]]:
 
 def _is_bare_call(turn: Any) -> bool:
     return isinstance(turn, dict) and turn.get("role") == "assistant" and bool(turn.get("tool_calls")) and not turn.get("content")
-
-
-def with_system(row: Row, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt with the system turn of the columns `system` or `system_prompt`, where the row has one.
-
-    Raises:
-        RowRejected: the prompt begins with another system turn, or the two columns differ.
-    """
-    texts = {as_text(row[key], key) for key in SYSTEM_COLUMNS if row.get(key) is not None} - {""}
-    if not texts:
-        return prompt
-    if prompt and prompt[0]["role"] == "system":
-        texts.add(prompt[0]["content"])
-    if len(texts) > 1:
-        raise RowRejected(BadRow.WRONG_TYPE, "the row has two different system texts, in a column and as a turn or in both columns")
-    if prompt and prompt[0]["role"] == "system":
-        return prompt
-    return (Message(role="system", content=texts.pop()), *prompt)
