@@ -12,9 +12,8 @@ from rayward.data.formats.fields import (
     as_prompt,
     build_comparison,
     require_user_last,
-    split_last,
+    shared_turns,
 )
-from rayward.data.formats.pairs import shared_turns
 from rayward.data.formats.scores import judged
 from rayward.data.formats.values import Row, as_list, as_number, as_object, as_rating, as_text, optional, parsed, required
 from rayward.data.record import BadRow, Comparison, RowRejected
@@ -59,11 +58,10 @@ def ms_swift(row: Row, options: SourceOptions) -> Comparison:
     if row.get("rejected_tools") not in (None, [], "", row.get("tools")):
         raise RowRejected(BadRow.WRONG_TYPE, "rejected_tools are not tools; the rule is one list of tools for both")
     if row.get("rejected_messages") is not None:
-        conversations = [as_messages(required(row, key), key) for key in ("messages", "rejected_messages")]
-        prompt, answers = shared_turns(*conversations, "messages", "rejected_messages")
+        keys = ("messages", "rejected_messages")
+        prompt, answers = shared_turns([as_messages(required(row, key), key) for key in keys], keys)
     elif row.get("messages") is not None:
-        prompt, better = split_last(as_messages(row["messages"], "messages"), "messages")
-        prompt = require_user_last(prompt, "messages")
+        prompt, better = _last_answer(row["messages"], "messages")
         answers = [better, _answer(required(row, "rejected_response"), "rejected_response", prompt)]
     else:
         prompt = (*_history(row), *as_prompt(as_text(required(row, "query"), "query"), "query"))
@@ -94,8 +92,7 @@ def kto(row: Row, options: SourceOptions) -> Comparison:
     """
     label = _one_of(row, ("label", "kto_tag"))
     if (turns := next((key for key in ("messages", "conversations") if row.get(key) is not None), None)) is not None:
-        prompt, answer = split_last(as_messages(row[turns], turns), turns)
-        prompt = require_user_last(prompt, turns)
+        prompt, answer = _last_answer(row[turns], turns)
     else:
         key = _one_of(row, ("completion", "output", "response"))
         if row.get("instruction") is not None:
@@ -112,6 +109,15 @@ def _pair(row: Row, options: SourceOptions, prompt: tuple[Message, ...]) -> Comp
     answers = [_answer(required(row, key), key, prompt) for key in (better, worse)]
     critiques = [row.get("chosen_feedback"), row.get("rejected_feedback")]
     return build_comparison(row, options, prompt, answers, critiques=critiques, **judged(row, options, better, worse))
+
+
+def _last_answer(value: Any, key: str) -> tuple[tuple[Message, ...], Any]:
+    """The turns before the last one as the prompt, and the last one as the answer."""
+    turns = as_messages(value, key)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise RowRejected(BadRow.EMPTY_COMPLETION, f"{key!r} does not end with an assistant's turn, so there is no completion")
+    prompt = require_user_last(turns[:-1], key)
+    return prompt, as_completion([*turns[-1:]], key, prompt)
 
 
 def _answer(value: Any, key: str, prompt: tuple[Message, ...]) -> Any:

@@ -43,6 +43,7 @@ __all__ = [
     "optional",
     "require_user_last",
     "required",
+    "shared_turns",
     "split_last",
 ]
 
@@ -126,6 +127,15 @@ def split_last(turns: tuple[Message, ...], key: str) -> tuple[tuple[Message, ...
     if turns[-1]["role"] != "assistant":
         raise RowRejected(BadRow.EMPTY_COMPLETION, f"the last turn of {key!r} is a {turns[-1]['role']} turn, so there is no completion")
     return turns[:-1], turns[-1]["content"]
+
+
+def shared_turns(conversations: Sequence[tuple[Message, ...]], keys: Sequence[str]) -> tuple[tuple[Message, ...], list[str]]:
+    """The turns that conversations share as their prompt, and their answers."""
+    found = [split_last(turns, key) for turns, key in zip(conversations, keys, strict=True)]
+    prompt = found[0][0]
+    if any(before != prompt for before, _ in found):
+        raise RowRejected(BadRow.NO_SHARED_PROMPT, f"the turns before the last answer differ between {' and '.join(keys)}")
+    return require_user_last(prompt, keys[0]), [answer for _, answer in found]
 
 
 def with_system(system: Any, prompt: tuple[Message, ...]) -> tuple[Message, ...]:

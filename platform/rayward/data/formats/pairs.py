@@ -16,9 +16,8 @@ from rayward.data.formats.fields import (
     as_prompt,
     as_text,
     build_comparison,
-    require_user_last,
     required,
-    split_last,
+    shared_turns,
 )
 from rayward.data.formats.scores import judged
 from rayward.data.formats.values import parsed
@@ -40,9 +39,8 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, texts = _split_common_text(chosen, rejected)
     else:
-        prompt, texts = shared_turns(
-            as_messages(chosen, options.chosen_key), as_messages(rejected, options.rejected_key), options.chosen_key, options.rejected_key
-        )
+        keys = (options.chosen_key, options.rejected_key)
+        prompt, texts = shared_turns([as_messages(chosen, keys[0]), as_messages(rejected, keys[1])], keys)
     return build_comparison(
         row,
         options,
@@ -68,17 +66,6 @@ def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...],
     return (Message(role="user", content=prompt),), [chosen[common:].strip(), rejected[common:].strip()]
 
 
-def shared_turns(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], chosen_key: str, rejected_key: str
-) -> tuple[tuple[Message, ...], list[str]]:
-    """The turns that two conversations share as their prompt, and their answers."""
-    prompt, better = split_last(chosen, chosen_key)
-    other, worse = split_last(rejected, rejected_key)
-    if prompt != other:
-        raise RowRejected(BadRow.NO_SHARED_PROMPT, "the turns before the last answer differ between chosen and rejected")
-    return require_user_last(prompt, chosen_key), [better, worse]
-
-
 def transcript(value: Any, key: str) -> tuple[Message, ...]:
     parts = TRANSCRIPT.split(as_text(value, key))
     if len(parts) < 3 or parts[0].strip():
@@ -91,7 +78,7 @@ def transcript(value: Any, key: str) -> tuple[Message, ...]:
 def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
     """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
     chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
-    prompt, texts = shared_turns(chosen, rejected, "chosen", "rejected")
+    prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
     return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
@@ -99,7 +86,7 @@ def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     """UltraFeedback binarized: the strength is the score gap; equal scores are a tie, a negative gap is an error of the row."""
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
     as_text(required(row, "prompt"), "prompt")
-    prompt, texts = shared_turns(chosen, rejected, "chosen", "rejected")
+    prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
     return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 

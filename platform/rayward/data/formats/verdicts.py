@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayward.contract.conversation import Message
-from rayward.data.formats.fields import SourceOptions, as_completion, as_messages, as_prompt, build_comparison
-from rayward.data.formats.pairs import shared_turns
+from rayward.data.formats.fields import SourceOptions, as_completion, as_messages, as_prompt, build_comparison, shared_turns
 from rayward.data.formats.values import (
     Row,
     as_list,
@@ -41,10 +40,9 @@ def arena(row: Row, options: SourceOptions) -> Comparison:
     ranks = _winner(row)
     first, second = next((keys for keys in ARENA_ANSWERS if row.get(keys[0]) is not None), ARENA_ANSWERS[0])
     if first == "conversation_a":
-        conversations = [as_messages(required(row, key), key) for key in (first, second)]
-        prompt, answers = shared_turns(*conversations, first, second)
+        prompt, answers = shared_turns([as_messages(required(row, key), key) for key in (first, second)], (first, second))
     elif any(key in row for key in FLAGS):
-        prompt, answers = shared_turns(_rounds(row, first), _rounds(row, second), first, second)
+        prompt, answers = shared_turns([_rounds(row, first), _rounds(row, second)], (first, second))
     else:
         prompt = as_prompt(required(row, "prompt"), "prompt")
         answers = [as_completion(required(row, key), key, prompt) for key in (first, second)]
