@@ -156,12 +156,14 @@ def build_comparison(
     ratings: Sequence[Mapping[str, Any]] | None = None,
     step_labels: tuple[tuple[float, ...], ...] | None = None,
     critiques: Sequence[Any] | None = None,
+    vote_shares: tuple[float, ...] | None = None,
 ) -> Comparison:
     """The comparison, with the columns that every format may carry: `id`, `source`, `weight` and other numbers (NUMBER_COLUMNS).
 
     Args:
         ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
         critiques: one text per completion; kept where `data.critique_lead_in` is set.
+        vote_shares: as in `Comparison`; `votes.judgement` makes ranks and shares of the votes that a row counts.
     """
     numbers = {key: number for key in NUMBER_COLUMNS if (number := optional(row, key)) is not None}
     name, source = row.get("id"), row.get("source")
@@ -181,6 +183,7 @@ def build_comparison(
         attributes=kept,
         step_labels=step_labels,
         critiques=_critiques(critiques, len(completions)) if options.critiques else None,
+        vote_shares=vote_shares,
         **numbers,
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
