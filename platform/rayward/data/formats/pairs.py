@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rayward.contract.conversation import Message
+from rayward.contract.conversation import Completion, Message
 from rayward.data.formats.fields import (
     Row,
     SourceOptions,
@@ -17,9 +17,8 @@ from rayward.data.formats.fields import (
     as_text,
     build_comparison,
     optional,
-    require_user_last,
     required,
-    split_last,
+    shared_turns,
 )
 from rayward.data.record import BadRow, Comparison, RowRejected
 
@@ -39,9 +38,8 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, texts = _split_common_text(chosen, rejected)
     else:
-        prompt, texts = _split_common_turns(
-            as_messages(chosen, options.chosen_key), as_messages(rejected, options.rejected_key), options.chosen_key, options.rejected_key
-        )
+        keys = (options.chosen_key, options.rejected_key)
+        prompt, texts = shared_turns([as_messages(chosen, keys[0]), as_messages(rejected, keys[1])], keys)
     return build_comparison(
         row,
         options,
@@ -54,7 +52,7 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
     )
 
 
-def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[str]]:
+def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[Completion]]:
     if chosen == rejected:
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "chosen and rejected are the same text")
     common = 0
@@ -69,16 +67,6 @@ def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...],
     return (Message(role="user", content=prompt),), [chosen[common:].strip(), rejected[common:].strip()]
 
 
-def _split_common_turns(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], chosen_key: str, rejected_key: str
-) -> tuple[tuple[Message, ...], list[str]]:
-    prompt, better = split_last(chosen, chosen_key)
-    other, worse = split_last(rejected, rejected_key)
-    if prompt != other:
-        raise RowRejected(BadRow.NO_SHARED_PROMPT, "the turns before the last answer differ between chosen and rejected")
-    return require_user_last(prompt, chosen_key), [better, worse]
-
-
 def transcript(value: Any, key: str) -> tuple[Message, ...]:
     parts = TRANSCRIPT.split(as_text(value, key))
     if len(parts) < 3 or parts[0].strip():
@@ -91,7 +79,7 @@ def transcript(value: Any, key: str) -> tuple[Message, ...]:
 def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
     """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
     chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
-    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
+    prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
     return build_comparison(
         row, options, prompt, texts, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength")
     )
@@ -101,7 +89,7 @@ def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     """UltraFeedback binarized: the strength is the score gap; equal scores are a tie, a negative gap is an error of the row."""
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
     as_text(required(row, "prompt"), "prompt")
-    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
+    prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
     scores = optional(row, "score_chosen"), optional(row, "score_rejected")
     if scores[0] is None or scores[1] is None:
         return build_comparison(row, options, prompt, texts, ranks=(0.0, 1.0))
