@@ -151,7 +151,7 @@ def test_calls_thoughts_and_tools_reach_the_text(tokenizer: PreTrainedTokenizerF
     branch = (called, answer, Message(role="assistant", content="Three degrees."))
     inputs = TemplateInputs(TOOLS)
     text = encoder.render((USER,), branch, inputs=inputs)
-    plain = tokenizer.apply_chat_template([USER, *branch], tools=list(TOOLS), tokenize=False)
+    plain = tokenizer.apply_chat_template([USER, *branch], tools=list(TOOLS), tokenize=False)  # type: ignore[arg-type]
     assert isinstance(plain, str)
     assert text == plain.rstrip()
     found = encoder.encode_parts((USER,), branch, inputs=inputs)
