@@ -59,6 +59,9 @@ class DataConfig(Frozen):
     """Share of prompts (not rows) held out when `validation` is empty."""
     ties: Literal["quarantine", "keep"] = "quarantine"
     """What to do with completions ranked equal: quarantine, or train them towards probability one half."""
+    votes: Literal["quarantine", "majority", "soft"] = "quarantine"
+    """Rows that judge the same completions differently: quarantine them as contradictions, make one row by majority (as many votes for
+    one as for the other is a tie), or one row with the share of the votes as a soft target (`objective.type=bradley_terry`)."""
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """`truncate` drops the oldest turns of the prompt and keeps the whole completion; rows that still do not fit
     are quarantined either way."""

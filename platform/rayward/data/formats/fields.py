@@ -162,12 +162,14 @@ def build_comparison(
     ratings: Sequence[Mapping[str, Any]] | None = None,
     step_labels: tuple[tuple[float, ...], ...] | None = None,
     critiques: Sequence[Any] | None = None,
+    vote_shares: tuple[float, ...] | None = None,
 ) -> Comparison:
     """The comparison, with the columns that every format may carry (`columns.COMMON_COLUMNS`).
 
     Args:
         ratings: one mapping from attribute to rating per completion; those that `data.attributes` names are kept.
         critiques: one text per completion; kept where `data.critique_lead_in` is set.
+        vote_shares: as in `Comparison`; `votes.judgement` makes ranks and shares of the votes that a row counts.
     """
     for key in ("system", "system_prompt"):
         prompt = with_system(row.get(key), prompt)
@@ -186,6 +188,7 @@ def build_comparison(
         attributes=kept,
         step_labels=step_labels,
         critiques=_critiques(critiques, len(completions)) if options.critiques else None,
+        vote_shares=vote_shares,
         **numbers,
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
