@@ -107,7 +107,6 @@ BAD: list[tuple[str, SourceOptions, dict[str, Any], BadRow]] = [
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.nan}, BadRow.NON_FINITE_MARGIN),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e39}, BadRow.NON_FINITE_MARGIN),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}, BadRow.WRONG_TYPE),
-    ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "id": ["x"]}, BadRow.WRONG_TYPE),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "id": "\ud800"}, BadRow.BAD_TEXT),
     ("trl", EXPLICIT, {"prompt": " ", "chosen": "b", "rejected": "c"}, BadRow.EMPTY_PROMPT),
     ("trl", EXPLICIT, {"prompt": [], "chosen": "b", "rejected": "c"}, BadRow.EMPTY_PROMPT),

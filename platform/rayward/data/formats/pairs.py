@@ -16,10 +16,11 @@ from rayward.data.formats.fields import (
     as_prompt,
     as_text,
     build_comparison,
-    optional,
     required,
     shared_turns,
 )
+from rayward.data.formats.scores import judged
+from rayward.data.formats.values import parsed
 from rayward.data.record import BadRow, Comparison, RowRejected
 
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -31,7 +32,7 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
 
     Critiques stand in `chosen_feedback` and `rejected_feedback` (arXiv 2408.11791).
     """
-    chosen, rejected = required(row, options.chosen_key), required(row, options.rejected_key)
+    chosen, rejected = parsed(required(row, options.chosen_key)), parsed(required(row, options.rejected_key))
     if options.prompt_key is not None:
         prompt = as_prompt(required(row, options.prompt_key), options.prompt_key)
         texts = [as_completion(chosen, options.chosen_key, prompt), as_completion(rejected, options.rejected_key, prompt)]
@@ -45,10 +46,8 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
         options,
         prompt,
         texts,
-        ranks=(0.0, 1.0),
-        margin=optional(row, "margin"),
-        strength=optional(row, "strength"),
         critiques=[row.get("chosen_feedback"), row.get("rejected_feedback")],
+        **judged(row, options, options.chosen_key, options.rejected_key),
     )
 
 
@@ -80,9 +79,7 @@ def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
     """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
     chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
     prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
-    return build_comparison(
-        row, options, prompt, texts, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength")
-    )
+    return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
 def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
@@ -90,13 +87,7 @@ def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
     as_text(required(row, "prompt"), "prompt")
     prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
-    scores = optional(row, "score_chosen"), optional(row, "score_rejected")
-    if scores[0] is None or scores[1] is None:
-        return build_comparison(row, options, prompt, texts, ranks=(0.0, 1.0))
-    gap = scores[0] - scores[1]
-    if gap < 0:
-        raise RowRejected(BadRow.BAD_RANKING, f"score_chosen {scores[0]} is below score_rejected {scores[1]}")
-    return build_comparison(row, options, prompt, texts, ranks=(0.0, float(gap != 0)), strength=gap)
+    return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
 def helpsteer_preference(prompt_key: str, first_key: str, second_key: str, strength_key: str) -> Callable[[Row, SourceOptions], Comparison]:

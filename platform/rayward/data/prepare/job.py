@@ -131,7 +131,8 @@ def _run(
 ) -> _Outcome:
     size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
-    adaptation = Adaptation(formats, config.data.ties, buckets)
+    # Ties are votes too: with them, what is tied is decided when they are counted.
+    adaptation = Adaptation(formats, config.data.ties if config.data.votes == "quarantine" else "keep", buckets)
     fraction = 0.0 if config.data.validation else config.data.validation_fraction
     rank_by = config.data.rank_by
     policy = Policy(
@@ -143,6 +144,7 @@ def _run(
         None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
         group_tokens=config.group_tokens,
         step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
+        votes=None if config.data.votes == "quarantine" else config.data.votes,
     )
     encoder = ray.put((inputs.contract, inputs.tokenizer))
     encoded = (
@@ -214,6 +216,7 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
             num_unrated=both.num_unrated,
             num_without_strength=both.missing.get("strength", 0),
             num_without_steps=both.missing.get("step_labels", 0),
+            num_with_shares=both.num_with_shares,
             missing=both.missing,
             weakest=both.weakest,
             strongest=both.strongest,

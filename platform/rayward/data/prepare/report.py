@@ -39,6 +39,9 @@ MEANING: dict[BadRow, str] = {
     BadRow.DUPLICATE: "the same comparison with the same judgement stands elsewhere; one copy was kept",
     BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
     BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
+    BadRow.UNUSED_COLUMN: "a column that would change the row's meaning is neither read nor in data.ignore; no row of the sample had it",
+    BadRow.ADAPTER_REJECTED: "the function of data.adapter gave no row, and a reason",
+    BadRow.ADAPTER_FAILED: "the function of data.adapter raised an error, or gave something that is no row",
 }
 
 
