@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast, get_args
 
 import typer
 
@@ -264,6 +264,8 @@ def import_model(
     max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
     outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the outputs in the reward, with commas between.")] = None,
+    templated_text: Annotated[str, typer.Option(help="Text that was templated before: refuse, or as_rendered.")] = "refuse",
+    unshown_text: Annotated[str, typer.Option(help="What the chat template leaves out or changes: refuse, or accept.")] = "refuse",
     device: Device = "auto",
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
@@ -271,9 +273,20 @@ def import_model(
     placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
     names = tuple(outputs.split(",")) if outputs else ()
     shares = _numbers(weights, float, "--weights") if weights else ()
+    from rayward.contract.contract import TemplatedText, UnshownText
+
+    for option, given, known in (
+        ("--templated-text", templated_text, get_args(TemplatedText)),
+        ("--unshown-text", unshown_text, get_args(UnshownText)),
+    ):
+        if given not in known:
+            raise ConfigError(f"{option} is {given!r}; the rule is {' or '.join(known)}", remedy="use one of these")
     from rayward.workflows.import_model import import_model as run
 
-    contract = run(source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement)
+    contract = run(
+        source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement,
+        templated_text=cast(TemplatedText, templated_text), unshown_text=cast(UnshownText, unshown_text),
+    )  # fmt: skip
     typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
 
 
