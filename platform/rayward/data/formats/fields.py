@@ -22,7 +22,7 @@ from rayward.contract.conversation import (
     completion_of,
     parse_turn,
 )
-from rayward.data.formats.turns import plain_turns
+from rayward.data.formats.turns import plain_turns, without_metadata
 from rayward.data.formats.values import (
     FLOAT32_MAX,
     Row,
@@ -99,7 +99,7 @@ def as_messages(value: Any, key: str) -> tuple[Message, ...]:
             raise RowRejected(BadRow.MISSING_FIELD, f"{where}: field 'content' is {'null' if 'content' in turn else 'missing'}")
         require(broken_by_role(role), where)
         try:
-            turns.append(parse_turn(turn, extra="leave"))
+            turns.append(parse_turn(without_metadata(turn), extra="leave"))
         except RuleBrokenError as exc:
             require(exc.broken, where)
         except TypeError as exc:
