@@ -29,10 +29,12 @@ class ControlTokens:
     Args:
         backend: the tokenizer.
         texts: the control tokens: those that are special, and those that the template writes around user and system turns.
+        always: whether every text is tokenized under other names, not only one that holds a control token.
     """
 
-    def __init__(self, backend: Tokenizer, texts: Iterable[str]) -> None:
+    def __init__(self, backend: Tokenizer, texts: Iterable[str], *, always: bool = False) -> None:
         self._backend = backend
+        self._always = always
         # The longest first, as the tokenizer takes them.
         self.texts = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))[:_NUM_STAND_INS]
         self._stand_ins = {text: chr(_STAND_IN + index) for index, text in enumerate(self.texts)}
@@ -62,7 +64,7 @@ class ControlTokens:
         Raises:
             ContractError: a text holds one of the characters that stand for control tokens.
         """
-        if self._pattern is None or not any(text in self for text in strings_in(value)):
+        if self._pattern is None or not any(text in self or (self._always and _FOREIGN.search(text)) for text in strings_in(value)):
             return value
         return self._replaced(value)
 
@@ -70,8 +72,8 @@ class ControlTokens:
         if isinstance(value, str):
             if _FOREIGN.search(value):
                 raise ContractError(
-                    "a text holds control tokens and characters of a private-use plane of Unicode, which stand for them here",
-                    remedy="remove either from the text",
+                    "a text holds characters of a private-use plane of Unicode, which stand for control tokens here",
+                    remedy="remove them from the text",
                 )
             assert self._pattern is not None
             return self._pattern.sub(lambda found: self._stand_ins[found[0]], value)

@@ -106,7 +106,7 @@ class Renderer:
             asked = self._control.stand_in(question)
             whole = self._template.render([*hidden, asked], inputs)
             text, start, literal = whole, common_length(whole, text), literal or asked is not question
-        return Rendered(text, start, prompt_end, literal, trimmed, changed or missing)
+        return Rendered(text, start, prompt_end, literal, trimmed, missing or changed)
 
     def _prompt_end(self, text: str, start: int, *, begun: bool) -> int:
         # Up to where an assistant's turn opens, because what follows (an empty block of thoughts) may be the completion's.
@@ -190,7 +190,7 @@ class Renderer:
             empty = self._template.render([*kept, Message(role="assistant", content=content)], inputs)
         except ContractError:
             return 0
-        return common_length(text, empty)
+        return common_length(text, empty.removesuffix(self._template.closing or self._contract.end_token))
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
