@@ -270,7 +270,7 @@ def test_numbers_far_from_all_others_are_quarantined_and_their_distribution_is_r
 
 
 def test_votes_become_one_row_of_the_prepared_data(tmp_path: Path, tokenizer_path: Path) -> None:
-    votes = [{"prompt": "q", "chosen": a, "rejected": b, "id": str(n)} for n, (a, b) in enumerate(["xy", "xy", "yx"])]
+    votes = [{"prompt": "q", "chosen": a, "rejected": b, "id": str(n)} for n, (a, b) in enumerate([("x", "y"), ("x", "y"), ("y", "x")])]
     data = _write(tmp_path / "x.jsonl", [*_good(10), *votes])
     prepared = prepare(_config(tokenizer_path, tmp_path, data, "data.votes=soft", "data.validation_fraction=0.0"))
     assert (prepared.manifest.num_train, prepared.manifest.num_merged, prepared.manifest.num_quarantined) == (11, 2, {})

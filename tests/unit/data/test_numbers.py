@@ -39,7 +39,7 @@ def test_the_sketch_of_the_whole_is_the_sum_of_its_parts_in_any_order() -> None:
     parts = [sketch(*values[start : start + 7]) for start in range(0, len(values), 7)]
     carried = [Sketch.from_json(json.loads(json.dumps(part.as_json()))) for part in parts]
     assert reduce(add, carried) == whole
-    assert (whole.smallest, whole.largest) == (min(np.float32(values)), np.float32(1e30))
+    assert (whole.smallest, whole.largest) == (float(np.min(np.array(values, np.float32))), float(np.float32(1e30)))
     tallies = [Tally.of(table({"strength": value})) for value in values]
     assert Tally.merged(tallies).numbers["strength"] == whole
 

@@ -1,7 +1,7 @@
 """How the numbers that rows bring are distributed, and which of them lie far from all others. Whole tables of encoded rows; no Ray.
 
-A sketch counts magnitudes in bins of a fixed relative width, so that the sum of the blocks' sketches is the sketch of the whole, in whatever
-order: the bound is a function of the rows alone.
+A sketch counts magnitudes in bins of a fixed relative width, so that the sum of the blocks' sketches is the sketch of the whole, in
+whatever order: the bound is a function of the rows alone.
 """
 
 from __future__ import annotations
