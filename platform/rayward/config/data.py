@@ -25,6 +25,18 @@ SourceFormat = Literal[
     "pointwise",
     "stepwise",
     "critique",
+    "alpaca",
+    "sharegpt",
+    "axolotl",
+    "ms_swift",
+    "nemo_rl",
+    "kto",
+    "arena",
+    "shp",
+    "distilabel",
+    "prm800k",
+    "rm_bench",
+    "rmb",
 ]
 
 
@@ -35,6 +47,8 @@ class DataConfig(Frozen):
     """Like `train`; when empty, `validation_fraction` of the prompts is held out."""
     format: SourceFormat = "auto"
     """Format of every source; `auto` detects it from the columns."""
+    ignore: tuple[str, ...] = ()
+    """Columns that may stay unread although their names say that they belong to the text or the judgement of a row (wildcards `*`, `?`)."""
     prompt_key: str | None = None
     """OpenRLHF-style column name of the prompt (None: implicit in chosen and rejected)."""
     chosen_key: str = "chosen"

@@ -60,7 +60,6 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
 BUCKET_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
 GZIP_RATIO = 4
-NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -189,13 +188,12 @@ def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
 
 
 @lru_cache(maxsize=1)
-def _encoders(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> tuple[Encoder, Encoder]:
-    contract, tokenizer = ray.get(reference)
-    return Encoder(contract, tokenizer), Encoder(contract.model_copy(update={"max_tokens": NO_LIMIT}), tokenizer)
+def _encoder(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> Encoder:
+    return Encoder(*ray.get(reference))
 
 
 def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy) -> pa.Table:
-    return encode(table, *_encoders(reference[0]), policy)
+    return encode(table, _encoder(reference[0]), policy)
 
 
 def _used(table: pa.Table) -> pa.Table:
