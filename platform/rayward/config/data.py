@@ -25,6 +25,18 @@ SourceFormat = Literal[
     "pointwise",
     "stepwise",
     "critique",
+    "alpaca",
+    "sharegpt",
+    "axolotl",
+    "ms_swift",
+    "nemo_rl",
+    "kto",
+    "arena",
+    "shp",
+    "distilabel",
+    "prm800k",
+    "rm_bench",
+    "rmb",
 ]
 
 
@@ -35,6 +47,8 @@ class DataConfig(Frozen):
     """Like `train`; when empty, `validation_fraction` of the prompts is held out."""
     format: SourceFormat = "auto"
     """Format of every source; `auto` detects it from the columns."""
+    ignore: tuple[str, ...] = ()
+    """Columns that may stay unread although their names say that they belong to the text or the judgement of a row (wildcards `*`, `?`)."""
     prompt_key: str | None = None
     """OpenRLHF-style column name of the prompt (None: implicit in chosen and rejected)."""
     chosen_key: str = "chosen"
@@ -45,6 +59,9 @@ class DataConfig(Frozen):
     """Share of prompts (not rows) held out when `validation` is empty."""
     ties: Literal["quarantine", "keep"] = "quarantine"
     """What to do with completions ranked equal: quarantine, or train them towards probability one half."""
+    votes: Literal["quarantine", "majority", "soft"] = "quarantine"
+    """Rows that judge the same completions differently: quarantine them as contradictions, make one row by majority (as many votes for
+    one as for the other is a tie), or one row with the share of the votes as a soft target (`objective.type=bradley_terry`)."""
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """`truncate` drops the oldest turns of the prompt and keeps the whole completion; rows that still do not fit
     are quarantined either way."""

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayward.config.data import DataConfig
-from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.data.formats.table import SourceOptions, adapt, choose_format, columns_of
 from rayward.data.prepared import PreparedData
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
 from rayward.data.sources.find import SourceFile, find_files
@@ -116,7 +116,7 @@ def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:
     if not isinstance(value, dict) or chosen is None:
         raise RowRejected(BadRow.UNPARSABLE, "the row is not a JSON object")
     name, options = chosen
-    comparison = FORMATS[name].adapt(value, options)
+    comparison = adapt(name, columns_of(name, options), value, options)
     validate(comparison, ties="keep")
     return comparison
 

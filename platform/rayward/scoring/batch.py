@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 
 from rayward.cluster import Deferred, actor_options, ray_errors
 from rayward.config.placement import Placement
+from rayward.contract.conversation import TemplateInputs
 from rayward.errors import DataError, ScoringError, marking
 from rayward.wire.items import Asked, ItemError, ScoreItem
 
@@ -45,7 +46,8 @@ def score_blocks(blocks: Blocks, *, model: str, asked: Asked = Asked(), placemen
     """Add `rewards` (list of K finite float32, null where there is none), `error` (code and message, or null) and the model's `version`.
 
     Args:
-        blocks: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
+        blocks: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts, or
+            lists of turns), and `inputs_json` where there are tools.
         model: directory of whatever scores; the same path on every node.
 
     Raises: as `pool`.
@@ -178,11 +180,22 @@ def items_of(block: pa.Table, asked: Asked, *, seed: int = 0) -> list[ScoreItem]
     Raises:
         DataError: a column does not hold JSON lists.
     """
-    rows = zip(block["prompt_json"].to_pylist(), block["completions_json"].to_pylist(), strict=True)
-    return [
-        ScoreItem(tuple(_loads(prompt, "prompt_json")), tuple(_loads(completions, "completions_json")), asked, seed=seed)
-        for prompt, completions in rows
-    ]
+    inputs = block["inputs_json"].to_pylist() if "inputs_json" in block.column_names else [None] * block.num_rows
+    items = []
+    for prompt, completions, given in zip(block["prompt_json"].to_pylist(), block["completions_json"].to_pylist(), inputs, strict=True):
+        texts = [text if isinstance(text, str) else tuple(text) for text in _loads(completions, "completions_json")]
+        found = TemplateInputs.from_json(given)
+        items.append(
+            ScoreItem(
+                tuple(_loads(prompt, "prompt_json")),
+                tuple(texts),
+                asked,
+                seed=seed,
+                tools=found.tools or None,
+                chat_template_kwargs=dict(found.chat_template_kwargs) or None,
+            )
+        )
+    return items
 
 
 def _loads(text: str, column: str) -> list[Any]:

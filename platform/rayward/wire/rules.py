@@ -155,6 +155,8 @@ _REMEDIES: Mapping[RuleCode, str] = {
     "empty_prompt": "send at least one turn with text",
     "prompt_end": "move the last assistant turn into completions",
     "empty_completion": "send text, or leave it out",
+    "completion_turns": "move earlier turns into the prompt",
+    "unsupported_message": "send texts only",
 }
 
 
@@ -213,10 +215,10 @@ def _check_critiques(asked: Asked, limits: Limits) -> None:
         )
 
 
-def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[dict[str, str], ...]:
+def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[Message, ...]:
     turns = (WireMessage(role="user", content=prompt),) if isinstance(prompt, str) else prompt
     _require(broken_by_prompt([Message(role=turn.role, content=turn.content) for turn in turns]), f"item {index}", index)
-    return tuple({"role": turn.role, "content": turn.content} for turn in turns)
+    return tuple(Message(role=turn.role, content=turn.content) for turn in turns)
 
 
 def _completion_text(index: int, k: int, completion: str | Sequence[WireMessage]) -> str:

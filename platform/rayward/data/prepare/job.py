@@ -59,7 +59,6 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
 BUCKET_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
 GZIP_RATIO = 4
-NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ def _run(
 ) -> _Outcome:
     size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
-    adaptation = Adaptation(formats, config.data.ties, buckets)
+    # Ties are votes too: with them, what is tied is decided when they are counted.
+    adaptation = Adaptation(formats, config.data.ties if config.data.votes == "quarantine" else "keep", buckets)
     fraction = 0.0 if config.data.validation else config.data.validation_fraction
     rank_by = config.data.rank_by
     policy = Policy(
@@ -144,6 +144,7 @@ def _run(
         None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
         group_tokens=config.group_tokens,
         step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
+        votes=None if config.data.votes == "quarantine" else config.data.votes,
     )
     encoder = ray.put((inputs.contract, inputs.tokenizer))
     encoded = (
@@ -178,13 +179,12 @@ def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
 
 
 @lru_cache(maxsize=1)
-def _encoders(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> tuple[Encoder, Encoder]:
-    contract, tokenizer = ray.get(reference)
-    return Encoder(contract, tokenizer), Encoder(contract.model_copy(update={"max_tokens": NO_LIMIT}), tokenizer)
+def _encoder(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> Encoder:
+    return Encoder(*ray.get(reference))
 
 
 def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy) -> pa.Table:
-    return encode(table, *_encoders(reference[0]), policy)
+    return encode(table, _encoder(reference[0]), policy)
 
 
 def _used(table: pa.Table) -> pa.Table:
@@ -216,6 +216,7 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
             num_unrated=both.num_unrated,
             num_without_strength=both.missing.get("strength", 0),
             num_without_steps=both.missing.get("step_labels", 0),
+            num_with_shares=both.num_with_shares,
             missing=both.missing,
             weakest=both.weakest,
             strongest=both.strongest,

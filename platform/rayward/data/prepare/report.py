@@ -33,9 +33,15 @@ MEANING: dict[BadRow, str] = {
     BadRow.BAD_TEXT: "a text holds a NUL byte or a lone surrogate",
     BadRow.TOO_LONG: "the conversation does not fit model.max_tokens",
     BadRow.TEMPLATE_REJECTED: "the chat template refuses the conversation",
+    BadRow.UNSUPPORTED_MESSAGE: "a part of a turn that the chat template does not show, or no text (model.unshown_text)",
+    BadRow.ALREADY_TEMPLATED: "a text went through a chat template before (model.templated_text)",
+    BadRow.CHANGED_BY_TEMPLATE: "the chat template changes the completion (model.unshown_text)",
     BadRow.DUPLICATE: "the same comparison with the same judgement stands elsewhere; one copy was kept",
     BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
     BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
+    BadRow.UNUSED_COLUMN: "a column that would change the row's meaning is neither read nor in data.ignore; no row of the sample had it",
+    BadRow.ADAPTER_REJECTED: "the function of data.adapter gave no row, and a reason",
+    BadRow.ADAPTER_FAILED: "the function of data.adapter raised an error, or gave something that is no row",
 }
 
 
