@@ -66,6 +66,8 @@ class DataConfig(Frozen):
     max_bad_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """More quarantined rows than this share stop the run before training (duplicates, ties and
     training rows whose prompt stands in the validation data are not counted)."""
+    outlier_factor: float | None = Field(1000.0, gt=1.0)
+    """A margin, strength, weight or rating beyond so many times the median magnitude of its column is an outlier; None: beyond 1e9."""
     rows_per_shard: int = Field(10_000, ge=1)
     """Rows in one Parquet shard of the prepared data."""
 

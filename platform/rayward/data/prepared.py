@@ -225,6 +225,7 @@ PREPARED_SCHEMA = pa.schema(
         pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model
         pa.field("completions_json", pa.string(), nullable=False),
         pa.field("critiques_json", pa.string()),
+        pa.field("inputs_json", pa.string()),  # tools and chat_template_kwargs, where a row has them
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""

@@ -206,7 +206,7 @@ def prepared(rows: list[dict[str, Any]], encoder: Encoder, **policy: Any) -> lis
     ]
     read = pa.Table.from_pylist([*raw, {"kind": "total", "role": "train", "file": "f", "number": len(raw), "raw": ""}], schema=READ_SCHEMA)
     adapted = adapt(read, Adaptation({"f": ("ranking", SourceOptions("set"))}, "keep" if rule.votes else rule.ties, 1))
-    table = encode(judge(adapted, rule), encoder, encoder, rule)
+    table = encode(judge(adapted, rule), encoder, rule)
     counts = Tally.merged([Tally.of(table)])
     assert counts.read == counts.splits.total() + counts.num_merged + counts.quarantined.total()
     return [row for row in table.to_pylist() if row["kind"] in ("row", "merged")]

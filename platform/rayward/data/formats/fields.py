@@ -5,14 +5,25 @@ A row that does not fit raises `RowRejected` and is quarantined. No Ray and no t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rayward.config.sources import SourceConfig
-from rayward.contract.conversation import Message, broken_by_prompt, broken_by_role, broken_by_text
-from rayward.data.formats.turns import plain_turns
+from rayward.contract.conversation import (
+    Completion,
+    Message,
+    RuleBrokenError,
+    broken_by_completion,
+    broken_by_prompt,
+    broken_by_role,
+    broken_by_text,
+    completion_of,
+    parse_turn,
+)
+from rayward.data.formats.turns import plain_turns, without_metadata
 from rayward.data.formats.values import (
     FLOAT32_MAX,
     Row,
@@ -45,7 +56,6 @@ __all__ = [
     "require_user_last",
     "required",
     "shared_turns",
-    "split_last",
 ]
 
 
@@ -85,15 +95,22 @@ class SourceOptions:
 
 
 def as_messages(value: Any, key: str) -> tuple[Message, ...]:
-    """The value as turns; rejected when it is no list of them."""
+    """The value as turns; rejected when it is no list of them, or when a part of one would be lost."""
     turns: list[Message] = []
     for index, turn in enumerate(plain_turns(value, key)):
         where = f"{key}[{index}]"
         if not isinstance(turn, dict):
             raise RowRejected(BadRow.WRONG_TYPE, f"{where} is {kind_of(turn)}; the rule is an object with role and content")
-        role, content = as_text(required(turn, "role"), f"{where}.role"), as_text(required(turn, "content"), f"{where}.content")
+        role = as_text(required(turn, "role"), f"{where}.role")
+        if not any(turn.get(each) is not None for each in ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")):
+            raise RowRejected(BadRow.MISSING_FIELD, f"{where}: field 'content' is {'null' if 'content' in turn else 'missing'}")
         require(broken_by_role(role), where)
-        turns.append(Message(role=role, content=content))
+        try:
+            turns.append(parse_turn(without_metadata(turn), extra="leave"))
+        except RuleBrokenError as exc:
+            require(exc.broken, where)
+        except TypeError as exc:
+            raise RowRejected(BadRow.WRONG_TYPE, f"{where}: {exc}") from exc
     return tuple(turns)
 
 
@@ -108,41 +125,58 @@ def as_prompt(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def require_user_last(turns: tuple[Message, ...], key: str) -> tuple[Message, ...]:
-    """The turns, if they are a prompt: they end with a user or tool turn."""
+    """The turns, if they are a prompt: they end with a user or tool turn, or with one that an assistant has begun."""
     require(broken_by_prompt(turns), repr(key))
     return turns
 
 
-def as_completion(value: Any, key: str, prompt: tuple[Message, ...]) -> str:
-    """Text, one assistant message, or the whole conversation with the prompt repeated."""
+def as_completion(value: Any, key: str, prompt: tuple[Message, ...]) -> Completion:
+    """Text, one assistant message, several turns from an assistant's on, or the whole conversation with the prompt repeated."""
     value = parsed(value)
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a text or a list of messages")
     turns = as_messages(value, key)
-    before, text = split_last(turns, key)
-    if before and before != prompt:
+    require_answer(turns, key)
+    if turns[: len(prompt)] == prompt:
+        return branch_of(turns[len(prompt) :], key)
+    if turns[0]["role"] != "assistant":
         raise RowRejected(BadRow.NO_SHARED_PROMPT, f"{key!r} holds {len(turns)} turns that do not repeat the prompt")
-    return text
+    return branch_of(turns, key)
 
 
-def split_last(turns: tuple[Message, ...], key: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the last answer, and the answer."""
+def branch_of(turns: tuple[Message, ...], key: str) -> Completion:
+    """Turns after a prompt as a completion; rejected when they do not begin and end with an assistant's."""
+    require(broken_by_completion(0, tuple(turns)) if len(turns) != 1 else None, repr(key))
+    return completion_of(turns)
+
+
+def require_answer(turns: tuple[Message, ...], key: str) -> None:
+    """Reject turns that do not end with an answer."""
     if not turns:
         raise RowRejected(BadRow.EMPTY_COMPLETION, f"{key!r} holds no turn")
     if turns[-1]["role"] != "assistant":
         raise RowRejected(BadRow.EMPTY_COMPLETION, f"the last turn of {key!r} is a {turns[-1]['role']} turn, so there is no completion")
-    return turns[:-1], turns[-1]["content"]
 
 
-def shared_turns(conversations: Sequence[tuple[Message, ...]], keys: Sequence[str]) -> tuple[tuple[Message, ...], list[str]]:
-    """The turns that conversations share as their prompt, and their answers."""
-    found = [split_last(turns, key) for turns, key in zip(conversations, keys, strict=True)]
-    prompt = found[0][0]
-    if any(before != prompt for before, _ in found):
-        raise RowRejected(BadRow.NO_SHARED_PROMPT, f"the turns before the last answer differ between {' and '.join(keys)}")
-    return require_user_last(prompt, keys[0]), [answer for _, answer in found]
+def shared_turns(conversations: Sequence[tuple[Message, ...]], keys: Sequence[str]) -> tuple[tuple[Message, ...], list[Completion]]:
+    """What conversations have in common up to where an assistant answers, and how each goes on from there."""
+    for turns, key in zip(conversations, keys, strict=True):
+        require_answer(turns, key)
+    limit = min(len(turns) for turns in conversations) - 1
+    common = 0
+    while common < limit and all(turns[common] == conversations[0][common] for turns in conversations):
+        common += 1
+    # Back to where an assistant answers in all of them: the branches begin with its turn.
+    while common and not all(turns[common]["role"] == "assistant" for turns in conversations):
+        common -= 1
+    prompt = conversations[0][:common]
+    if not common and all(turns[0]["role"] == "assistant" for turns in conversations):
+        require(broken_by_prompt(()), " and ".join(keys))
+    if not common or not any(turn["role"] not in ("system", "developer") for turn in prompt):
+        raise RowRejected(BadRow.NO_SHARED_PROMPT, f"{' and '.join(keys)} do not begin with the same turns up to an assistant's")
+    return require_user_last(prompt, keys[0]), [branch_of(turns[common:], key) for turns, key in zip(conversations, keys, strict=True)]
 
 
 def with_system(system: Any, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -161,7 +195,7 @@ def build_comparison(
     row: Row,
     options: SourceOptions,
     prompt: tuple[Message, ...],
-    completions: Sequence[str],
+    completions: Sequence[Completion],
     *,
     ranks: tuple[float, ...] | None,
     margin: float | None = None,
@@ -196,6 +230,8 @@ def build_comparison(
         step_labels=step_labels,
         critiques=_critiques(critiques, len(completions)) if options.critiques else None,
         vote_shares=vote_shares,
+        tools=_tools(row.get("tools")),
+        chat_template_kwargs=_kwargs(row.get("chat_template_kwargs")),
         **numbers,
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
@@ -203,6 +239,32 @@ def build_comparison(
     for text in (comparison.id, comparison.source):
         require(broken_by_text(text))
     return comparison if comparison.id else replace(comparison, id=digest([comparison.content_key(), comparison.judgement_key()]))
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    # Schemas of tools as a list, or as the JSON of one.
+    if value is None or value in ("", [], "[]"):
+        return None
+    found = _decoded(value)
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field 'tools' is {kind_of(value)}; the rule is a list of tool schemas, or the JSON of one")
+    return tuple(found)
+
+
+def _kwargs(value: Any) -> dict[str, Any] | None:
+    found = None if value is None or value in ("", {}, "{}") else _decoded(value)
+    if found is not None and not isinstance(found, dict):
+        raise RowRejected(BadRow.WRONG_TYPE, f"field 'chat_template_kwargs' is {kind_of(value)}; the rule is an object, or the JSON of one")
+    return found
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _ratings(given: Mapping[str, Any], options: SourceOptions, where: str) -> tuple[float, ...]:

@@ -20,8 +20,8 @@ from rayward.data.formats.fields import (
     as_messages,
     as_prompt,
     build_comparison,
+    require_answer,
     shared_turns,
-    split_last,
 )
 from rayward.data.formats.values import as_list, parsed
 from rayward.data.record import BadRow, Comparison, RowRejected
@@ -103,7 +103,8 @@ def _texts(cells: Cells, values: Sequence[Any], keys: Sequence[str]) -> tuple[tu
         return shared, list(found)
     # A whole conversation beside answers that are only texts: it brings the prompt.
     index = next(index for index, value in enumerate(turned) if isinstance(value, list))
-    prompt, _ = split_last(conversations[0], keys[index])
+    require_answer(conversations[0], keys[index])
+    prompt = conversations[0][:-1]
     return prompt, [as_completion(value, key, prompt) for value, key in zip(turned, keys, strict=True)]
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rayward.contract.conversation import Message
+from rayward.contract.conversation import Completion, Message
 from rayward.data.formats.fields import (
     Row,
     SourceOptions,
@@ -51,7 +51,7 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
     )
 
 
-def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[str]]:
+def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[Completion]]:
     if chosen == rejected:
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "chosen and rejected are the same text")
     common = 0

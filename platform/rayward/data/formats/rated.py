@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rayward.contract.conversation import Message
+from rayward.contract.conversation import Completion, Message
 from rayward.contract.encoder import split_steps
 from rayward.contract.reading import DEFAULT_SEPARATOR
 from rayward.data.formats.fields import (
@@ -64,7 +64,7 @@ def ranking(row: Row, options: SourceOptions) -> Comparison:
     )
 
 
-def _steps_of(row: Row, texts: Sequence[str], separator: str | None) -> tuple[tuple[float, ...], ...] | None:
+def _steps_of(row: Row, texts: Sequence[Completion], separator: str | None) -> tuple[tuple[float, ...], ...] | None:
     if separator is None or row.get("step_labels") is None:
         return None
     given = [as_list(labels, f"step_labels[{i}]") for i, labels in enumerate(as_list(row["step_labels"], "step_labels"))]
@@ -75,7 +75,9 @@ def _steps_of(row: Row, texts: Sequence[str], separator: str | None) -> tuple[tu
     )
 
 
-def _step_labels(labels: Sequence[Any], text: str, separator: str, where: str) -> tuple[float, ...]:
+def _step_labels(labels: Sequence[Any], text: Completion, separator: str, where: str) -> tuple[float, ...]:
+    if not isinstance(text, str):
+        raise RowRejected(BadRow.BAD_STEPS, f"{where} is made of turns; the rule is a text, whose steps have labels")
     found = len(split_steps(text.strip(), separator))
     if not labels or found != len(labels):
         raise RowRejected(

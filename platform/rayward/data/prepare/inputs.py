@@ -83,6 +83,8 @@ def inspect_inputs(config: Config) -> Inputs:
         max_tokens=config.model.max_tokens,
         template_kwargs=config.model.template_kwargs,
         critique_lead_in=config.data.critique_lead_in,
+        templated_text=config.model.templated_text,
+        unshown_text=config.model.unshown_text,
     )
     fingerprint = _fingerprint(config, files, contract, tokenizer, sources)
     return Inputs(files, ignored, contract, tokenizer, fingerprint, sources)
