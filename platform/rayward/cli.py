@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -151,9 +150,23 @@ def evaluate(
 def score(
     model: Annotated[str, typer.Argument(help="Exported model, or any Hugging Face sequence-classification reward model.")],
     items: Annotated[
-        str, typer.Argument(help='JSON lines {"prompt": str | messages, "completions": [str, …]}; "-" reads standard input.')
-    ] = "-",
+        list[str] | None,
+        typer.Argument(
+            help='Files, globs, directories, URIs, hf: names with rows {"prompt": str | messages, "completions": [str, …]}; '
+            '"-" reads JSON lines from standard input [default: -].'
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Directory, .jsonl or .parquet file to write, by a job on Ray that is continued [default: stdout].")
+    ] = None,
+    output_format: Annotated[str | None, typer.Option(help="Of a directory: parquet or jsonl [default: parquet].")] = None,
+    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    keep_columns: Annotated[bool, typer.Option("--keep-columns", help="Keep the columns of the input beside the results.")] = False,
+    ignore: Annotated[str | None, typer.Option(help="Columns to pass over although they could change the text, comma-separated.")] = None,
     device: Device = "auto",
+    scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side, for --output.")] = 1,
+    gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves, for --output.")] = 0.0,
+    rows_per_part: Annotated[int | None, typer.Option(min=1, help="Rows of one result file; lost when a scorer dies.")] = None,
     tokens_per_batch: TokensPerBatch = 8192,
     verify: Verify = True,
     weights: Weights = None,
@@ -161,17 +174,23 @@ def score(
     n_critiques: NumCritiques = 1,
     temperature: Temperature = 0.0,
 ) -> None:
-    """Score items from a file; one JSON line per item, with rewards or an error."""
-    placement = _placed(device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+    """Score items: rewards or an error for each. The same command with --output continues an interrupted one."""
+    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     asked = _asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
-    from rayward.workflows.score import score_lines
+    from rayward.workflows.score import ScoreOptions, score_pipeline
 
-    stream, failed = _open(items), 0
-    for result in score_lines(model, stream, asked=asked, placement=placement):
-        failed += "error" in result
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    if failed:
-        typer.echo(f"{failed} items have an error", err=True)
+    options = ScoreOptions(
+        items=tuple(items or ["-"]),
+        output=output,
+        output_format=output_format,
+        format=format,
+        keep_columns=keep_columns,
+        ignore=tuple(ignore.split(",")) if ignore else (),
+        rows_per_part=rows_per_part,
+    )
+    counts = score_pipeline(model, options, asked=asked, placement=placement)
+    if counts.errors:
+        typer.echo(f"{counts.errors.total()} items have an error", err=True)
         raise typer.Exit(1)
 
 
@@ -179,18 +198,22 @@ def score(
 def normalise(
     model: Annotated[str, typer.Argument(help="Exported model or ensemble.")],
     items: Annotated[
-        str, typer.Argument(help='Reference set: JSON lines {"prompt": …, "completions": […]}; "-" reads standard input.')
-    ] = "-",
+        list[str] | None,
+        typer.Argument(help='Reference set: files, globs, directories, URIs as for score; "-" reads JSON lines [default: -].'),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
+    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
     device: Device = "auto",
+    scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side; several run on Ray.")] = 1,
+    gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves on Ray.")] = 0.0,
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
-    placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
-    from rayward.workflows.normalise import default_output, normalise_pipeline
+    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch)
+    from rayward.workflows.normalise import default_output, normalise_files
 
-    reference, target = "standard input" if items == "-" else Path(items).name, output or default_output(model)
-    found = normalise_pipeline(model, _open(items), output=target, reference=reference, placement=placement)
+    target = output or default_output(model)
+    found = normalise_files(model, tuple(items or ["-"]), output=target, format=format, placement=placement)
     typer.echo(
         f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
     )
@@ -357,15 +380,6 @@ def demo_data(
 
     write_demo(directory, train_prompts, validation_prompts, seed)
     typer.echo(f"wrote {directory}")
-
-
-def _open(path: str) -> TextIO:
-    from rayward.errors import DataError
-
-    try:
-        return sys.stdin if path == "-" else open(path, encoding="utf-8")
-    except OSError as exc:
-        raise DataError(f"{path} cannot be read ({exc.strerror})", remedy="check the path") from exc
 
 
 def main() -> None:

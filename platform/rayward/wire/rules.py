@@ -48,10 +48,25 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
     """
     if len(body) > limits.max_body_bytes:
         body_too_large(len(body), limits)
-    raw = _decode(body)
+    # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
+    return check_request(_decode(body), limits, escapes=has_escapes(body))
+
+
+def has_escapes(body: bytes) -> bool:
+    """Whether a JSON text may hold NUL or lone surrogates."""
+    return b"\\u0000" in body or b"\\ud" in body.lower()
+
+
+def check_request(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[list[ScoreItem], str | None]:
+    """Apply every rule that needs no tokenizer to a decoded request.
+
+    Args:
+        escapes: whether a text may hold NUL or lone surrogates.
+
+    Returns and raises: as `parse_request`.
+    """
     _check_sizes(raw, limits)
-    if b"\\u0000" in body or b"\\ud" in body.lower():
-        # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
+    if escapes:
         _check_characters(raw)
     try:
         request = ScoreRequest.model_validate(raw)
