@@ -133,7 +133,7 @@ def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
     """Features of the train split; every row must have them."""
     from rayward.scoring.batch import ROWS_PER_CALL, feature_blocks
 
-    columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
+    columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json", "inputs_json"]
     tables = list(prepared.tables("train", columns, max_rows=ROWS_PER_CALL))
     blocks = feature_blocks(tables, model=str(Path(config.model).resolve()), placement=config.placement)
     rows = [row for block in blocks for row in block.to_pylist()]
