@@ -31,6 +31,10 @@ Settings = Annotated[
     typer.Argument(metavar="[FILE.yaml]... [section.key=value]...", help="YAML files, left to right, and dotted overrides."),
 ]
 
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="YAML file or key=value of the data: block or of one of its sources; repeat it for more."),
+]
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
@@ -114,7 +118,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Exported model, or any Hugging Face sequence-classification reward model.")],
     data: Annotated[list[str], typer.Argument(help="Files, globs, directories, URIs, hf: names; or one prepared directory.")],
     output: Annotated[str, typer.Option(help="Directory for scores, metrics, report and plots.")] = "evaluation",
-    format: Annotated[str, typer.Option(help="Format of raw files.")] = "auto",
+    format: Annotated[str | None, typer.Option(help="Format of raw files [default: auto].")] = None,
+    settings: ReadAs = None,
     device: Device = "auto",
     scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side.")] = 1,
     gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves.")] = 0.0,
@@ -129,16 +134,15 @@ def evaluate(
     temperature: Temperature = 0.0,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
-    from rayward.config.data import DataConfig
-    from rayward.config.load import parse_config
+    from rayward.config.reading import reading_config
     from rayward.evaluation.suites.table import choose
 
     if counts is not None and benchmark is None:
         raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")
     chosen = None if benchmark is None else choose(benchmark, counts)
 
-    kept = attributes.split(",") if attributes else []
-    data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
+    kept = attributes.split(",") if attributes else None
+    data_config = reading_config(settings or (), data, format=format, attributes=kept, rank_by=rank_by)
     placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.evaluate import evaluate_pipeline

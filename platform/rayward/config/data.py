@@ -82,6 +82,11 @@ class DataConfig(Frozen):
         return (*short, *self.sources)
 
     @property
+    def train_paths(self) -> tuple[str, ...]:
+        """Where training data lies."""
+        return tuple(path for source in self.all_sources if source.role == "train" for path in source.path)
+
+    @property
     def holds_out(self) -> bool:
         """Whether validation data is named, so that nothing of the training data is held out."""
         return any(source.role == "validation" for source in self.all_sources)
