@@ -96,7 +96,7 @@ def prepare(config: Config) -> PreparedData:
         if problem is not None:
             raise problem
         return existing
-    formats, units = plan_reads(inputs.files, config)
+    formats, units = plan_reads(inputs.files, config, inputs.sources)
     connect()
     with open_workspace(directory) as workspace, _data_context():
         outcome = _run(config, inputs, formats, units, workspace)
@@ -135,7 +135,7 @@ def _run(
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
     # Ties are votes too: with them, what is tied is decided when they are counted.
     adaptation = Adaptation(formats, config.data.ties if config.data.votes == "quarantine" else "keep", buckets)
-    fraction = 0.0 if config.data.validation else config.data.validation_fraction
+    fraction = 0.0 if config.data.holds_out else config.data.validation_fraction
     rank_by = config.data.rank_by
     policy = Policy(
         config.run.seed,
@@ -240,7 +240,8 @@ def _refusal(config: Config, manifest: Manifest, directory: str, examples: Examp
     where = f"the rows and reasons are in {directory}/quarantine, the report is {directory}/report.html"
     if manifest.num_train == 0:
         return DataError(
-            f"{', '.join(config.data.train)}: no usable train row among {manifest.num_input_rows} ({counts or 'all rows are held out'})",
+            f"{', '.join(config.data.train_paths)}: no usable train row among {manifest.num_input_rows} "
+            f"({counts or 'all rows are held out'})",
             remedy=where,
         )
     bad = sum(count for reason, count in manifest.num_quarantined.items() if reason not in NOT_BAD)
