@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
@@ -31,6 +31,10 @@ Settings = Annotated[
     typer.Argument(metavar="[FILE.yaml]... [section.key=value]...", help="YAML files, left to right, and dotted overrides."),
 ]
 
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="YAML file or key=value of the data: block or of one of its sources; repeat it for more."),
+]
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
@@ -114,7 +118,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Exported model, or any Hugging Face sequence-classification reward model.")],
     data: Annotated[list[str], typer.Argument(help="Files, globs, directories, URIs, hf: names; or one prepared directory.")],
     output: Annotated[str, typer.Option(help="Directory for scores, metrics, report and plots.")] = "evaluation",
-    format: Annotated[str, typer.Option(help="Format of raw files.")] = "auto",
+    format: Annotated[str | None, typer.Option(help="Format of raw files [default: auto].")] = None,
+    settings: ReadAs = None,
     device: Device = "auto",
     scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side.")] = 1,
     gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves.")] = 0.0,
@@ -129,16 +134,15 @@ def evaluate(
     temperature: Temperature = 0.0,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
-    from rayward.config.data import DataConfig
-    from rayward.config.load import parse_config
+    from rayward.config.reading import reading_config
     from rayward.evaluation.suites.table import choose
 
     if counts is not None and benchmark is None:
         raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")
     chosen = None if benchmark is None else choose(benchmark, counts)
 
-    kept = attributes.split(",") if attributes else []
-    data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
+    kept = attributes.split(",") if attributes else None
+    data_config = reading_config(settings or (), data, format=format, attributes=kept, rank_by=rank_by)
     placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.evaluate import evaluate_pipeline
@@ -287,6 +291,8 @@ def import_model(
     max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
     outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the outputs in the reward, with commas between.")] = None,
+    templated_text: Annotated[str, typer.Option(help="Text that was templated before: refuse, or as_rendered.")] = "refuse",
+    unshown_text: Annotated[str, typer.Option(help="What the chat template leaves out or changes: refuse, or accept.")] = "refuse",
     device: Device = "auto",
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
@@ -294,9 +300,20 @@ def import_model(
     placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
     names = tuple(outputs.split(",")) if outputs else ()
     shares = _numbers(weights, float, "--weights") if weights else ()
+    from rayward.contract.contract import TemplatedText, UnshownText
+
+    for option, given, known in (
+        ("--templated-text", templated_text, get_args(TemplatedText)),
+        ("--unshown-text", unshown_text, get_args(UnshownText)),
+    ):
+        if given not in known:
+            raise ConfigError(f"{option} is {given!r}; the rule is {' or '.join(known)}", remedy="use one of these")
     from rayward.workflows.import_model import import_model as run
 
-    contract = run(source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement)
+    contract = run(
+        source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement,
+        templated_text=cast(TemplatedText, templated_text), unshown_text=cast(UnshownText, unshown_text),
+    )  # fmt: skip
     typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
 
 

@@ -40,6 +40,7 @@ class BadRow(StrEnum):
     NO_SHARED_PROMPT = "no_shared_prompt"
     TIE = "tie"
     NON_FINITE_MARGIN = "non_finite_margin"
+    OUTLIER = "outlier"
     UNKNOWN_ROLE = "unknown_role"
     BAD_RANKING = "bad_ranking"
     BAD_RATING = "bad_rating"
@@ -58,6 +59,10 @@ class BadRow(StrEnum):
     UNUSED_COLUMN = "unused_column"
     ADAPTER_REJECTED = "adapter_rejected"
     ADAPTER_FAILED = "adapter_failed"
+
+
+LARGEST_NUMBER = 1e9
+"""Of a margin, a strength, a weight or a rating without a range: more teaches nothing, and products of them must stay finite in fp32."""
 
 
 class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error
@@ -226,6 +231,7 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
             raise RowRejected(BadRow.WRONG_TYPE, f"{name} {number} is not a finite number")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
+    _require_moderate(comparison)
     for index, critique in enumerate(comparison.critiques or ()):
         if not critique.strip():
             raise RowRejected(BadRow.NO_CRITIQUE, f"the critique of completion {index} is empty")
@@ -249,6 +255,19 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         _validate_shares(comparison.vote_shares, ranks)
     if len(set(ranks)) == 1 and ties == "quarantine":
         raise RowRejected(BadRow.TIE, "all completions are ranked equal and data.ties is 'quarantine'")
+
+
+def _require_moderate(comparison: Comparison) -> None:
+    # What lies far from the others of its column is only known when all rows are.
+    numbers = {name: getattr(comparison, name) for name in dict.fromkeys(("margin", "strength", *NUMBER_COLUMNS))}
+    numbers |= {
+        f"rating {column} of completion {index}": rating
+        for index, ratings in enumerate(comparison.attributes or ())
+        for column, rating in enumerate(ratings)
+    }
+    for name, number in numbers.items():
+        if number is not None and abs(number) > LARGEST_NUMBER:
+            raise RowRejected(BadRow.OUTLIER, f"{name} {number:g} is beyond {LARGEST_NUMBER:g}, the largest number that a row may bring")
 
 
 def _validate_shares(shares: Sequence[float], ranks: Sequence[float]) -> None:

@@ -18,6 +18,7 @@ SEVEN = {"role": "assistant", "content": "Seven."}
 EIGHT = {"role": "assistant", "content": "Eight."}
 NOTE = {"system": "Be brief."}
 CALL = {"name": "divide", "arguments": {"a": 7, "b": 2}}
+CALLED = {"type": "function", "function": CALL}
 
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl, explicit, with tools and margin": (
@@ -360,7 +361,7 @@ def test_flags_of_the_competitions_table(flags: tuple[Any, ...], ranks: tuple[fl
         ("distilabel's ratings", {"ratings": [5, None]}, BadRow.BAD_RANKING),
         ("distilabel's ratings", {"ratings": [5]}, BadRow.BAD_RANKING),
         ("NeMo-RL", {"completions": [{"completion": [SEVEN]}, {"completion": [EIGHT]}]}, BadRow.BAD_RANKING),
-        ("ms-swift, two conversations", {"images": ["a.png"]}, BadRow.WRONG_TYPE),
+        ("ms-swift, two conversations", {"images": ["a.png"]}, BadRow.UNSUPPORTED_MESSAGE),
         ("ms-swift", {"rejected_response": None}, BadRow.MISSING_FIELD),
         ("LLaMA-Factory sharegpt", {"conversations": [{"from": "wizard", "value": "a"}]}, BadRow.UNKNOWN_ROLE),
         ("LLaMA-Factory sharegpt", {"conversations": [{"from": "function_call", "value": "divide"}]}, BadRow.UNPARSABLE),
@@ -458,6 +459,80 @@ def test_an_instruction_alone_is_the_prompt() -> None:
 def test_a_tie_of_ranks_and_more_than_two_answers_of_nemo_rl() -> None:
     answers = [{"rank": rank, "completion": [{"role": "assistant", "content": text}]} for rank, text in [(1, "8"), (0, "7"), ("1", "9")]]
     assert read({"context": [ASK], "completions": answers})[1].ranks == (1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("call", [json.dumps(CALL), json.dumps([CALL]), CALL])
+def test_calls_of_sharegpt_are_tool_calls_and_tools_may_be_json_text(call: Any) -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "Is seven a prime?"}, {"from": "function_call", "value": call},
+            {"from": "observation", "value": "3.5"},
+        ],
+        "chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."},
+        "tools": json.dumps([{"name": "divide", "description": "Divides.", "parameters": {}}]),
+    }  # fmt: skip
+    comparison = read(row)[1]
+    assert comparison.prompt[1:] == (
+        {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+        {"role": "tool", "content": "3.5"},
+    )
+    assert comparison.tools == ({"type": "function", "function": {"name": "divide", "description": "Divides.", "parameters": {}}},)
+
+
+def test_a_call_of_sharegpt_may_be_the_answer() -> None:
+    row = {
+        "conversations": [{"from": "human", "value": "Is seven a prime?"}], "chosen": {"from": "function_call", "value": json.dumps(CALL)},
+        "rejected": {"from": "gpt", "value": "No."}, "tools": "[]",
+    }  # fmt: skip
+    assert read(row)[1].completions == (({"role": "assistant", "content": "", "tool_calls": [CALLED]},), "No.")
+
+
+def test_calls_in_a_row_of_ms_swift_are_one_turn() -> None:
+    turns = [
+        ASK, {"role": "tool_call", "content": json.dumps(CALL)}, {"role": "tool_call", "content": json.dumps(CALL)},
+        {"role": "tool_response", "content": "3.5"}, {"role": "tool_response", "content": "3.5"}, SEVEN,
+    ]  # fmt: skip
+    comparison = read({"messages": turns, "rejected_response": "Eight.", "tools": [{"type": "function", "function": {"name": "divide"}}]})[
+        1
+    ]
+    assert [turn["role"] for turn in comparison.prompt] == ["user", "assistant", "tool", "tool"]
+    assert comparison.prompt[1]["tool_calls"] == [CALLED, CALLED]
+    assert comparison.completions == ("Seven.", "Eight.")
+
+
+def test_the_older_form_of_a_call_is_a_tool_call() -> None:
+    turns = [
+        ASK, {"role": "assistant", "content": None, "function_call": {"name": "divide", "arguments": '{"a": 7, "b": 2}'}},
+        {"role": "function", "name": "divide", "content": "3.5"}, SEVEN,
+    ]  # fmt: skip
+    assert read({"messages": turns, "rejected_response": "Eight."})[1].prompt[1:] == (
+        {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+        {"role": "tool", "content": "3.5", "name": "divide"},
+    )
+
+
+def test_arena_conversations_of_several_rounds_are_branches() -> None:
+    more = {"role": "user", "content": "Another."}
+    row = PAIRS["Chatbot Arena conversations"][1] | {
+        "conversation_a": [ASK, SEVEN, more, {"role": "assistant", "content": "Eleven."}],
+        "conversation_b": [ASK, EIGHT, more, {"role": "assistant", "content": "Ten."}],
+        "turn": 2,
+    }
+    comparison = read(row)[1]
+    assert [dict(turn) for turn in comparison.prompt] == [ASK]
+    assert [[turn["content"] for turn in branch] for branch in comparison.completions] == [  # type: ignore[index]
+        ["Seven.", "Another.", "Eleven."],
+        ["Eight.", "Another.", "Ten."],
+    ]
+
+
+def test_what_turns_say_about_themselves_does_not_decide() -> None:
+    about = {"num_tokens": 4, "language": "English", "toxic": False, "country": "x", "turn_identifier": 7, "timestamp": "t", "id": 3}
+    assert [dict(turn) for turn in read({"prompt": [ASK | about], "chosen": [SEVEN | about], "rejected": [EIGHT]})[1].prompt] == [ASK]
+    for lost in ({"images": ["a.png"]}, {"refusal": "No."}, {"function_call": CALL}):
+        with pytest.raises(RowRejected) as caught:
+            FORMATS["trl"].adapt({"chosen": [ASK | lost, SEVEN], "rejected": [ASK | lost, EIGHT]}, SourceOptions("f"))
+        assert caught.value.reason is BadRow.UNSUPPORTED_MESSAGE
 
 
 # ---- PRM800K ---------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ _HARMLESS_LAST = _words(
     """
     id ids uid uuid guid hash md5 sha sha1 sha256 index idx url urls uri link links lang language languages locale model
     models name names type types source sources count counts len length lengths num tokens date time timestamp version
-    license licence split subset category categories dataset author creator annotator annotators worker workers judge status
+    license licence split subset category categories kind kinds dataset author creator annotator annotators worker workers judge status
     file filename path
     """
 )

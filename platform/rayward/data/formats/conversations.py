@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayward.contract.conversation import Message
+from rayward.data.formats.columns import present
 from rayward.data.formats.fields import (
     SourceOptions,
     as_completion,
@@ -15,6 +16,7 @@ from rayward.data.formats.fields import (
     shared_turns,
 )
 from rayward.data.formats.scores import judged
+from rayward.data.formats.turns import with_tools
 from rayward.data.formats.values import Row, as_list, as_number, as_object, as_rating, as_text, optional, parsed, required
 from rayward.data.record import BadRow, Comparison, RowRejected
 
@@ -44,7 +46,7 @@ def axolotl(row: Row, options: SourceOptions) -> Comparison:
 
 def sharegpt(row: Row, options: SourceOptions) -> Comparison:
     """LLaMA-Factory's sharegpt ranking: `conversations` (turns with `from` and `value`), one turn `chosen`, one turn `rejected`."""
-    return _pair(row, options, as_prompt(required(row, "conversations"), "conversations"))
+    return _pair(with_tools(row), options, as_prompt(required(row, "conversations"), "conversations"))
 
 
 def ms_swift(row: Row, options: SourceOptions) -> Comparison:
@@ -53,8 +55,8 @@ def ms_swift(row: Row, options: SourceOptions) -> Comparison:
     Or `query`, `response` and `rejected_response`.
     """
     for key in MEDIA:
-        if row.get(key):
-            raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is not empty; the rule is text alone")
+        if present(row.get(key)):
+            raise RowRejected(BadRow.UNSUPPORTED_MESSAGE, f"field {key!r} is not empty; only texts are supported, no images or sounds")
     if row.get("rejected_tools") not in (None, [], "", row.get("tools")):
         raise RowRejected(BadRow.WRONG_TYPE, "rejected_tools are not tools; the rule is one list of tools for both")
     if row.get("rejected_messages") is not None:
@@ -66,9 +68,8 @@ def ms_swift(row: Row, options: SourceOptions) -> Comparison:
     else:
         prompt = (*_history(row), *as_prompt(as_text(required(row, "query"), "query"), "query"))
         answers = [_answer(required(row, key), key, prompt) for key in ("response", "rejected_response")]
-    return build_comparison(
-        row, options, prompt, answers, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength")
-    )
+    margin, strength = optional(row, "margin"), optional(row, "strength")
+    return build_comparison(with_tools(row), options, prompt, answers, ranks=(0.0, 1.0), margin=margin, strength=strength)
 
 
 def nemo_rl(row: Row, options: SourceOptions) -> Comparison:
@@ -101,7 +102,7 @@ def kto(row: Row, options: SourceOptions) -> Comparison:
             asked = _one_of(row, ("prompt", *QUESTIONS))
             prompt = (*_history(row), *as_prompt(row[asked], asked))
         answer = _answer(row[key], key, prompt)
-    return build_comparison(row, options, prompt, [answer], ranks=None, ratings=[{"label": as_rating(row[label], label)}])
+    return build_comparison(with_tools(row), options, prompt, [answer], ranks=None, ratings=[{"label": as_rating(row[label], label)}])
 
 
 def _pair(row: Row, options: SourceOptions, prompt: tuple[Message, ...]) -> Comparison:

@@ -166,13 +166,13 @@ def require_read(columns: Columns, rows: Sequence[Row], adapt: Callable[[Row], C
         )
 
 
-def adapt_row(entry: Format, columns: Columns, row: Row, options: SourceOptions) -> Comparison:
+def adapt_row(adapt: Callable[[Row], Comparison], columns: Columns, row: Row) -> Comparison:
     """The comparison of a row, all of whose columns that matter are read.
 
     Raises:
         RowRejected: the row does not fit, or holds a column that nothing reads and that would change its meaning.
     """
-    comparison = entry.adapt(row, options)
+    comparison = adapt(row)
     missed = columns.missed(row)
     if missed:
         raise RowRejected(

@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from rayward.config.sources import SourceConfig
 from rayward.contract.conversation import (
     Completion,
     Message,
@@ -22,7 +23,7 @@ from rayward.contract.conversation import (
     completion_of,
     parse_turn,
 )
-from rayward.data.formats.turns import plain_turns
+from rayward.data.formats.turns import plain_turns, without_metadata
 from rayward.data.formats.values import (
     FLOAT32_MAX,
     Row,
@@ -72,6 +73,9 @@ class SourceOptions:
         step_separator: text between two steps of a completion; None: labels of steps are ignored outside format `stepwise`.
         critiques: whether critiques are kept; a row without them is then rejected.
         ignore: names of columns, with wildcards, that may stay unread.
+        votes: what the counts of votes in a row become.
+        mapping: how the columns are named; None: as the format says.
+        adapter: `module:function` that makes the row, and the directory that it is looked for in.
     """
 
     source: str
@@ -85,6 +89,9 @@ class SourceOptions:
     step_separator: str | None = None
     critiques: bool = False
     ignore: tuple[str, ...] = ()
+    votes: Literal["majority", "soft"] = "majority"
+    mapping: SourceConfig | None = None
+    adapter: str | None = None
 
 
 def as_messages(value: Any, key: str) -> tuple[Message, ...]:
@@ -99,7 +106,7 @@ def as_messages(value: Any, key: str) -> tuple[Message, ...]:
             raise RowRejected(BadRow.MISSING_FIELD, f"{where}: field 'content' is {'null' if 'content' in turn else 'missing'}")
         require(broken_by_role(role), where)
         try:
-            turns.append(parse_turn(turn, extra="leave"))
+            turns.append(parse_turn(without_metadata(turn), extra="leave"))
         except RuleBrokenError as exc:
             require(exc.broken, where)
         except TypeError as exc:

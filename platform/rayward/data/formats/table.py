@@ -11,14 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rayward.config.data import DataConfig
+from rayward.config.sources import SourceConfig
 from rayward.data.formats import pairs, rated
+from rayward.data.formats.cells import reads, renamed, require_known
 from rayward.data.formats.columns import COMMON_COLUMNS, Columns
 from rayward.data.formats.detect import Format, adapt_row, detect, require_read
 from rayward.data.formats.fields import Row, SourceOptions
+from rayward.data.formats.hook import FORMAT_KEY, run_adapter
+from rayward.data.formats.mapped import MAPPED, mapped
 from rayward.data.formats.pairs import TRANSCRIPT
 from rayward.data.formats.published import PUBLISHED
 from rayward.data.formats.scores import SCORE_COLUMNS
-from rayward.data.record import Comparison
+from rayward.data.record import BadRow, Comparison, RowRejected
+from rayward.errors import DataFormatError
 
 __all__ = ["FORMATS", "Format", "SourceOptions", "adapt", "choose_format", "columns_of"]
 
@@ -185,7 +190,9 @@ FORMATS: dict[str, Format] = {
 """Name of the format (`data.format`) to its detection and adapter."""
 
 
-def choose_format(rows: Sequence[Row], config: DataConfig, *, where: str, source: str) -> tuple[str, SourceOptions]:
+def choose_format(
+    rows: Sequence[Row], config: DataConfig, *, where: str, source: str, mapping: SourceConfig | None = None
+) -> tuple[str, SourceOptions]:
     """Decide the format of one file from its first rows, and whether the prompt has a column of its own.
 
     Args:
@@ -193,12 +200,44 @@ def choose_format(rows: Sequence[Row], config: DataConfig, *, where: str, source
         config: `format` other than `auto` is taken as given.
         where: the file, for messages.
         source: default value of `Comparison.source`.
+        mapping: the source that the file belongs to; None: one without settings of its own.
+
+    Returns:
+        A name in `FORMATS`, or `MAPPED`, and what the adapter needs to know.
 
     Raises:
         DataFormatError: no format fits, more than one fits equally well, or a column that would change the rows is not read.
+        ConfigError: `data.adapter` cannot be imported.
     """
-    options = SourceOptions(
-        source,
+    options = _options(config, source, mapping)
+    chosen = options.mapping
+    if chosen is not None:
+        require_known(chosen, rows, where)
+        if chosen.is_mapped:
+            require_read(columns_of(MAPPED, options), rows, lambda row: mapped(row, options), name=MAPPED, where=where)
+            return MAPPED, options
+    read = _prepared(rows, options, where)
+    # For the whole file: a row that lost its prompt must not be read as one whose prompt is implied.
+    prompted = options
+    if options.prompt_key is None and any("prompt" in row for _, row in read):
+        prompted = replace(options, prompt_key="prompt")
+    by_name = {name: prompted if name == "trl" else options for name in FORMATS}
+    name: str = config.format if mapping is None or mapping.format is None else mapping.format
+    told = {own for own, _ in read} - {None}
+    if name == "auto" and told:
+        name = sorted(str(own) for own in told)[0]
+    elif name == "auto":
+        name = detect(FORMATS, [row for _, row in read], by_name, where=where)
+    options = by_name[name]
+    columns = columns_of(name, options)
+    if options.adapter is None:
+        require_read(columns, rows, lambda row: _given(FORMATS[name], row, options), name=name, where=where)
+    return name, options
+
+
+def _options(config: DataConfig, source: str, mapping: SourceConfig | None) -> SourceOptions:
+    return SourceOptions(
+        source if mapping is None or mapping.source is None else mapping.source,
         config.prompt_key,
         config.chosen_key,
         config.rejected_key,
@@ -208,24 +247,54 @@ def choose_format(rows: Sequence[Row], config: DataConfig, *, where: str, source
         preference=config.preference,
         step_separator=config.step_separator,
         critiques=config.critique_lead_in is not None,
-        ignore=config.ignore,
+        ignore=config.ignore if mapping is None else (*config.ignore, *mapping.ignore),
+        votes="soft" if config.votes == "soft" else "majority",
+        mapping=None if mapping is None or mapping.plain else mapping,
+        adapter=config.adapter if mapping is None or mapping.adapter is None else mapping.adapter,
     )
-    # For the whole file: a row that lost its prompt must not be read as one whose prompt is implied.
-    prompted = options
-    if options.prompt_key is None and any("prompt" in row for row in rows):
-        prompted = replace(options, prompt_key="prompt")
-    by_name = {name: prompted if name == "trl" else options for name in FORMATS}
-    name: str = config.format
-    if name == "auto":
-        name = detect(FORMATS, rows, by_name, where=where)
-    entry, options = FORMATS[name], by_name[name]
-    require_read(entry.reads(options), rows, lambda row: entry.adapt(row, options), name=name, where=where)
-    return name, options
+
+
+def _prepared(rows: Sequence[Row], options: SourceOptions, where: str) -> list[tuple[str | None, Row]]:
+    """The sample as a format's adapter gets it, with the format that the user's function names."""
+    read: list[tuple[str | None, Row]] = []
+    refused = ""
+    for row in rows:
+        try:
+            if options.adapter is not None:
+                read.append(_hooked(options.adapter, row))
+            else:
+                read.append((None, row if options.mapping is None else renamed(row, options.mapping)))
+        except RowRejected as exc:
+            refused = refused or exc.detail
+    if not read:
+        raise DataFormatError(
+            f"{where}: none of the first {len(rows)} rows gets through the mapping, the first because: {refused}",
+            remedy="correct data.adapter or data.sources[].extract",
+        )
+    return read
+
+
+def _hooked(adapter: str, row: Row) -> tuple[str | None, Row]:
+    made = run_adapter(adapter, row)
+    name = made.pop(FORMAT_KEY, None)
+    if name is not None and name not in FORMATS:
+        raise RowRejected(BadRow.ADAPTER_FAILED, f"{adapter} returned a row of format {name!r}; the rule is one of {', '.join(FORMATS)}")
+    return name, made
+
+
+def _given(entry: Format, row: Row, options: SourceOptions) -> Comparison:
+    return entry.adapt(row if options.mapping is None else renamed(row, options.mapping), options)
 
 
 def columns_of(name: str, options: SourceOptions) -> Columns:
-    """What becomes of the columns of a source."""
-    return FORMATS[name].reads(options)
+    """What becomes of the columns of a source. What a user's own function reads is its own affair."""
+    if options.adapter is not None:
+        return Columns(frozenset(), ignore=("*",))
+    of_format = None if name == MAPPED else FORMATS[name].reads(options)
+    if options.mapping is None:
+        assert of_format is not None
+        return of_format
+    return reads(options.mapping, options, of_format)
 
 
 def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comparison:
@@ -237,4 +306,12 @@ def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comp
     Raises:
         RowRejected: the row does not fit, or a column that would change its meaning is not read.
     """
-    return adapt_row(FORMATS[name], columns, row, options)
+    if options.adapter is not None:
+        own, made = _hooked(options.adapter, row)
+        entry = FORMATS[own or name]
+        key = "prompt" if "prompt" in made and (own or name) == "trl" else options.prompt_key
+        options = replace(options, prompt_key=key)
+        return adapt_row(lambda given: entry.adapt(given, options), entry.reads(options), made)
+    if name == MAPPED:
+        return adapt_row(lambda given: mapped(given, options), columns, row)
+    return adapt_row(lambda given: _given(FORMATS[name], given, options), columns, row)

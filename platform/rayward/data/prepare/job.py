@@ -38,7 +38,8 @@ from rayward.data.formats.table import SourceOptions
 from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy, judge
-from rayward.data.prepare.report import build_report, render_html
+from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation, adapt, read
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepare.tally import Tally
@@ -69,6 +70,7 @@ class _Outcome:
     examples: dict[str, list[dict[str, Any]]]
     shards: dict[str, tuple[ShardEntry, ...]]
     stats: dict[str, SplitStats]
+    numbers: dict[str, dict[str, float]]
 
 
 def prepare(config: Config) -> PreparedData:
@@ -94,13 +96,13 @@ def prepare(config: Config) -> PreparedData:
         if problem is not None:
             raise problem
         return existing
-    formats, units = plan_reads(inputs.files, config)
+    formats, units = plan_reads(inputs.files, config, inputs.sources)
     connect()
     with open_workspace(directory) as workspace, _data_context():
         outcome = _run(config, inputs, formats, units, workspace)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
-        problem = _refusal(config, manifest, directory)
+        problem = _refusal(config, manifest, directory, outcome.examples)
         if problem is None:
             check_shared(workspace, manifest)
             write_file(storage.join(workspace, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode() + b"\n")
@@ -133,7 +135,7 @@ def _run(
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
     # Ties are votes too: with them, what is tied is decided when they are counted.
     adaptation = Adaptation(formats, config.data.ties if config.data.votes == "quarantine" else "keep", buckets)
-    fraction = 0.0 if config.data.validation else config.data.validation_fraction
+    fraction = 0.0 if config.data.holds_out else config.data.validation_fraction
     rank_by = config.data.rank_by
     policy = Policy(
         config.run.seed,
@@ -158,6 +160,13 @@ def _run(
         .materialize()
     )
     tally = Tally.merged(summaries(encoded, Tally.of))
+    numbers = tally.numbers
+    bounds = {name: bound_of(sketch, config.data.outlier_factor) for name, sketch in numbers.items()}
+    if has_outliers(numbers, bounds):
+        encoded = encoded.map_batches(
+            partial(quarantine_outliers, bounds=bounds), batch_size=BATCH_ROWS, batch_format="pyarrow"
+        ).materialize()
+        tally = Tally.merged(summaries(encoded, Tally.of))
     if tally.damaged:
         raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
     used, quarantined = tally.splits.total(), tally.quarantined.total()
@@ -170,7 +179,7 @@ def _run(
     ordered = encoded.map_batches(_used, batch_size=None, batch_format="pyarrow").sort("order").materialize() if used else encoded
     for split in ("train", "validation"):
         shards[split], stats[split] = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace)
-    return _Outcome(tally, examples, shards, stats)
+    return _Outcome(tally, examples, shards, stats, described(numbers, bounds, config.data.attributes))
 
 
 def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
@@ -225,20 +234,22 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
     )
 
 
-def _refusal(config: Config, manifest: Manifest, directory: str) -> DataError | None:
-    """The error that the counts call for, if any."""
+def _refusal(config: Config, manifest: Manifest, directory: str, examples: Examples | None = None) -> DataError | None:
+    """The error that the counts call for, if any; without examples they are those of the report."""
     counts = ", ".join(f"{reason}: {count}" for reason, count in manifest.num_quarantined.items())
     where = f"the rows and reasons are in {directory}/quarantine, the report is {directory}/report.html"
     if manifest.num_train == 0:
         return DataError(
-            f"{', '.join(config.data.train)}: no usable train row among {manifest.num_input_rows} ({counts or 'all rows are held out'})",
+            f"{', '.join(config.data.train_paths)}: no usable train row among {manifest.num_input_rows} "
+            f"({counts or 'all rows are held out'})",
             remedy=where,
         )
     bad = sum(count for reason, count in manifest.num_quarantined.items() if reason not in NOT_BAD)
     if bad > config.data.max_bad_fraction * manifest.num_input_rows:
         return TooManyBadRowsError(
             f"{bad} of {manifest.num_input_rows} rows are bad ({bad / manifest.num_input_rows:.1%}), data.max_bad_fraction is "
-            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}",
+            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}"
+            + most_frequent(manifest.num_quarantined, read_examples(directory) if examples is None else examples, NOT_BAD),
             remedy=f"{where}; correct the data, or raise data.max_bad_fraction",
         )
     return None
@@ -259,6 +270,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         overlap=outcome.tally.overlap,
         num_merged=outcome.tally.num_merged,
         grouping=Grouping(**outcome.tally.grouping),
+        numbers=outcome.numbers,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")
