@@ -48,7 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "UKPConvArg1, pairs": {
         "id": "a_b", "file": "primes_yes", "title": "Primes", "description": "x", "stance": "Yes", **ARGUMENTS, "goldLabel": "a1",
         "in_strict": True,
-        "votes": [{"worker": str(i), "value": value, "reason": "x", "competence": 0.5} for i, value in enumerate(["a1", "a1", "equal", "a2"])],
+        "votes": [{"worker": "w", "value": value, "reason": "x", "competence": 0.5} for value in ("a1", "a1", "equal", "a2")],
     },
     "UKPConvArg1, rankings": {
         "topic": "Primes",
