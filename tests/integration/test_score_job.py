@@ -26,7 +26,9 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = [{"id": i, "prompt": f"Question {i % 40}?", "completions": [f"Answer {i}.", "No. " * (i % 9 + 1)]} for i in range(3000)]
+ROWS: list[dict[str, Any]] = [
+    {"id": i, "prompt": f"Question {i % 40}?", "completions": [f"Answer {i}.", "No. " * (i % 9 + 1)]} for i in range(3000)
+]
 TOO_LONG = {"id": "long", "prompt": "Long?", "completions": ["word " * 200]}
 
 
