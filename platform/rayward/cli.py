@@ -76,10 +76,13 @@ def prepare(settings: Settings = None) -> None:
     quarantined = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.num_quarantined.items())) or "none"
     used = f"{manifest.num_train} train + {manifest.num_validation} validation"
     used += f" + {manifest.num_merged} merged into them" if manifest.num_merged else ""
+    used += f" - {manifest.num_repeated} repeated" if manifest.num_repeated else ""
     typer.echo(f"rows: {manifest.num_input_rows} = {used} + quarantined ({quarantined})")
     if resolved.data.group_pairs:
         grouping = manifest.grouping
         typer.echo(f"groups: {grouping.groups} of {grouping.joined} rows; left as rows: {grouping.left() or 'none'}")
+    for line in manifest.told_unused():
+        typer.echo(line)
     typer.echo(f"prepared data: {prepared.directory}\nreport: {prepared.directory}/report.html")
 
 
@@ -145,8 +148,10 @@ def evaluate(
     data_config = reading_config(settings or (), data, format=format, attributes=kept, rank_by=rank_by)
     placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
-    from rayward.workflows.evaluate import evaluate_pipeline
+    from rayward.workflows.evaluate import evaluate_pipeline, prepared_of
 
+    if settings and prepared_of(data) is not None:
+        raise ConfigError(f"{data[0]} is prepared data, whose columns are known; --data maps raw files", remedy="leave --data out")
     evaluate_pipeline(model, data, output, data_config=data_config, asked=asked, placement=placement, benchmark=chosen)
 
 

@@ -48,7 +48,7 @@ def test_completions_lie_in_the_order_of_the_rows(tmp_path: Path) -> None:
     found = collect(iter(BLOCKS), tmp_path, num_rows=3, num_attributes=2)
     assert found.ends.tolist() == [[0, 1, 2], [3, 4, 5], [100, 101, 102], [200, 201, 202], [203, 204, 205], [206, 207, 208]]
     assert found.gates.tolist() == found.ends.tolist()
-    assert (found.ends.dtype, found.ratings.dtype, found.pairs.dtype) == (np.float32, np.float64, np.int64)
+    assert [str(each.dtype) for each in (found.ends, found.ratings, found.pairs)] == ["float32", "float64", "int64"]
     assert found.pairs.tolist() == [[0, 1], [4, 3], [4, 5]]
     assert found.held_out.tolist() == [True, True, False, True, True, True]
     np.testing.assert_array_equal(found.ratings, [[np.nan] * 2, [np.nan] * 2, [1, np.nan], *[[1, 2]] * 3])

@@ -125,7 +125,7 @@ FORMATS: dict[str, Format] = {
         "prompt, completions, ranks[, attributes]",
         lambda row, options: isinstance(row.get("completions"), list) and ("ranks" in row or "attributes" in row),
         rated.ranking,
-        consumed=frozenset({"prompt", "completions", "ranks", "margin", "strength"}),
+        consumed=frozenset({"prompt", "completions", "ranks", "margin", "strength", "vote_shares"}),
         settings={"attributes": "data.attributes", "step_labels": "data.step_separator", "critiques": "data.critique_lead_in"},
     ),
     "nectar": Format(
