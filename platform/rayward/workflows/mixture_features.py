@@ -74,10 +74,9 @@ class Spill:
             width: shape of a row, where there is none.
         """
         self.close()
-        if not self._rows:
-            return np.zeros((0, *width), dtype=self._dtype)
-        assert self._width is not None
-        return np.memmap(self._path, dtype=self._dtype, mode="r", shape=(self._rows, *self._width))
+        shape = (self._rows, *(width if self._width is None else self._width))
+        # An empty file cannot be mapped.
+        return np.memmap(self._path, dtype=self._dtype, mode="r", shape=shape) if 0 not in shape else np.zeros(shape, dtype=self._dtype)
 
 
 def features_of(model: str, prepared: PreparedData, directory: Path, *, placement: Placement) -> Features:

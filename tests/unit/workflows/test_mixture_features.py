@@ -70,8 +70,8 @@ def test_rows_that_are_lost_or_have_no_features_are_said(tmp_path: Path, blocks:
 
 
 def test_nothing_is_an_array_too(tmp_path: Path) -> None:
-    found = collect(iter([block({"row": 0, "size": 1, "attributes": [[1.0]]})]), tmp_path, num_rows=1, num_attributes=1)
-    assert found.pairs.shape == (0, 2)
+    found = collect(iter([block({"row": 0, "size": 1})]), tmp_path, num_rows=1, num_attributes=0)
+    assert (found.pairs.shape, found.ratings.shape) == ((0, 2), (1, 0))
     assert Spill(tmp_path / "other", np.float32).done((7,)).shape == (0, 7)
 
 
