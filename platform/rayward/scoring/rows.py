@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-from rayward.contract.conversation import broken_by_completion, broken_by_prompt, broken_by_text
-from rayward.data.formats.table import FORMATS, SourceOptions
+from rayward.contract.conversation import broken_by_completion, broken_by_prompt, broken_by_text, strings_in
+from rayward.data.formats.columns import Columns, changes_text, ignored, present
+from rayward.data.formats.table import SourceOptions, adapt, columns_of
 from rayward.data.record import BadRow, Comparison, RowRejected, require
 from rayward.data.sources.read import RawRow
 from rayward.scoring.scored_model import ScoredModel
@@ -19,17 +21,18 @@ from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 from rayward.wire.lines import FIELDS, OPTIONS, Given, invalid, item_of
 from rayward.wire.rules import Limits, has_escapes
 
-CHANGES_THE_TEXT = frozenset(
-    {
-        "system", "system_prompt", "tools", "chat_template_kwargs", "template_kwargs", "image", "images", "audio", "audios", "video",
-        "videos", "instruction", "input", "question", "query", "context", "history", "conversation", "conversations", "messages",
-        "documents",
-    }
-)  # fmt: skip
-"""Columns that would change what a model is shown: a row that has one which is not read is refused, never scored without it."""
 
-Adapter: TypeAlias = "Callable[[Mapping[str, Any]], Comparison]"
-"""A row of preference data as a comparison, or `RowRejected`."""
+class Adapter(Protocol):
+    """How a row of preference data becomes a comparison; pickled."""
+
+    def __call__(self, row: Mapping[str, Any]) -> Comparison:
+        """Raises RowRejected."""
+        ...
+
+    def unused(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Columns with content that are not read."""
+        ...
+
 
 RESULT_NAMES = ("file", "row", "rewards", "outputs", "steps", "critiques", "reward_std", "error", "version")
 
@@ -43,7 +46,7 @@ class RowRules:
         limits: of one item.
         adapters: by file, how its rows become comparisons whose completions are scored; a file without one holds items.
         reading: identity of how the adapters read, whatever the files.
-        ignore: columns that are passed over although they could change the text.
+        ignore: columns that are passed over without a word, also by wildcards.
         keep: whether the columns of the input stand beside the results.
     """
 
@@ -51,7 +54,7 @@ class RowRules:
     limits: Limits = field(default_factory=Limits)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     reading: str = ""
-    ignore: frozenset[str] = frozenset()
+    ignore: tuple[str, ...] = ()
     keep: bool = False
 
 
@@ -82,13 +85,21 @@ class FormatAdapter:
 
     def __call__(self, row: Mapping[str, Any]) -> Comparison:
         """Raises RowRejected: the row does not fit the format, or breaks a rule of conversations."""
-        comparison = FORMATS[self.name].adapt(dict(row), self.options)
+        comparison = adapt(self.name, self._columns, dict(row), self.options)
         require(broken_by_prompt(comparison.prompt))
-        for text in (*(turn["content"] for turn in comparison.prompt), *comparison.completions):
+        for text in strings_in((comparison.prompt, comparison.completions, comparison.tools, comparison.chat_template_kwargs)):
             require(broken_by_text(text))
         for index, completion in enumerate(comparison.completions):
             require(broken_by_completion(index, completion))
         return comparison
+
+    @cached_property
+    def _columns(self) -> Columns:
+        return columns_of(self.name, self.options)
+
+    def unused(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Columns with content that are not read."""
+        return tuple(self._columns.unused(row))
 
 
 def read_row(raw: RawRow, file: str, rules: RowRules) -> FileRow:
@@ -108,11 +119,11 @@ def read_row(raw: RawRow, file: str, rules: RowRules) -> FileRow:
     adapter = rules.adapters.get(file)
     kept = value if rules.keep else None
     if adapter is not None:
-        return FileRow(raw.number, _adapted(value, adapter, rules), kept)
-    unused = tuple(name for name, content in value.items() if name not in FIELDS and not _empty(content))
-    changing = [name for name in unused if name in CHANGES_THE_TEXT and name not in rules.ignore]
+        return FileRow(raw.number, _adapted(value, adapter, rules), kept, adapter.unused(value))
+    unused = tuple(name for name, content in value.items() if name not in FIELDS and present(content) and not ignored(name, rules.ignore))
+    changing = [name for name in unused if changes_text(name)]
     if changing:
-        problem = f"the column {changing[0]} would change what is scored, and is not read; write it into the prompt, or pass --ignore"
+        problem = f"nothing reads the column {changing[0][:80]!r}, which would change the score; write it into the prompt, or --ignore it"
         return FileRow(raw.number, Given(invalid("unknown_field", problem), _echo(value)), kept, unused)
     item = {name: content for name, content in value.items() if name in FIELDS}
     found = item_of(_tidied(item), rules.limits, rules.asked, escapes=has_escapes(raw.raw.encode("utf-8", "replace")))
@@ -133,7 +144,14 @@ def _adapted(row: Mapping[str, Any], adapter: Adapter, rules: RowRules) -> Given
         comparison = adapter(row)
     except RowRejected as exc:
         return Given(ItemError(exc.reason.value, exc.detail), echo)
-    return Given(ScoreItem(tuple(dict(turn) for turn in comparison.prompt), comparison.completions, rules.asked), echo)  # type: ignore[arg-type]
+    item = ScoreItem(
+        comparison.prompt,
+        comparison.completions,
+        rules.asked,
+        tools=comparison.tools,
+        chat_template_kwargs=comparison.chat_template_kwargs,
+    )
+    return Given(item, echo)
 
 
 def _echo(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,10 +184,6 @@ def _turns(values: list[Any]) -> list[Any]:
         {key: content for key, content in turn.items() if content is not None or key == "content"} if isinstance(turn, dict) else turn
         for turn in values
     ]
-
-
-def _empty(content: Any) -> bool:
-    return content is None or content == "" or content == [] or content == {} or (isinstance(content, float) and math.isnan(content))
 
 
 def score_given(model: ScoredModel, given: Sequence[Given]) -> list[ItemResult]:

@@ -200,14 +200,16 @@ def find_inputs(options: ScoreOptions, *, asked: Asked = Asked(), download_to: s
     adapters: dict[str, Adapter] = {}
     reading = ""
     if options.format != ITEMS:
-        config = parse_config({**(options.data_config or DataConfig()).model_dump(), "format": options.format}, DataConfig)
+        config = parse_config(
+            {**(options.data_config or DataConfig()).model_dump(), "format": options.format, "ignore": options.ignore}, DataConfig
+        )
         reading = identity(config)
         for file in files:
             sample, _ = sample_rows(file)
             # Without one readable row there is no format to choose, and every row has an error of its own.
             if sample:
                 adapters[file.uri] = FormatAdapter(*choose_format(sample, config, where=file.uri, source=file.source))
-    rules = RowRules(asked, ScoringConfig().limits, adapters, reading, frozenset(options.ignore), options.keep_columns)
+    rules = RowRules(asked, ScoringConfig().limits, adapters, reading, options.ignore, options.keep_columns)
     return Inputs(tuple(files), rules)
 
 
@@ -269,7 +271,8 @@ def score_pipeline(model: str, options: ScoreOptions, *, asked: Asked = Asked(),
     _check(options, placement)
     if options.items == (STREAM,):
         counts = score_stream(model, sys.stdin.buffer, _write, asked=asked, placement=placement)
-        # Whoever pipes lines in and out has the errors in the lines.
+        if counts.errors:
+            print(counts.report(), file=sys.stderr)
         return counts
     output = None if options.output is None else lasting(options.output)
     if output is None:
@@ -318,7 +321,8 @@ def run_scores(model: str, inputs: Inputs, output: str, options: ScoreOptions, *
 
     Raises: as `scoring.job.run_job`.
     """
-    from rayward.scoring.job import ROWS_PER_PART, Job, run_job
+    from rayward.scoring.job import run_job
+    from rayward.scoring.part_work import ROWS_PER_PART, Job
 
     form = cast("OutputFormat | None", options.output_format)
     job = Job.of(output, inputs.rules, output_format=form, rows_per_part=options.rows_per_part or ROWS_PER_PART)

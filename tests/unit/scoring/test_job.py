@@ -19,11 +19,12 @@ from rayward.data.sources.find import SourceFile, find_files
 from rayward.errors import ConfigError, DataError, ModelLoadError, ScoringError
 from rayward.scoring import batch
 from rayward.scoring.combining import EnsembleRule
-from rayward.scoring.job import Job, model_identity, read_parts, run_job
+from rayward.scoring.job import model_identity, run_job
 from rayward.scoring.moments import Moments
+from rayward.scoring.part_work import Job, read_parts
 from rayward.scoring.parts import COMMITS, JOB_FILE, MANIFEST_FILE, Done, name_units
 from rayward.scoring.rows import RowRules
-from rayward.scoring.scorer import Scorer
+from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.wire.items import Asked
 
 CPU = Placement(device="cpu")
@@ -95,7 +96,7 @@ def test_every_row_comes_out_in_order_with_the_reward_of_the_scorer(model: Path,
     assert [(Path(row["file"]).name, row["row"]) for row in found[9:]] == [("a.jsonl", 10), *(("b.jsonl", n) for n in (1, 2, 3, 5))]
     scorer = Scorer.load(model, device="cpu")
     for row, given in zip(found, rows, strict=False):
-        (alone,) = scorer.score([batch.ScoreItem(({"role": "user", "content": given["prompt"]},), tuple(given["completions"]))])
+        (alone,) = scorer.score([ScoreItem(({"role": "user", "content": given["prompt"]},), tuple(given["completions"]))])
         assert row["rewards"] == pytest.approx(alone.rewards, abs=1e-5)
     assert (done.rows, done.errors) == (14, {"unparsable": 1})
     assert "b.jsonl row 5" in done.examples["unparsable"]
@@ -252,7 +253,7 @@ def test_no_rows_are_no_scores(model: Path, here: list[int], tmp_path: Path) -> 
 
 
 def test_parts_are_cut_by_rows_and_by_bytes_whatever_is_done_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rayward.scoring import job as module
+    from rayward.scoring import part_work as module
 
     write_rows(tmp_path / "a.jsonl", 10)
     ((_, unit),) = name_units(files_of(tmp_path / "a.jsonl")).items()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayward.contract.conversation import broken_by_text
+from rayward.contract.conversation import broken_by_text, strings_in
 from rayward.wire.items import Asked, ItemError, ScoreItem
 from rayward.wire.lines import INVALID, Given, parse_line
 from rayward.wire.rules import Limits
@@ -141,7 +141,7 @@ def test_nothing_that_can_stand_in_a_line_raises_or_reaches_another() -> None:
             # Then the line alone is a JSON object, and what is scored stands in it.
             value = json.loads(line.decode("utf-8-sig"))
             assert found.item.completions == tuple(value.get("completions") or [value["completion"]])
-            assert all(broken_by_text(text) is None for text in found.item.completions)
+            assert all(broken_by_text(text) is None for text in strings_in(found.item.completions))
         else:
             assert found.item.code == INVALID
         json.dumps(found.echo, allow_nan=False).encode()

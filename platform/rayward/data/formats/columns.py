@@ -81,6 +81,15 @@ def changes_meaning(name: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
+def changes_text(name: str) -> bool:
+    """Whether a column of this name is part of what a model would be shown, whatever is known of the judgement."""
+    tokens = [token.lower() for token in _TOKEN.findall(name)]
+    if any(token in _MEDIA for token in tokens):
+        return True
+    return not is_metadata(name) and any(token in _TEXT or token in _TEMPLATE for token in tokens)
+
+
+@lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
     """Whether the name is one that speaks about a row and is not part of it: `id`, `language`, `chosen_model`, `num_turns`."""
     tokens = [token.lower() for token in _TOKEN.findall(name)]
@@ -93,13 +102,17 @@ def is_metadata(name: str) -> bool:
 
 def present(value: Any) -> bool:
     """Whether a value says anything: not null, and no empty text, list or object, nor a list of such."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, list | tuple):
-        return any(present(each) for each in value)
-    if isinstance(value, dict):
-        return any(present(each) for each in value.values())
-    return value is not None
+    # No recursion: JSON may be nested deeper than what is left of the stack.
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, list | tuple):
+            pending += current
+        elif isinstance(current, dict):
+            pending += current.values()
+        elif current is not None and not (isinstance(current, str) and not current.strip()):
+            return True
+    return False
 
 
 def type_of(value: Any) -> str:
