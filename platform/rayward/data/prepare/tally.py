@@ -85,4 +85,6 @@ class Tally:
             for name, value in sketches.items():
                 sketch = Sketch.from_json(value)
                 numbers[name] = numbers[name] + sketch if name in numbers else sketch
-        return cls(read, overlap, merged, *counters[:4], tuple(sorted(set(damaged))), *counters[4:], numbers)
+        grouping, splits, quarantined, sources, columns, files = counters
+        told = tuple(sorted(set(damaged)))
+        return cls(read, overlap, merged, grouping, splits, quarantined, sources, told, columns, files, numbers)
