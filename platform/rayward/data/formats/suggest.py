@@ -48,9 +48,8 @@ def suggest(path: str, rows: Sequence[Row]) -> str:
     block: dict[str, Any] = {"path": path, "columns": {}}
     notes: list[str] = []
     _answers(sample, block, notes)
-    used = set(_LABELS) & set(sample.names) | {
-        name.split(".")[0] for path in block["columns"].values() for name in ([path] if isinstance(path, str) else path)
-    }
+    paths = [path for given in block["columns"].values() for path in ([given] if isinstance(given, str) else given)]
+    used = set(_LABELS) & set(sample.names) | {path.split(".")[0] for path in paths}
     _prompt(sample, block, used)
     text = yaml.safe_dump({"data": {"sources": [block]}}, sort_keys=False, allow_unicode=True, width=120)
     return text + "".join(f"# {note}\n" for note in notes)
