@@ -66,6 +66,7 @@ def score(
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="Of a directory: parquet or jsonl [default: parquet].")] = None,
     format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    settings: ReadAs = None,
     keep_columns: Annotated[bool, typer.Option("--keep-columns", help="Keep the columns of the input beside the results.")] = False,
     ignore: Annotated[str | None, typer.Option(help="Columns to pass over although they could change the text, comma-separated.")] = None,
     device: Device = "auto",
@@ -82,8 +83,12 @@ def score(
     """Score items: rewards or an error for each. The same command with --output continues an interrupted one."""
     placement = placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     wanted = asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
-    from rayward.workflows.score import ScoreOptions, score_pipeline
+    from rayward.config.reading import reading_config
+    from rayward.workflows.score import ITEMS, ScoreOptions, score_pipeline
 
+    data_config = reading_config(settings, items or ["-"]) if settings else None
+    if data_config is not None and format == ITEMS:
+        format = data_config.format
     options = ScoreOptions(
         items=tuple(items or ["-"]),
         output=output,
@@ -92,6 +97,7 @@ def score(
         keep_columns=keep_columns,
         ignore=tuple(ignore.split(",")) if ignore else (),
         rows_per_part=rows_per_part,
+        data_config=data_config,
     )
     counts = score_pipeline(model, options, asked=wanted, placement=placement)
     if counts.errors:

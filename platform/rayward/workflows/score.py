@@ -22,9 +22,10 @@ from rayward.config.data import DataConfig, SourceFormat
 from rayward.config.load import parse_config
 from rayward.config.placement import Placement
 from rayward.config.scoring import ScoringConfig
+from rayward.config.sources import SourceConfig
 from rayward.data.sources.hub import HUB_PREFIX
 from rayward.errors import ConfigError, DataError
-from rayward.schema import identity
+from rayward.schema import digest, identity
 from rayward.scoring.lines import chunks, numbered, read_lines, ready_chunks, together
 from rayward.wire.items import Asked, ItemError, ItemResult
 from rayward.wire.lines import Given, parse_line
@@ -193,22 +194,28 @@ def find_inputs(options: ScoreOptions, *, asked: Asked = Asked(), download_to: s
     from rayward.scoring.rows import Adapter, FormatAdapter, RowRules
 
     _check_paths(options.items)
-    hub = [location for location in options.items if location.startswith(HUB_PREFIX)]
-    files = [download(parse_hub_name(location, "train"), download_to, "train") for location in hub]
-    if len(hub) < len(options.items):
-        files += find_files([location for location in options.items if location not in hub], "validation")[0]
+    given = options.data_config or DataConfig()
+    files: list[SourceFile] = []
+    mappings: dict[str, SourceConfig] = {}
+    for source in given.sources or (SourceConfig(path=options.items, role="validation"),):
+        hub = [location for location in source.path if location.startswith(HUB_PREFIX)]
+        found = [download(parse_hub_name(location, "train"), download_to, "train") for location in hub]
+        if len(hub) < len(source.path):
+            found += find_files([location for location in source.path if location not in hub], "validation")[0]
+        files += [file for file in found if file.uri not in mappings]
+        mappings.update((file.uri, source) for file in found)
     adapters: dict[str, Adapter] = {}
     reading = ""
     if options.format != ITEMS:
-        config = parse_config(
-            {**(options.data_config or DataConfig()).model_dump(), "format": options.format, "ignore": options.ignore}, DataConfig
-        )
-        reading = identity(config)
+        config = parse_config({**given.model_dump(), "format": options.format, "ignore": (*given.ignore, *options.ignore)}, DataConfig)
+        reading = digest([identity(config, exclude={"sources"}), *(identity(source, exclude={"path"}) for source in config.sources)])
         for file in files:
             sample, _ = sample_rows(file)
             # Without one readable row there is no format to choose, and every row has an error of its own.
             if sample:
-                adapters[file.uri] = FormatAdapter(*choose_format(sample, config, where=file.uri, source=file.source))
+                adapters[file.uri] = FormatAdapter(
+                    *choose_format(sample, config, where=file.uri, source=file.source, mapping=mappings[file.uri], judged=False)
+                )
     rules = RowRules(asked, ScoringConfig().limits, adapters, reading, options.ignore, options.keep_columns)
     return Inputs(tuple(files), rules)
 
