@@ -12,9 +12,11 @@ from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.data.formats.table import SourceOptions, choose_format
 from rayward.data.record import BadRow
-from rayward.data.sources.find import Role, SourceFile, find_files
+from rayward.data.sources.find import PassedOver, SourceFile, find_files, report_passed_over, without
+from rayward.data.sources.fingerprint import content_hashes
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
-from rayward.data.sources.read import ReadUnit, content_hash, plan_units, sample_rows
+from rayward.data.sources.kinds import Role
+from rayward.data.sources.read import ReadUnit, plan_units, sample_rows
 from rayward.errors import DataError
 from rayward.schema import digest, identity
 
@@ -31,13 +33,13 @@ class Inputs:
     """Everything that the prepared data is a function of.
 
     Attributes:
-        files: in sorted order, train before validation; ignored: files of directories passed over because of their suffix.
+        files: in sorted order, train before validation; ignored: files of directories that were passed over, and why.
         contract, tokenizer: what text is encoded with.
         fingerprint: hash of the files' content, the rules, the seed and the tokenizer.
     """
 
     files: list[SourceFile]
-    ignored: list[str]
+    ignored: list[PassedOver]
     contract: Contract
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
@@ -58,13 +60,16 @@ def inspect_inputs(config: Config) -> Inputs:
     if not config.data.train:
         raise DataError("data.train is empty", remedy="set data.train to files, directories, URIs or hf:owner/name")
     files: list[SourceFile] = []
-    ignored: list[str] = []
+    ignored: list[PassedOver] = []
     roles: tuple[tuple[Role, tuple[str, ...]], ...] = (("train", config.data.train), ("validation", config.data.validation))
     for role, locations in roles:
         found, passed_over = find_files([name for name in locations if not name.startswith(HUB_PREFIX)], role)
-        hubs = [parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)]
-        files += found + [download(hub, storage.join(storage_location(config), "downloads"), role) for hub in hubs]
+        files += found
+        for hub in (parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)):
+            files += download(hub, storage.join(storage_location(config), "downloads"), role)
         ignored += passed_over
+    ignored = without(ignored, files)
+    report_passed_over(ignored)
     twice = {file.uri for file in files if file.role == "train"} & {file.uri for file in files if file.role == "validation"}
     if twice:
         raise DataError(f"{sorted(twice)[0]} is in data.train and in data.validation", remedy="name each file in one of them")
@@ -80,8 +85,7 @@ def inspect_inputs(config: Config) -> Inputs:
 
 def _fingerprint(config: Config, files: list[SourceFile], contract: Contract, tokenizer: PreTrainedTokenizerBase) -> str:
     # Content and not place: a job submitted twice unpacks the same files into two directories.
-    with ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(content_hash, files))
+    hashes = content_hashes(files)
     contents = sorted([file.role, file.source, content] for file, content in zip(files, hashes, strict=True))
     rules = identity(config.data, exclude={"train", "validation", "max_bad_fraction"})
     return digest([PREPARATION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
@@ -108,7 +112,7 @@ def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple
         if not formats:
             raise DataError(
                 f"{file.uri}: no usable row; none of the first {seen} rows is a JSON object ({BadRow.UNPARSABLE}: {seen})",
-                remedy="use JSON lines (one object per line), a JSON list of objects, or Parquet",
+                remedy="use JSON lines (one object per line), a JSON list of objects, CSV with a header, Parquet or Arrow",
             )
         # Any format will do for rows that are no objects; read, they are quarantined and counted.
         name, options = next(iter(formats.values()))

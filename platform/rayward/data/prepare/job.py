@@ -38,6 +38,7 @@ from rayward.data.formats.table import SourceOptions
 from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy, judge
+from rayward.data.prepare.numbering import number_units
 from rayward.data.prepare.report import build_report, render_html
 from rayward.data.prepare.rows import Adaptation, adapt, read
 from rayward.data.prepare.stats import SplitStats
@@ -58,7 +59,6 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
 
 BUCKET_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
-GZIP_RATIO = 4
 NO_LIMIT = 2**31 - 1
 
 
@@ -98,7 +98,7 @@ def prepare(config: Config) -> PreparedData:
     formats, units = plan_reads(inputs.files, config)
     connect()
     with open_workspace(directory) as workspace, _data_context():
-        outcome = _run(config, inputs, formats, units, workspace)
+        outcome = _run(config, inputs, formats, number_units(units), workspace)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory)
@@ -130,7 +130,7 @@ def _data_context() -> Iterator[None]:
 def _run(
     config: Config, inputs: Inputs, formats: Mapping[str, tuple[str, SourceOptions]], units: list[ReadUnit], workspace: str
 ) -> _Outcome:
-    size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
+    size = sum(unit.size for unit in units)
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
     adaptation = Adaptation(formats, config.data.ties, buckets)
     fraction = 0.0 if config.data.validation else config.data.validation_fraction
@@ -253,7 +253,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         train=outcome.stats["train"],
         validation=outcome.stats["validation"],
         files=[file.uri for file in inputs.files],
-        ignored_files=inputs.ignored,
+        ignored_files=[str(other) for other in inputs.ignored],
         formats=Counter(name for name, _ in formats.values()),
         overlap=outcome.tally.overlap,
         num_merged=outcome.tally.num_merged,

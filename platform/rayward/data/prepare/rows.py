@@ -16,7 +16,8 @@ import pyarrow as pa
 from rayward.data.formats.table import FORMATS, SourceOptions
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, RowRejected, dump_record, validate
-from rayward.data.sources.read import BATCH_ROWS, RawRow, ReadUnit, read_unit
+from rayward.data.sources.read import BATCH_ROWS, ReadUnit, read_unit
+from rayward.data.sources.rows import RawRow
 from rayward.errors import DataError
 from rayward.schema import digest
 
