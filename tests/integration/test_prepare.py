@@ -23,6 +23,7 @@ from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepare.job import prepare
 from rayward.data.prepared import MANIFEST_FILE, PREPARED_SCHEMA, PreparedData
 from rayward.data.record import BadRow
+from rayward.data.sources import read
 from rayward.errors import DataError, TooManyBadRowsError
 
 # Ray Data 2.60 warns about its own deprecated settings whenever it copies its context.
@@ -179,6 +180,25 @@ def test_critiques_and_steps_are_prepared_where_they_stand_in_the_ids(tmp_path: 
         assert math.isnan(missing)
 
 
+def test_a_large_file_is_read_by_many_tasks_and_its_rows_keep_their_lines(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = [*_good(30), "", "{broken", *_good(30, start=30), "[]"]
+    (tmp_path / "set").mkdir()
+    whole = _write(tmp_path / "set/pairs.jsonl", rows)
+    _write(tmp_path / "set/test-00000-of-00001.jsonl", _good(3, start=90))
+    options = ("data.max_bad_fraction=1.0", "data.validation_fraction=0.2")
+    expected = prepare(_config(tokenizer_path, tmp_path / "a", whole, *options))
+    monkeypatch.setattr(read, "UNIT_BYTES", 150)
+    prepared = prepare(_config(tokenizer_path, tmp_path / "b", tmp_path / "set", *options))
+    assert prepared.manifest == expected.manifest
+    assert [_table(prepared, split) for split in ("train", "validation")] == [_table(expected, split) for split in ("train", "validation")]
+    records = [json.loads(line) for path in Path(prepared.directory, "quarantine").iterdir() for line in path.read_text().splitlines()]
+    assert sorted((record["row"], record["reason"]) for record in records) == [(32, "unparsable"), (63, "wrong_type")]
+    (passed_over,) = json.loads(Path(prepared.directory, "report.json").read_text())["ignored_files"]
+    assert "test-00000-of-00001.jsonl: its name says test" in passed_over
+
+
 def _check_shards(prepared: PreparedData) -> None:
     """Rows are numbered, and their ids are those of the contract's encoder on the text beside them."""
     encoder = Encoder(Contract.load(Path(prepared.directory)), load_tokenizer(f"{prepared.directory}/tokenizer"))
@@ -249,6 +269,36 @@ def test_too_many_bad_rows_stop_the_run_and_leave_the_quarantine(tmp_path: Path,
     # Duplicates alone (2 of 13 as well) are no reason to stop.
     data = _write(tmp_path / "y.jsonl", [*_good(10), tied, tied, tied])
     assert prepare(_config(tokenizer_path, tmp_path, data)).manifest.num_train > 0
+
+
+def test_numbers_far_from_all_others_are_quarantined_and_their_distribution_is_reported(tmp_path: Path, tokenizer_path: Path) -> None:
+    rows = [{**row, "margin": 1.0} for row in _good(20)]
+    rows[3] |= {"margin": 1e30}
+    rows[7] |= {"weight": 1e6}
+    data = _write(tmp_path / "x.jsonl", rows)
+    prepared = prepare(_config(tokenizer_path, tmp_path, data, "data.max_bad_fraction=0.1"))
+    assert prepared.manifest.num_quarantined == {"outlier": 2}
+    assert prepared.manifest.num_train + prepared.manifest.num_validation == 18
+    out = [json.loads(line) for line in Path(prepared.directory, "quarantine", "outlier.jsonl").read_text().splitlines()]
+    assert sorted(record["row"] for record in out) == [4, 8]
+    report = json.loads(Path(prepared.directory, "report.json").read_text())
+    assert (report["numbers"]["weight"]["largest"], report["numbers"]["weight"]["largest_allowed"]) == (1e6, 1000.0)
+    assert "<h2>Numbers</h2>" in Path(prepared.directory, "report.html").read_text()
+    # From the report as well, when the data is there already.
+    with pytest.raises(TooManyBadRowsError, match=r"(?s)2 of 20 rows.*outlier \(2\).*row \d of .*x.jsonl: (weight|margin)"):
+        prepare(_config(tokenizer_path, tmp_path, data, "data.max_bad_fraction=0.05"))
+
+
+def test_votes_become_one_row_of_the_prepared_data(tmp_path: Path, tokenizer_path: Path) -> None:
+    votes = [{"prompt": "q", "chosen": a, "rejected": b, "id": str(n)} for n, (a, b) in enumerate([("x", "y"), ("x", "y"), ("y", "x")])]
+    data = _write(tmp_path / "x.jsonl", [*_good(10), *votes])
+    prepared = prepare(_config(tokenizer_path, tmp_path, data, "data.votes=soft", "data.validation_fraction=0.0"))
+    assert (prepared.manifest.num_train, prepared.manifest.num_merged, prepared.manifest.num_quarantined) == (11, 2, {})
+    assert prepared.manifest.labels.num_with_shares == 1
+    shares = [row for row in _table(prepared, "train")["vote_shares"].to_pylist() if row is not None]
+    assert shares == [[pytest.approx(2 / 3)]]
+    plain = prepare(_config(tokenizer_path, tmp_path, data, "data.max_bad_fraction=0.5", "data.validation_fraction=0.0"))
+    assert plain.manifest.num_quarantined == {"contradiction": 3}
 
 
 def test_over_long_rows_follow_the_policy(tmp_path: Path, tokenizer_path: Path) -> None:

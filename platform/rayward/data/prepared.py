@@ -182,11 +182,13 @@ class Label:
         column: null where the label is unknown.
         read: from the column's value to that of `Labels`; an unknown label has the default there.
         write: from the value of `Comparison` to the column's.
+        rare: most data has none, so rows without it are not counted as missing.
     """
 
     column: pa.Field
     read: Callable[[Any], Any]
     write: Callable[[Any], Any] = lambda value: value
+    rare: bool = False
 
 
 def _floats(values: Sequence[float]) -> Float32:
@@ -205,6 +207,7 @@ LABELS = (
     Label(pa.field("weight", pa.float32(), nullable=False), float),
     Label(pa.field("attributes", pa.list_(pa.list_(pa.float32()))), _floats),
     Label(pa.field("step_labels", pa.list_(pa.list_(pa.float32()))), _rows_of_floats),
+    Label(pa.field("vote_shares", pa.list_(pa.float32())), _floats, rare=True),
 )
 LABEL_COLUMNS = tuple(label.column.name for label in LABELS)
 
@@ -222,6 +225,7 @@ PREPARED_SCHEMA = pa.schema(
         pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model
         pa.field("completions_json", pa.string(), nullable=False),
         pa.field("critiques_json", pa.string()),
+        pa.field("inputs_json", pa.string()),  # tools and chat_template_kwargs, where a row has them
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""

@@ -11,9 +11,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from itertools import combinations
 from typing import Any, Literal, TypeVar
 
-from rayward.contract.conversation import BrokenRule, Message, RuleCode, broken_by_completion, broken_by_prompt, broken_by_text
+from rayward.contract.conversation import (
+    BrokenRule,
+    Completion,
+    Message,
+    RuleCode,
+    TemplateInputs,
+    broken_by_completion,
+    broken_by_prompt,
+    broken_by_text,
+    strings_in,
+)
 from rayward.schema import digest
 
 
@@ -29,6 +40,7 @@ class BadRow(StrEnum):
     NO_SHARED_PROMPT = "no_shared_prompt"
     TIE = "tie"
     NON_FINITE_MARGIN = "non_finite_margin"
+    OUTLIER = "outlier"
     UNKNOWN_ROLE = "unknown_role"
     BAD_RANKING = "bad_ranking"
     BAD_RATING = "bad_rating"
@@ -38,9 +50,19 @@ class BadRow(StrEnum):
     BAD_TEXT = "bad_text"
     TOO_LONG = "too_long"
     TEMPLATE_REJECTED = "template_rejected"
+    UNSUPPORTED_MESSAGE = "unsupported_message"
+    ALREADY_TEMPLATED = "already_templated"
+    CHANGED_BY_TEMPLATE = "changed_by_template"
     DUPLICATE = "duplicate"
     CONTRADICTION = "contradiction"
     IN_VALIDATION = "in_validation"
+    UNUSED_COLUMN = "unused_column"
+    ADAPTER_REJECTED = "adapter_rejected"
+    ADAPTER_FAILED = "adapter_failed"
+
+
+LARGEST_NUMBER = 1e9
+"""Of a margin, a strength, a weight or a rating without a range: more teaches nothing, and products of them must stay finite in fp32."""
 
 
 class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error
@@ -59,6 +81,8 @@ _REASONS: Mapping[RuleCode, BadRow] = {
     "empty_prompt": BadRow.EMPTY_PROMPT,
     "prompt_end": BadRow.WRONG_TYPE,
     "empty_completion": BadRow.EMPTY_COMPLETION,
+    "completion_turns": BadRow.WRONG_TYPE,
+    "unsupported_message": BadRow.UNSUPPORTED_MESSAGE,
 }
 
 
@@ -85,7 +109,7 @@ class Comparison:
         id: stable within a data set; a content hash when the source has none.
         source: where the row came from (file or data set name), kept for per-source metrics.
         prompt: the shared turns, ending with a user (or tool) turn; never empty.
-        completions: K final assistant turns.
+        completions: K final assistant turns, or turns that begin and end with one.
         ranks: K numbers, lower is better, equal numbers tie; None when only attributes are known.
         margin: gap that the data asks of a pair (Llama 2, arXiv 2307.09288 section 3.2.2), else None.
         strength: how strong the preference of a pair is, in the source's own scale (HelpSteer: 1 slightly .. 3 much better), else None.
@@ -93,12 +117,15 @@ class Comparison:
         attributes: K rows of ratings in the order of `data.attributes` (NaN = missing), else None.
         step_labels: for each completion one label per step, the probability that it is right (NaN = missing), else None.
         critiques: K texts that judge the completions in words, else None.
+        vote_shares: of several judges, for each pair of completions (0, 1), (0, 2), …, (1, 2), … the share that finds its first one
+            better (a judge who finds them equal counts half for each), else None: the ranking is all that is known.
+        tools, chat_template_kwargs: what the chat template is given besides turns, else None.
     """
 
     id: str
     source: str
     prompt: tuple[Message, ...]
-    completions: tuple[str, ...]
+    completions: tuple[Completion, ...]
     ranks: tuple[float, ...] | None = None
     margin: float | None = None
     strength: float | None = None
@@ -106,23 +133,40 @@ class Comparison:
     attributes: tuple[tuple[float, ...], ...] | None = None
     step_labels: tuple[tuple[float, ...], ...] | None = None
     critiques: tuple[str, ...] | None = None
+    vote_shares: tuple[float, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def inputs(self) -> TemplateInputs:
+        """What the chat template is given besides turns."""
+        return TemplateInputs.of(self.tools, self.chat_template_kwargs)
 
     def prompt_key(self) -> str:
         """Hash of the prompt alone: rows with one key never fall on both sides of a split."""
-        return digest([[m["role"], m["content"]] for m in self.prompt])
+        turns = [[m["role"], m["content"]] if len(m) == 2 else m for m in self.prompt]
+        return digest([turns, self.tools, self.chat_template_kwargs] if self.tools or self.chat_template_kwargs else turns)
 
     def content_key(self) -> str:
         """Hash of prompt and the set of completions, in whatever order: equal keys are duplicates or contradictions."""
-        return digest([self.prompt_key(), sorted(self.completions)])
+        return digest([self.prompt_key(), sorted(map(completion_key, self.completions))])
 
     def judgement_key(self) -> str:
         """Hash of the judgement with completions in canonical order: tells a duplicate from a contradiction."""
-        order = sorted(range(len(self.completions)), key=lambda i: self.completions[i])
+        order = sorted(range(len(self.completions)), key=lambda i: completion_key(self.completions[i]))
         ranks = None if self.ranks is None else dense_ranks([self.ranks[i] for i in order])
         attributes = None if self.attributes is None else [[str(v) for v in self.attributes[i]] for i in order]
-        if self.step_labels is None:
-            return digest([ranks, attributes])
-        return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
+        known: list[Any] = [ranks, attributes]
+        if self.step_labels is not None:
+            known.append([[str(v) for v in self.step_labels[i]] for i in order])
+        if self.vote_shares is not None:
+            known.append([f"{share:.6f}" for share in pairwise_in_order(self.vote_shares, order)])
+        return digest(known)
+
+
+def completion_key(completion: Completion) -> str:
+    """A completion as one text, the same for equal ones only."""
+    return completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True)
 
 
 NUMBER_COLUMNS = tuple(each.name for each in fields(Comparison) if each.metadata.get("column"))
@@ -133,6 +177,13 @@ def dense_ranks(ranks: Sequence[float]) -> list[int]:
     """Ranks renumbered 0, 1, 2, … without gaps; ties keep a common number."""
     levels = {value: index for index, value in enumerate(sorted(set(ranks)))}
     return [levels[value] for value in ranks]
+
+
+def pairwise_in_order(shares: Sequence[float], order: Sequence[int]) -> list[float]:
+    """`vote_shares` of the completions in another order: of the new pair (i, j), the share for completion `order[i]`."""
+    pairs = list(combinations(range(len(order)), 2))
+    of = dict(zip(pairs, shares, strict=True))
+    return [of[order[i], order[j]] if order[i] < order[j] else 1.0 - of[order[j], order[i]] for i, j in pairs]
 
 
 def ranked_by(comparison: Comparison, column: int, name: str) -> Comparison:
@@ -159,11 +210,12 @@ def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> 
         RowRejected: with the first rule that the record breaks.
     """
     require(broken_by_prompt(comparison.prompt))
-    for text in (*(t["content"] for t in comparison.prompt), *comparison.completions, *(comparison.critiques or ())):
+    rows = (comparison.prompt, comparison.completions, comparison.critiques, comparison.tools, comparison.chat_template_kwargs)
+    for text in strings_in(rows):
         require(broken_by_text(text))
     for index, completion in enumerate(comparison.completions):
         require(broken_by_completion(index, completion))
-    if len(set(comparison.completions)) != len(comparison.completions):
+    if len(set(map(completion_key, comparison.completions))) != len(comparison.completions):
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
     _validate_judgement(comparison, ties=ties)
 
@@ -179,6 +231,7 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
             raise RowRejected(BadRow.WRONG_TYPE, f"{name} {number} is not a finite number")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
+    _require_moderate(comparison)
     for index, critique in enumerate(comparison.critiques or ()):
         if not critique.strip():
             raise RowRejected(BadRow.NO_CRITIQUE, f"the critique of completion {index} is empty")
@@ -198,8 +251,36 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions, or one is not finite")
     if num_completions < 2:
         raise RowRejected(BadRow.BAD_RANKING, "a ranking needs at least two completions")
+    if comparison.vote_shares is not None:
+        _validate_shares(comparison.vote_shares, ranks)
     if len(set(ranks)) == 1 and ties == "quarantine":
         raise RowRejected(BadRow.TIE, "all completions are ranked equal and data.ties is 'quarantine'")
+
+
+def _require_moderate(comparison: Comparison) -> None:
+    # What lies far from the others of its column is only known when all rows are.
+    numbers = {name: getattr(comparison, name) for name in dict.fromkeys(("margin", "strength", *NUMBER_COLUMNS))}
+    numbers |= {
+        f"rating {column} of completion {index}": rating
+        for index, ratings in enumerate(comparison.attributes or ())
+        for column, rating in enumerate(ratings)
+    }
+    for name, number in numbers.items():
+        if number is not None and abs(number) > LARGEST_NUMBER:
+            raise RowRejected(BadRow.OUTLIER, f"{name} {number:g} is beyond {LARGEST_NUMBER:g}, the largest number that a row may bring")
+
+
+def _validate_shares(shares: Sequence[float], ranks: Sequence[float]) -> None:
+    num_pairs = len(ranks) * (len(ranks) - 1) // 2
+    if len(shares) != num_pairs:
+        raise RowRejected(BadRow.BAD_RANKING, f"{len(shares)} shares of votes for {num_pairs} pairs of completions")
+    if any(not 0.0 <= share <= 1.0 for share in shares):
+        raise RowRejected(BadRow.BAD_RANKING, f"the shares of votes are {', '.join(f'{s:g}' for s in shares)}; the rule is 0 to 1")
+    # Of more than two, the ranking is that of the means, and a single pair may well have gone the other way.
+    if num_pairs == 1 and (shares[0] > 0.5, shares[0] < 0.5) != (ranks[0] < ranks[1], ranks[0] > ranks[1]):
+        raise RowRejected(
+            BadRow.BAD_RANKING, f"{shares[0]:g} of the votes are for the first completion, and the ranks are {ranks[0]:g} and {ranks[1]:g}"
+        )
 
 
 Value = TypeVar("Value")

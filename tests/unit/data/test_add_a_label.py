@@ -82,7 +82,7 @@ assert adapted["reason"].to_pylist() == [None, None, "wrong_type", None]
 policy = Policy(0, 0.0, "truncate")
 contract = Contract.from_tokenizer(load_tokenizer(sys.argv[2]), max_tokens=64)
 encoder = Encoder(contract, load_tokenizer(sys.argv[2]))
-encoded = encode(judge(adapted, policy), encoder, encoder, policy)
+encoded = encode(judge(adapted, policy), encoder, policy)
 encoded = encoded.filter(pa.compute.is_valid(encoded["split"]))
 stats = SplitStats.of(encoded)
 assert stats.missing["difficulty"] == 1

@@ -106,6 +106,13 @@ def test_train_files_are_held_out_only_where_nothing_else_is(tmp_path: Path) -> 
     assert without(others, train) == []
 
 
+def test_a_caller_may_take_every_split(tmp_path: Path) -> None:
+    _make(tmp_path, *HUB)
+    files, passed_over = find_files([str(tmp_path)], "validation", every_split=True)
+    assert [Path(file.uri).name for file in files] == sorted(HUB[:2])
+    assert [Path(other.uri).name for other in passed_over] == ["README.md"]
+
+
 def test_hidden_data_is_named_once_a_folder(tmp_path: Path) -> None:
     _make(tmp_path, "a.jsonl", "_tmp/b.jsonl", "_tmp/c.jsonl", ".git/config", "_SUCCESS", "_d.csv")
     files, passed_over = _found(tmp_path, "train", ".")

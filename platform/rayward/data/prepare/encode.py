@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from rayward.batch.comparison import shared_prefix_length
 from rayward.contract.encoder import Encoder, Encoding
+from rayward.contract.rendering import Conversation
 from rayward.data.prepare.join import unfold
 from rayward.data.prepare.judge import Policy
 from rayward.data.prepare.rows import ENCODED_SCHEMA, printable
 from rayward.data.prepared import label_columns
 from rayward.data.record import BadRow, Comparison, RowRejected, load_record
-from rayward.errors import ContractError, TooLongError
+from rayward.errors import AlreadyTemplatedError, ChangedTextError, ContractError, TooLongError, UnsupportedMessageError
 from rayward.schema import digest
 
+REASONS: dict[type[ContractError], BadRow] = {
+    TooLongError: BadRow.TOO_LONG,
+    UnsupportedMessageError: BadRow.UNSUPPORTED_MESSAGE,
+    AlreadyTemplatedError: BadRow.ALREADY_TEMPLATED,
+    ChangedTextError: BadRow.CHANGED_BY_TEMPLATE,
+}
+"""What an error of the contract means for a row; any other: the template rejects it."""
 
-def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> pa.Table:
+
+def encode(table: pa.Table, encoder: Encoder, policy: Policy) -> pa.Table:
     """Tokenize and give every row its place in the order; ADAPTED_SCHEMA -> ENCODED_SCHEMA.
 
     Args:
         table: rows after `judge`.
         encoder: the contract's encoder.
-        full: the same without a token limit, to see whether anything was cut.
         policy: seed and policies.
     """
 
@@ -32,7 +41,7 @@ def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> 
         if row["split"] is not None:
             comparison = load_record(row["record"])
             try:
-                row |= _encoded(comparison, row["prompt_key"], encoder, full, policy)
+                row |= _encoded(comparison, row["prompt_key"], encoder, policy)
                 # One sort orders both splits; the content breaks the tie between rows that share an id.
                 row["order"] = f"{row['split']} {digest([policy.seed, comparison.id])} {row['content_key']}"
             except RowRejected as exc:
@@ -43,26 +52,23 @@ def encode(table: pa.Table, encoder: Encoder, full: Encoder, policy: Policy) -> 
     return pa.Table.from_pylist(rows, schema=ENCODED_SCHEMA)
 
 
-def _encoded(comparison: Comparison, prompt_key: str, encoder: Encoder, full: Encoder, policy: Policy) -> dict[str, Any]:
-    limit, too_long = encoder.contract.max_tokens, policy.too_long
+def _encoded(comparison: Comparison, prompt_key: str, encoder: Encoder, policy: Policy) -> dict[str, Any]:
     separator = None if comparison.step_labels is None else policy.step_separator
+    critiques: Sequence[str | None] = comparison.critiques or [None] * len(comparison.completions)
+    conversations = [
+        Conversation(comparison.prompt, text, critique, comparison.inputs)
+        for text, critique in zip(comparison.completions, critiques, strict=True)
+    ]
     encodings: list[Encoding] = []
-    truncated = False
-    for index, completion in enumerate(comparison.completions):
-        try:
-            critique = None if comparison.critiques is None else comparison.critiques[index]
-            encoding = full.encode_parts(comparison.prompt, completion, critique, separator=separator)
-            if (length := len(encoding.ids)) > limit:
-                if too_long == "quarantine":
-                    raise RowRejected(
-                        BadRow.TOO_LONG, f"completion {index}: {length} tokens, over {limit}, and data.too_long is 'quarantine'"
-                    )
-                encoding, truncated = encoder.encode_parts(comparison.prompt, completion, critique, separator=separator), True
-        except TooLongError as exc:
-            raise RowRejected(BadRow.TOO_LONG, f"completion {index}: {printable(exc.problem)}") from exc
-        except ContractError as exc:
-            raise RowRejected(BadRow.TEMPLATE_REJECTED, printable(exc.problem)) from exc
-        encodings.append(encoding)
+    for index, found in enumerate(encoder.encode_all(conversations, separator=separator)):
+        if isinstance(found, ContractError):
+            raise RowRejected(REASONS.get(type(found), BadRow.TEMPLATE_REJECTED), f"completion {index}: {printable(found.problem)}")
+        if found.truncated and policy.too_long == "quarantine":
+            raise RowRejected(
+                BadRow.TOO_LONG,
+                f"completion {index}: {found.num_tokens} tokens, over {encoder.contract.max_tokens}, and data.too_long is 'quarantine'",
+            )
+        encodings.append(found)
     sequences = [encoding.ids for encoding in encodings]
     if len({tuple(ids) for ids in sequences}) != len(sequences):
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions have the same token ids")
@@ -79,5 +85,6 @@ def _encoded(comparison: Comparison, prompt_key: str, encoder: Encoder, full: En
         "prompt_json": json.dumps(comparison.prompt),
         "completions_json": json.dumps(comparison.completions),
         "critiques_json": None if comparison.critiques is None else json.dumps(comparison.critiques),
-        "truncated": truncated,
+        "inputs_json": comparison.inputs.to_json(),
+        "truncated": any(encoding.truncated for encoding in encodings),
     }

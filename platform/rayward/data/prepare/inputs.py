@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rayward import storage
 from rayward.config.run import Config
+from rayward.config.sources import SourceConfig
 from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
+from rayward.data.formats.hook import adapter_fingerprint
 from rayward.data.formats.table import SourceOptions, choose_format
 from rayward.data.record import BadRow
 from rayward.data.sources.find import PassedOver, SourceFile, find_files, report_passed_over, without
@@ -36,6 +40,7 @@ class Inputs:
         files: in sorted order, train before validation; ignored: files of directories that were passed over, and why.
         contract, tokenizer: what text is encoded with.
         fingerprint: hash of the files' content, the rules, the seed and the tokenizer.
+        sources: by file, the source that names it.
     """
 
     files: list[SourceFile]
@@ -43,6 +48,7 @@ class Inputs:
     contract: Contract
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    sources: Mapping[str, SourceConfig]
 
 
 def storage_location(config: Config) -> str:
@@ -57,41 +63,77 @@ def inspect_inputs(config: Config) -> Inputs:
         DataError: a location does not exist, holds no data file, or is named for both roles.
         ContractError: the tokenizer cannot be loaded or used.
     """
-    if not config.data.train:
-        raise DataError("data.train is empty", remedy="set data.train to files, directories, URIs or hf:owner/name")
+    if not any(source.role == "train" for source in config.data.all_sources):
+        raise DataError("data.train is empty", remedy="set data.train (or data.sources) to files, directories, URIs or hf:owner/name")
     files: list[SourceFile] = []
     ignored: list[PassedOver] = []
-    roles: tuple[tuple[Role, tuple[str, ...]], ...] = (("train", config.data.train), ("validation", config.data.validation))
-    for role, locations in roles:
-        found, passed_over = find_files([name for name in locations if not name.startswith(HUB_PREFIX)], role)
-        files += found
-        for hub in (parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)):
-            files += download(hub, storage.join(storage_location(config), "downloads"), role)
+    sources: dict[str, SourceConfig] = {}
+    for source in _grouped(config):
+        found, passed_over = _files_of(source, config)
         ignored += passed_over
+        for file in found:
+            if file.uri in sources:
+                roles = {source.role, sources[file.uri].role}
+                named = "in data.train and in data.validation" if len(roles) > 1 else "named by two of data.sources"
+                raise DataError(f"{file.uri} is {named}", remedy="name each file in one of them")
+            sources[file.uri] = source
+        files += found
+    files.sort(key=lambda file: file.role)  # train before validation
     ignored = without(ignored, files)
     report_passed_over(ignored)
-    twice = {file.uri for file in files if file.role == "train"} & {file.uri for file in files if file.role == "validation"}
-    if twice:
-        raise DataError(f"{sorted(twice)[0]} is in data.train and in data.validation", remedy="name each file in one of them")
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.revision)
     contract = Contract.from_tokenizer(
         tokenizer,
         max_tokens=config.model.max_tokens,
         template_kwargs=config.model.template_kwargs,
         critique_lead_in=config.data.critique_lead_in,
+        templated_text=config.model.templated_text,
+        unshown_text=config.model.unshown_text,
     )
-    return Inputs(files, ignored, contract, tokenizer, _fingerprint(config, files, contract, tokenizer))
+    fingerprint = _fingerprint(config, files, contract, tokenizer, sources)
+    return Inputs(files, ignored, contract, tokenizer, fingerprint, sources)
 
 
-def _fingerprint(config: Config, files: list[SourceFile], contract: Contract, tokenizer: PreTrainedTokenizerBase) -> str:
+def _grouped(config: Config) -> list[SourceConfig]:
+    # The short form is one source a role, so that a file which two of its globs match counts once.
+    short = ((role, paths) for role, paths in (("train", config.data.train), ("validation", config.data.validation)) if paths)
+    return [*(SourceConfig(path=paths, role=role) for role, paths in short), *config.data.sources]
+
+
+def _files_of(source: SourceConfig, config: Config) -> tuple[list[SourceFile], list[PassedOver]]:
+    found, passed_over = find_files([name for name in source.path if not name.startswith(HUB_PREFIX)], source.role)
+    hubs = [parse_hub_name(name, source.role) for name in source.path if name.startswith(HUB_PREFIX)]
+    downloads = storage.join(storage_location(config), "downloads")
+    return found + [file for hub in hubs for file in download(hub, downloads, source.role)], passed_over
+
+
+def _fingerprint(
+    config: Config,
+    files: list[SourceFile],
+    contract: Contract,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, SourceConfig] = MappingProxyType({}),
+) -> str:
     # Content and not place: a job submitted twice unpacks the same files into two directories.
     hashes = content_hashes(files)
-    contents = sorted([file.role, file.source, content] for file, content in zip(files, hashes, strict=True))
-    rules = identity(config.data, exclude={"train", "validation", "max_bad_fraction"})
-    return digest([PREPARATION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
+    rules_of = {file.uri: _rules_of(sources[file.uri]) for file in files}
+    contents = sorted([file.role, file.source, content, *rules_of[file.uri]] for file, content in zip(files, hashes, strict=True))
+    rules = [identity(config.data, exclude={"train", "validation", "sources", "max_bad_fraction"})]
+    if config.data.adapter is not None:
+        rules.append(adapter_fingerprint(config.data.adapter))
+    return digest([PREPARATION, contents, *rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
 
 
-def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple[str, SourceOptions]], list[ReadUnit]]:
+def _rules_of(source: SourceConfig) -> list[str]:
+    if source == SourceConfig(path=source.path, role=source.role):
+        return []
+    rules = [identity(source, exclude={"path", "role"})]
+    return rules if source.adapter is None else [*rules, adapter_fingerprint(source.adapter)]
+
+
+def plan_reads(
+    files: list[SourceFile], config: Config, sources: Mapping[str, SourceConfig]
+) -> tuple[dict[str, tuple[str, SourceOptions]], list[ReadUnit]]:
     """Format of every file by its URI, and the units to read; empty files are left out.
 
     Raises:
@@ -105,7 +147,8 @@ def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple
     undecided: list[tuple[SourceFile, int]] = []
     for file, (rows, seen) in zip(files, samples, strict=True):
         if rows:
-            formats[file.uri] = choose_format(rows, config.data, where=file.uri, source=file.source)
+            mapping = sources[file.uri]
+            formats[file.uri] = choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping)
         elif seen:
             undecided.append((file, seen))
     for file, seen in undecided:

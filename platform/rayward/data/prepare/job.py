@@ -39,7 +39,8 @@ from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy, judge
 from rayward.data.prepare.numbering import number_units
-from rayward.data.prepare.report import build_report, render_html
+from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation, adapt, read
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepare.tally import Tally
@@ -59,7 +60,6 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
 
 BUCKET_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
-NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class _Outcome:
     examples: dict[str, list[dict[str, Any]]]
     shards: dict[str, tuple[ShardEntry, ...]]
     stats: dict[str, SplitStats]
+    numbers: dict[str, dict[str, float]]
 
 
 def prepare(config: Config) -> PreparedData:
@@ -95,13 +96,13 @@ def prepare(config: Config) -> PreparedData:
         if problem is not None:
             raise problem
         return existing
-    formats, units = plan_reads(inputs.files, config)
+    formats, units = plan_reads(inputs.files, config, inputs.sources)
     connect()
     with open_workspace(directory) as workspace, _data_context():
         outcome = _run(config, inputs, formats, number_units(units), workspace)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
-        problem = _refusal(config, manifest, directory)
+        problem = _refusal(config, manifest, directory, outcome.examples)
         if problem is None:
             check_shared(workspace, manifest)
             write_file(storage.join(workspace, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode() + b"\n")
@@ -132,8 +133,9 @@ def _run(
 ) -> _Outcome:
     size = sum(unit.size for unit in units)
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
-    adaptation = Adaptation(formats, config.data.ties, buckets)
-    fraction = 0.0 if config.data.validation else config.data.validation_fraction
+    # Ties are votes too: with them, what is tied is decided when they are counted.
+    adaptation = Adaptation(formats, config.data.ties if config.data.votes == "quarantine" else "keep", buckets)
+    fraction = 0.0 if config.data.holds_out else config.data.validation_fraction
     rank_by = config.data.rank_by
     policy = Policy(
         config.run.seed,
@@ -144,6 +146,7 @@ def _run(
         None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
         group_tokens=config.group_tokens,
         step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
+        votes=None if config.data.votes == "quarantine" else config.data.votes,
     )
     encoder = ray.put((inputs.contract, inputs.tokenizer))
     encoded = (
@@ -157,6 +160,13 @@ def _run(
         .materialize()
     )
     tally = Tally.merged(summaries(encoded, Tally.of))
+    numbers = tally.numbers
+    bounds = {name: bound_of(sketch, config.data.outlier_factor) for name, sketch in numbers.items()}
+    if has_outliers(numbers, bounds):
+        encoded = encoded.map_batches(
+            partial(quarantine_outliers, bounds=bounds), batch_size=BATCH_ROWS, batch_format="pyarrow"
+        ).materialize()
+        tally = Tally.merged(summaries(encoded, Tally.of))
     if tally.damaged:
         raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
     used, quarantined = tally.splits.total(), tally.quarantined.total()
@@ -169,7 +179,7 @@ def _run(
     ordered = encoded.map_batches(_used, batch_size=None, batch_format="pyarrow").sort("order").materialize() if used else encoded
     for split in ("train", "validation"):
         shards[split], stats[split] = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace)
-    return _Outcome(tally, examples, shards, stats)
+    return _Outcome(tally, examples, shards, stats, described(numbers, bounds, config.data.attributes))
 
 
 def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
@@ -178,13 +188,12 @@ def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
 
 
 @lru_cache(maxsize=1)
-def _encoders(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> tuple[Encoder, Encoder]:
-    contract, tokenizer = ray.get(reference)
-    return Encoder(contract, tokenizer), Encoder(contract.model_copy(update={"max_tokens": NO_LIMIT}), tokenizer)
+def _encoder(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> Encoder:
+    return Encoder(*ray.get(reference))
 
 
 def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy) -> pa.Table:
-    return encode(table, *_encoders(reference[0]), policy)
+    return encode(table, _encoder(reference[0]), policy)
 
 
 def _used(table: pa.Table) -> pa.Table:
@@ -216,6 +225,7 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
             num_unrated=both.num_unrated,
             num_without_strength=both.missing.get("strength", 0),
             num_without_steps=both.missing.get("step_labels", 0),
+            num_with_shares=both.num_with_shares,
             missing=both.missing,
             weakest=both.weakest,
             strongest=both.strongest,
@@ -224,20 +234,22 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
     )
 
 
-def _refusal(config: Config, manifest: Manifest, directory: str) -> DataError | None:
-    """The error that the counts call for, if any."""
+def _refusal(config: Config, manifest: Manifest, directory: str, examples: Examples | None = None) -> DataError | None:
+    """The error that the counts call for, if any; without examples they are those of the report."""
     counts = ", ".join(f"{reason}: {count}" for reason, count in manifest.num_quarantined.items())
     where = f"the rows and reasons are in {directory}/quarantine, the report is {directory}/report.html"
     if manifest.num_train == 0:
         return DataError(
-            f"{', '.join(config.data.train)}: no usable train row among {manifest.num_input_rows} ({counts or 'all rows are held out'})",
+            f"{', '.join(config.data.train_paths)}: no usable train row among {manifest.num_input_rows} "
+            f"({counts or 'all rows are held out'})",
             remedy=where,
         )
     bad = sum(count for reason, count in manifest.num_quarantined.items() if reason not in NOT_BAD)
     if bad > config.data.max_bad_fraction * manifest.num_input_rows:
         return TooManyBadRowsError(
             f"{bad} of {manifest.num_input_rows} rows are bad ({bad / manifest.num_input_rows:.1%}), data.max_bad_fraction is "
-            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}",
+            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}"
+            + most_frequent(manifest.num_quarantined, read_examples(directory) if examples is None else examples, NOT_BAD),
             remedy=f"{where}; correct the data, or raise data.max_bad_fraction",
         )
     return None
@@ -258,6 +270,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         overlap=outcome.tally.overlap,
         num_merged=outcome.tally.num_merged,
         grouping=Grouping(**outcome.tally.grouping),
+        numbers=outcome.numbers,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayward.data.record import Comparison, dump_record, load_record
+from rayward.data.record import Comparison, completion_key, dump_record, load_record
 
 
 class Left(StrEnum):
@@ -107,14 +107,15 @@ def weak_order(judgements: Iterable[Comparison]) -> list[list[str]] | Left:
 
 def _levels(comparison: Comparison) -> list[list[str]]:
     # Completions of equal rank together, the lowest rank first.
-    ranked = sorted(zip(comparison.ranks or (), comparison.completions, strict=True))
+    ranked = sorted(zip(comparison.ranks or (), map(completion_key, comparison.completions), strict=True))
     return [[text for _, text in level] for _, level in groupby(ranked, key=lambda item: item[0])]
 
 
 def _group(members: Sequence[int], comparisons: Sequence[Comparison], order: Sequence[Sequence[str]]) -> Group:
     first, *others = sorted(members, key=lambda index: dump_record(comparisons[index]))
     ranked = [(float(rank), text) for rank, level in enumerate(order) for text in level]
-    ranks, completions = zip(*ranked, strict=True)
+    given = {completion_key(text): text for index in members for text in comparisons[index].completions}
+    ranks, completions = zip(*((rank, given[text]) for rank, text in ranked), strict=True)
     return Group((first, *others), replace(comparisons[first], completions=completions, ranks=ranks))
 
 
@@ -122,11 +123,12 @@ def _connected(indices: Iterable[int], comparisons: Sequence[Comparison]) -> lis
     indices = list(indices)
     sets = _Sets()
     for index in indices:
-        for text in comparisons[index].completions:
-            sets.unite(comparisons[index].completions[0], text)
+        first, *others = map(completion_key, comparisons[index].completions)
+        for text in (first, *others):
+            sets.unite(first, text)
     parts: defaultdict[str, list[int]] = defaultdict(list)
     for index in indices:
-        parts[sets.find(comparisons[index].completions[0])].append(index)
+        parts[sets.find(completion_key(comparisons[index].completions[0]))].append(index)
     return list(parts.values())
 
 

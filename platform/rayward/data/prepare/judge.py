@@ -12,6 +12,7 @@ from rayward.contract.reading import DEFAULT_SEPARATOR
 from rayward.data.prepare.join import fold
 from rayward.data.prepare.rows import ADAPTED_SCHEMA, printable
 from rayward.data.record import BadRow, Comparison, RowRejected, dump_record, joined, load_record, ranked_by, validate
+from rayward.data.votes import VoteRule, merged
 from rayward.schema import digest
 
 
@@ -28,6 +29,7 @@ class Policy:
         rank_by: column and name of the attribute that ranks what is unranked.
         group_tokens: ranked rows of one prompt join into groups of at most so many tokens; None: they stay rows.
         step_separator: text between two steps of a completion.
+        votes: what rows are that judge the same completions differently; None: contradictions.
     """
 
     seed: int
@@ -38,6 +40,7 @@ class Policy:
     rank_by: tuple[int, str] | None = None
     group_tokens: int | None = None
     step_separator: str = DEFAULT_SEPARATOR
+    votes: VoteRule | None = None
 
 
 def judge(table: pa.Table, policy: Policy) -> pa.Table:
@@ -48,35 +51,38 @@ def judge(table: pa.Table, policy: Policy) -> pa.Table:
     """
     names = ("role", "prompt_key", "content_key", "judgement_key", "reason", "detail", "file", "number")
     role, prompt, content, judgement, reasons, details, file, number = (table.column(name).to_pylist() for name in names)
-    records = table.column("record")
+    kinds, texts = table.column("kind").to_pylist(), table.column("record").to_pylist()
+    splits: list[str | None] = [None] * table.num_rows
+    rows = _Rows(kinds, prompt, texts, splits, reasons, details)
     in_validation: dict[str, int] = {}
     groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for index, key in enumerate(content):
         if key is not None and reasons[index] is None:
             groups[role[index], key].append(index)
-            if role[index] == "validation":
-                in_validation[prompt[index]] = index
-    for (where, _), members in groups.items():
+    # Validation first: what is held out decides over train rows.
+    for (where, _), members in sorted(groups.items(), key=lambda group: group[0][0], reverse=True):
         if where == "train" and prompt[members[0]] in in_validation:
             other = in_validation[prompt[members[0]]]
             for index in members:
                 reasons[index], details[index] = BadRow.IN_VALIDATION, f"the prompt is also that of row {number[other]} of {file[other]}"
+        elif policy.votes is not None and (len({judgement[index] for index in members}) > 1 or _tied(texts[members[0]])):
+            _count_votes(rows, members, policy.votes, policy.ties)
         elif len({judgement[index] for index in members}) > 1:
             for index in members:
                 other = next(i for i in members if judgement[i] != judgement[index])
                 reasons[index] = BadRow.CONTRADICTION
                 details[index] = f"row {number[other]} of {file[other]} judges the same completions otherwise"
         elif len(members) > 1:
-            kept, *copies = sorted(members, key=lambda i: (records[i].as_py(), file[i], number[i]))
+            kept, *copies = sorted(members, key=lambda i: (texts[i], file[i], number[i]))
             for index in copies:
                 reasons[index], details[index] = BadRow.DUPLICATE, f"the same as row {number[kept]} of {file[kept]}"
-    splits: list[str | None] = [None] * table.num_rows
+        if where == "validation" and reasons[members[0]] != BadRow.TIE:
+            in_validation[prompt[members[0]]] = members[0]
     for index, key in enumerate(content):
-        if key is not None and reasons[index] is None:
+        if key is not None and reasons[index] is None and kinds[index] == "row":
             splits[index] = "validation" if role[index] == "validation" or _held_out(prompt[index], policy) else "train"
-    kinds, texts = table.column("kind").to_pylist(), records.to_pylist()
     if policy.merge_prompts or policy.rank_by is not None:
-        _join_unranked(_Rows(kinds, prompt, texts, splits, reasons, details), policy)
+        _join_unranked(rows, policy)
     changed = {"kind": kinds, "record": texts, "reason": reasons, "detail": details, "split": splits}
     for name, values in changed.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
@@ -95,6 +101,26 @@ class _Rows:
     splits: list[str | None]
     reasons: list[str | None]
     details: list[str | None]
+
+
+def _tied(record: str) -> bool:
+    ranks = load_record(record).ranks
+    return ranks is not None and len(set(ranks)) == 1
+
+
+def _count_votes(rows: _Rows, members: list[int], rule: VoteRule, ties: Literal["quarantine", "keep"]) -> None:
+    """Rows of equal content become one, or leave together where their votes say that no completion is better."""
+    kept, whole, votes = merged([load_record(rows.records[index]) for index in members], rule)
+    try:
+        validate(whole, ties=ties)
+    except RowRejected as exc:
+        for index in members:
+            rows.reasons[index], rows.details[index] = exc.reason.value, printable(f"{exc.detail} ({votes}; data.votes is {rule!r})")
+        return
+    rows.records[members[kept]] = dump_record(whole)
+    for index in members:
+        if index != members[kept]:
+            rows.kinds[index] = "merged"
 
 
 def _join_unranked(rows: _Rows, policy: Policy) -> None:

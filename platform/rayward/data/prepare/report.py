@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyarrow import fs as pafs
+
+from rayward import storage
 from rayward.data.page import render
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepared import Grouping
@@ -15,6 +19,9 @@ from rayward.data.record import BadRow
 
 EXAMPLES_PER_REASON = 3
 SOURCES_SHOWN = 50
+NUMBERS_SHOWN = ("smallest", "p1", "p50", "p99", "largest", "largest_allowed")
+Examples = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By reason, some quarantine records."""
 
 MEANING: dict[BadRow, str] = {
     BadRow.UNPARSABLE: "the line is not JSON, not UTF-8, or not a transcript",
@@ -26,6 +33,7 @@ MEANING: dict[BadRow, str] = {
     BadRow.NO_SHARED_PROMPT: "chosen and rejected answer different prompts",
     BadRow.TIE: "no completion is better (data.ties: keep would train it)",
     BadRow.NON_FINITE_MARGIN: "the margin is NaN or infinite",
+    BadRow.OUTLIER: "a margin, strength, weight or rating lies far from all others (data.outlier_factor)",
     BadRow.UNKNOWN_ROLE: "a turn's role is not system, user, assistant or tool",
     BadRow.BAD_RANKING: "ranks do not fit the completions, contradict the scores, or are missing",
     BadRow.BAD_RATING: "a rating lies outside data.attribute_range, is no number, or does not fit the completions",
@@ -33,9 +41,15 @@ MEANING: dict[BadRow, str] = {
     BadRow.BAD_TEXT: "a text holds a NUL byte or a lone surrogate",
     BadRow.TOO_LONG: "the conversation does not fit model.max_tokens",
     BadRow.TEMPLATE_REJECTED: "the chat template refuses the conversation",
+    BadRow.UNSUPPORTED_MESSAGE: "a part of a turn that the chat template does not show, or no text (model.unshown_text)",
+    BadRow.ALREADY_TEMPLATED: "a text went through a chat template before (model.templated_text)",
+    BadRow.CHANGED_BY_TEMPLATE: "the chat template changes the completion (model.unshown_text)",
     BadRow.DUPLICATE: "the same comparison with the same judgement stands elsewhere; one copy was kept",
     BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
     BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
+    BadRow.UNUSED_COLUMN: "a column that would change the row's meaning is neither read nor in data.ignore; no row of the sample had it",
+    BadRow.ADAPTER_REJECTED: "the function of data.adapter gave no row, and a reason",
+    BadRow.ADAPTER_FAILED: "the function of data.adapter raised an error, or gave something that is no row",
 }
 
 
@@ -45,7 +59,7 @@ def build_report(
     num_input_rows: int,
     quarantined: Mapping[str, int],
     quarantined_by_source: Mapping[str, int],
-    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    examples: Examples,
     train: SplitStats,
     validation: SplitStats,
     files: Sequence[str],
@@ -54,6 +68,7 @@ def build_report(
     overlap: int,
     num_merged: int = 0,
     grouping: Grouping | None = None,
+    numbers: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Collect what `report.json` says.
 
@@ -63,6 +78,7 @@ def build_report(
         overlap: prompts that stand in train and in validation.
         num_merged: rows whose completions stand in another row's comparison.
         grouping: what `data.group_pairs` did.
+        numbers: by column, the distribution of what rows bring (`numbers.described`).
     """
     both = SplitStats.merged([train, validation])
     return {
@@ -96,6 +112,7 @@ def build_report(
         "formats": dict(sorted(formats.items())),
         "files": list(files),
         "ignored_files": list(ignored_files),
+        "numbers": {name: dict(facts) for name, facts in (numbers or {}).items()},
         "quarantine_examples": {reason: list(records) for reason, records in sorted(examples.items())},
         "train": train.model_dump(),
         "validation": validation.model_dump(),
@@ -139,6 +156,9 @@ def render_html(report: Mapping[str, Any]) -> str:
         cards=cards,
         plots=[(title, _histogram(title, bins, unit)) for title, bins, unit in plots if bins],
         checks=_checks(report),
+        numbers=[
+            (name, f"{facts['values']:,}", *(f"{facts[key]:.4g}" for key in NUMBERS_SHOWN)) for name, facts in report["numbers"].items()
+        ],
         sources=[(name, f"{c['train']:,}", f"{c['validation']:,}", f"{c['quarantined']:,}") for name, c in sources[:SOURCES_SHOWN]],
         more_sources=max(0, len(sources) - SOURCES_SHOWN),
         quarantine=[
@@ -147,6 +167,25 @@ def render_html(report: Mapping[str, Any]) -> str:
         ],
         files=[("files read", report["files"]), ("files passed over", report["ignored_files"])],
     )
+
+
+def most_frequent(counts: Mapping[str, int], examples: Examples, passed_over: Sequence[str]) -> str:
+    """Of the most frequent reasons one example each: file, row and what is wrong."""
+    lines = []
+    for reason, count in Counter({reason: count for reason, count in counts.items() if reason not in passed_over}).most_common(3):
+        lines.append(f"{reason} ({count:,}): {MEANING.get(BadRow(reason), 'see docs/data.md')}")
+        lines += [f"  for example row {e['row']} of {e['file']}: {e['detail']}" for e in examples.get(reason, ())[:1]]
+    return "".join(f"\n    {line}" for line in lines)
+
+
+def read_examples(directory: str) -> Examples:
+    """Those of the report beside prepared data; none where it is gone."""
+    filesystem, path = storage.resolve(f"{directory}/report.json")
+    if filesystem.get_file_info(path).type != pafs.FileType.File:
+        return {}
+    with filesystem.open_input_stream(path) as stream:
+        examples: Examples = json.loads(stream.read())["quarantine_examples"]
+    return examples
 
 
 def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rayward.data.formats.table import FORMATS, SourceOptions
+from rayward.data.formats.table import SourceOptions, columns_of
+from rayward.data.formats.table import adapt as adapt_one
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, RowRejected, dump_record, validate
 from rayward.data.sources.read import BATCH_ROWS, ReadUnit, read_unit
@@ -120,12 +121,13 @@ def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
 def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
     """Parse, adapt and validate rows; READ_SCHEMA -> ADAPTED_SCHEMA."""
     rows = table.to_pylist()
+    columns = {file: columns_of(*plan.formats[file]) for file in {row["file"] for row in rows}}
     for row in rows:
         name, options = plan.formats[row["file"]]
         row["source"] = options.source
         if row["kind"] == "row" and row["reason"] is None:
             try:
-                comparison = FORMATS[name].adapt(_parse(row["raw"]), options)
+                comparison = adapt_one(name, columns[row["file"]], _parse(row["raw"]), options)
                 row["source"] = comparison.source
                 validate(comparison, ties=plan.ties)
             except RowRejected as exc:

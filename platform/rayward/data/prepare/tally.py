@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from rayward.data.prepare.join import MARK
+from rayward.data.prepare.numbers import Sketch, sketches_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Tally:
         grouping: rows joined, groups, and rows left by reason (`data.group_pairs`).
         splits: rows by split; quarantined: rows by reason; sources: quarantined rows by source.
         damaged: messages about files that could not be read to the end.
+        numbers: by column, how the numbers of the used rows are distributed.
     """
 
     read: int
@@ -33,6 +35,7 @@ class Tally:
     quarantined: Counter[str]
     sources: Counter[str]
     damaged: tuple[str, ...]
+    numbers: dict[str, Sketch]
 
     @classmethod
     def of(cls, table: pa.Table) -> str:
@@ -56,17 +59,22 @@ class Tally:
             else:
                 quarantined[reason] += 1
                 sources[source] += 1
-        return json.dumps([read, overlap, merged, grouping, splits, quarantined, sources, damaged])
+        numbers = {name: sketch.as_json() for name, sketch in sketches_of(table).items()}
+        return json.dumps([read, overlap, merged, grouping, splits, quarantined, sources, damaged, numbers])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
         read, overlap, merged, damaged = 0, 0, 0, list[str]()
         counters = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+        numbers: dict[str, Sketch] = {}
         for part in parts:
-            rows, shared, joined_rows, *counts, messages = json.loads(part)
+            rows, shared, joined_rows, *counts, messages, sketches = json.loads(part)
             read, overlap, merged = read + rows, overlap + shared, merged + joined_rows
             damaged += messages
             for counter, count in zip(counters, counts, strict=True):
                 counter.update(count)
-        return cls(read, overlap, merged, *counters, tuple(sorted(set(damaged))))
+            for name, value in sketches.items():
+                sketch = Sketch.from_json(value)
+                numbers[name] = numbers[name] + sketch if name in numbers else sketch
+        return cls(read, overlap, merged, *counters, tuple(sorted(set(damaged))), numbers)

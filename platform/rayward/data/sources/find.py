@@ -82,11 +82,14 @@ class _Place(NamedTuple):
     pattern: str
 
 
-def find_files(locations: Sequence[str], role: Role) -> Found:
+def find_files(locations: Sequence[str], role: Role, *, every_split: bool = False) -> Found:
     """Expand paths, globs, directories and URIs (hub names are handled by `parse_hub_name`).
 
     A file that was not named itself is passed over when its name begins with `.` or `_`, its suffix cannot be read, or its name says
     that it is of the other role: test data is not trained on, and train data not held out where there is test data beside it.
+
+    Args:
+        every_split: whether a name's split does not matter, as it does not where rows are only scored.
 
     Raises:
         DataError: a location does not exist, matches nothing that can be read, or names a file of an unknown kind.
@@ -95,7 +98,7 @@ def find_files(locations: Sequence[str], role: Role) -> Found:
     passed_over: dict[str, PassedOver] = {}
     for location in locations:
         for one in _expanded(location):
-            files, others = _find(one, role)
+            files, others = _find(one, role, every_split)
             found.update((file.uri, file) for file in files)
             passed_over.update((other.uri, other) for other in others)
     return Found([found[uri] for uri in sorted(found)], [passed_over[uri] for uri in sorted(passed_over.keys() - found.keys())])
@@ -123,7 +126,7 @@ def _expanded(location: str) -> list[str]:
     return [one + options for one in expanded]
 
 
-def _find(location: str, role: Role) -> tuple[list[SourceFile], list[PassedOver]]:
+def _find(location: str, role: Role, every_split: bool) -> tuple[list[SourceFile], list[PassedOver]]:
     filesystem, path = storage.resolve(location)
     try:
         info = filesystem.get_file_info(path)
@@ -141,7 +144,7 @@ def _find(location: str, role: Role) -> tuple[list[SourceFile], list[PassedOver]
         saved = _saved_data_sets(filesystem, place, entries)
     except READ_ERRORS as exc:
         raise DataError(f"{location} cannot be read ({exc})", remedy="check the path and the access rights") from exc
-    files, passed_over = _choose(place, entries, saved, role)
+    files, passed_over = _choose(place, entries, saved, role, every_split)
     if not files:
         looked_at = "; ".join(str(other) for other in passed_over[:3]) + (f"; {len(passed_over) - 3} more" if len(passed_over) > 3 else "")
         raise DataError(
@@ -212,7 +215,7 @@ def _listed(filesystem: pafs.FileSystem, state: str) -> frozenset[str]:
 
 
 def _choose(
-    place: _Place, entries: list[pafs.FileInfo], saved: dict[str, frozenset[str]], role: Role
+    place: _Place, entries: list[pafs.FileInfo], saved: dict[str, frozenset[str]], role: Role, every_split: bool
 ) -> tuple[list[SourceFile], list[PassedOver]]:
     usable: list[tuple[SourceFile, tuple[str, frozenset[str]] | None]] = []
     passed_over: dict[str, PassedOver] = {}
@@ -240,6 +243,8 @@ def _choose(
         else:
             file = SourceFile(_uri(place.location, place.path, entry.path), *kind, kinds.source_name(entry.path), role, entry.size)
             usable.append((file, kinds.split_of(parts)))
+    if every_split:
+        return [file for file, _ in usable], list(passed_over.values())
     other = kinds.HELD_OUT if role == "train" else kinds.TRAIN
     there = any(split is not None and split[0] == kinds.HELD_OUT for _, split in usable)
     files = []
