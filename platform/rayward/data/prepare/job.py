@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from pyarrow import fs as pafs
@@ -31,21 +30,24 @@ from ray.data import DataContext
 from rayward import storage
 from rayward.cluster import connect
 from rayward.config.run import Config
+from rayward.config.sources import SourceConfig
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
 from rayward.contract.reading import DEFAULT_SEPARATOR
-from rayward.data.formats.table import SourceOptions
+from rayward.data.formats.table import SourceOptions, columns_of
 from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy, judge
+from rayward.data.prepare.leftover import unused_columns
 from rayward.data.prepare.numbering import number_units
 from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.repeats import repeated, repeats_of, train_rows_by_file
 from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation, adapt, read
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepare.tally import Tally
 from rayward.data.prepare.write import check_shared, open_workspace, publish, summaries, write_file, write_quarantine, write_split
-from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, PreparedData, ShardEntry
+from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, PreparedData, ShardEntry, UnusedColumn
 from rayward.data.record import BadRow
 from rayward.data.sources.read import BATCH_ROWS, ReadUnit
 from rayward.errors import DataError, TooManyBadRowsError
@@ -70,6 +72,7 @@ class _Outcome:
     examples: dict[str, list[dict[str, Any]]]
     shards: dict[str, tuple[ShardEntry, ...]]
     stats: dict[str, SplitStats]
+    unused: tuple[UnusedColumn, ...]
     numbers: dict[str, dict[str, float]]
 
 
@@ -176,10 +179,16 @@ def _run(
     shards: dict[str, tuple[ShardEntry, ...]] = {}
     stats: dict[str, SplitStats] = {}
     # Materialised: a strict repartition that is fused into a sort keeps the sort's blocks (Ray 2.60).
-    ordered = encoded.map_batches(_used, batch_size=None, batch_format="pyarrow").sort("order").materialize() if used else encoded
+    repeats = _repeats(inputs.sources, encoded)
+    use = partial(repeated, repeats=repeats)
+    ordered = encoded.map_batches(use, batch_size=None, batch_format="pyarrow").sort("order").materialize() if used else encoded
+    num_used = Counter(tally.splits)
+    if repeats:
+        num_used["train"] = ordered.count() - num_used["validation"]
     for split in ("train", "validation"):
-        shards[split], stats[split] = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace)
-    return _Outcome(tally, examples, shards, stats, described(numbers, bounds, config.data.attributes))
+        shards[split], stats[split] = write_split(ordered, split, num_used[split], config.data.rows_per_shard, workspace)
+    unused = unused_columns(tally.columns, {options.source: columns_of(name, options).settings or {} for name, options in formats.values()})
+    return _Outcome(tally, examples, shards, stats, unused, described(numbers, bounds, config.data.attributes))
 
 
 def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
@@ -196,8 +205,12 @@ def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy
     return encode(table, _encoder(reference[0]), policy)
 
 
-def _used(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_valid(table.column("split")))
+def _repeats(sources: Mapping[str, SourceConfig], encoded: ray.data.Dataset) -> dict[str, float]:
+    rows: Counter[str] = Counter()
+    if any(source.share is not None for source in sources.values()):
+        for part in summaries(encoded, lambda table: json.dumps(train_rows_by_file(table))):
+            rows.update(json.loads(part))
+    return repeats_of(sources, rows)
 
 
 def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
@@ -206,9 +219,11 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
     return Manifest(
         fingerprint=fingerprint,
         num_input_rows=outcome.tally.read,
-        num_train=outcome.tally.splits["train"],
+        num_train=train.num_rows,
         num_validation=outcome.tally.splits["validation"],
         num_merged=outcome.tally.num_merged,
+        num_repeated=train.num_rows - outcome.tally.splits["train"],
+        unused_columns=outcome.unused,
         grouping=Grouping(**outcome.tally.grouping),
         num_quarantined=dict(sorted(outcome.tally.quarantined.items())),
         train_shards=outcome.shards["train"],
@@ -271,6 +286,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         num_merged=outcome.tally.num_merged,
         grouping=Grouping(**outcome.tally.grouping),
         numbers=outcome.numbers,
+        unused=outcome.unused,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from rayward.data.formats.table import SourceOptions, columns_of
 from rayward.data.formats.table import adapt as adapt_one
+from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, RowRejected, dump_record, validate
 from rayward.data.sources.read import BATCH_ROWS, ReadUnit, read_unit
@@ -28,7 +29,8 @@ RAW_LIMIT = 2000
 READ_SCHEMA = pa.schema(
     [
         # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
-        # file) | overlap (number = prompts in both splits) | grouping (number = rows or groups of what detail says)
+        # file) | columns (number = rows of a source, or with one of its columns, that detail says) | overlap (number = prompts in both
+        # splits) | grouping (number = rows or groups of what detail says)
         pa.field("kind", pa.string()),
         pa.field("role", pa.string()),
         pa.field("file", pa.string()),
@@ -86,6 +88,8 @@ def read(unit: ReadUnit) -> Iterator[pa.Table]:
     damage: str | None = None
     try:
         for raw in read_unit(unit):
+            if unit.last_number is not None and raw.number > unit.last_number:
+                break
             batch.append(raw)
             if len(batch) == BATCH_ROWS:
                 total += len(batch)
@@ -122,12 +126,15 @@ def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
     """Parse, adapt and validate rows; READ_SCHEMA -> ADAPTED_SCHEMA."""
     rows = table.to_pylist()
     columns = {file: columns_of(*plan.formats[file]) for file in {row["file"] for row in rows}}
+    leftovers = Leftovers()
     for row in rows:
         name, options = plan.formats[row["file"]]
         row["source"] = options.source
         if row["kind"] == "row" and row["reason"] is None:
             try:
-                comparison = adapt_one(name, columns[row["file"]], _parse(row["raw"]), options)
+                given = _parse(row["raw"])
+                leftovers.add(row["file"], options.source, columns[row["file"]], given)
+                comparison = adapt_one(name, columns[row["file"]], given, options)
                 row["source"] = comparison.source
                 validate(comparison, ties=plan.ties)
             except RowRejected as exc:
@@ -141,6 +148,7 @@ def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
         key = row.get("prompt_key") or digest([row["file"], row["number"]])
         row["bucket"] = int(key[:15], 16) % plan.num_buckets
         row["raw"] = row["raw"][:RAW_LIMIT]
+    rows += [{**line, "bucket": int(digest(line["detail"])[:15], 16) % plan.num_buckets} for line in leftovers.lines()]
     return pa.Table.from_pylist(rows, schema=ADAPTED_SCHEMA)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from rayward.data.prepare.join import MARK
+from rayward.data.prepare.leftover import COLUMNS
 from rayward.data.prepare.numbers import Sketch, sketches_of
 
 
@@ -24,6 +25,7 @@ class Tally:
         grouping: rows joined, groups, and rows left by reason (`data.group_pairs`).
         splits: rows by split; quarantined: rows by reason; sources: quarantined rows by source.
         damaged: messages about files that could not be read to the end.
+        columns: rows by source and column that nothing reads (`leftover`).
         numbers: by column, how the numbers of the used rows are distributed.
     """
 
@@ -35,6 +37,7 @@ class Tally:
     quarantined: Counter[str]
     sources: Counter[str]
     damaged: tuple[str, ...]
+    columns: Counter[str]
     numbers: dict[str, Sketch]
 
     @classmethod
@@ -43,6 +46,7 @@ class Tally:
         names = ("kind", "split", "reason", "source", "number", "detail")
         read, overlap, merged, damaged = 0, 0, 0, []
         grouping, splits, quarantined, sources = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+        columns = Counter[str]()
         for kind, split, reason, source, number, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
             if kind == "total":
                 read += number
@@ -50,6 +54,8 @@ class Tally:
                 overlap += number
             elif kind == MARK:
                 grouping[detail] += number
+            elif kind == COLUMNS:
+                columns[detail] += number
             elif kind == "damaged":
                 damaged.append(detail)
             elif kind == "merged":
@@ -60,13 +66,13 @@ class Tally:
                 quarantined[reason] += 1
                 sources[source] += 1
         numbers = {name: sketch.as_json() for name, sketch in sketches_of(table).items()}
-        return json.dumps([read, overlap, merged, grouping, splits, quarantined, sources, damaged, numbers])
+        return json.dumps([read, overlap, merged, grouping, splits, quarantined, sources, columns, damaged, numbers])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
         read, overlap, merged, damaged = 0, 0, 0, list[str]()
-        counters = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+        counters = Counter[str](), Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         numbers: dict[str, Sketch] = {}
         for part in parts:
             rows, shared, joined_rows, *counts, messages, sketches = json.loads(part)
@@ -77,4 +83,4 @@ class Tally:
             for name, value in sketches.items():
                 sketch = Sketch.from_json(value)
                 numbers[name] = numbers[name] + sketch if name in numbers else sketch
-        return cls(read, overlap, merged, *counters, tuple(sorted(set(damaged))), numbers)
+        return cls(read, overlap, merged, *counters[:4], tuple(sorted(set(damaged))), counters[4], numbers)

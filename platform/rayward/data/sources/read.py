@@ -37,6 +37,7 @@ class ReadUnit:
         first_number: number of the first row; None: not counted yet, see `numbered` (`read_unit` counts for itself).
         start, end: the range of bytes; without an end, to the last line.
         size: bytes of its rows as text, roughly.
+        last_number: no row after it is of use.
     """
 
     file: SourceFile
@@ -45,6 +46,7 @@ class ReadUnit:
     start: int = 0
     end: int | None = None
     size: int = 0
+    last_number: int | None = None
 
 
 def plan_units(file: SourceFile) -> list[ReadUnit]:
