@@ -5,16 +5,29 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from rayward.errors import ConfigError, RaywardError
+from rayward.workflows.options import (
+    Device,
+    NumCritiques,
+    ReadAs,
+    RowFormat,
+    Settings,
+    Temperature,
+    TokensPerBatch,
+    Verify,
+    Weights,
+    asked_of,
+    numbers,
+    placed,
+    read_as,
+)
 
 if TYPE_CHECKING:
-    from rayward.config.placement import Placement
     from rayward.config.run import Config
-    from rayward.wire.items import Asked
 
 
 app = typer.Typer(
@@ -25,22 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[FILE.yaml]... [section.key=value]...", help="YAML files, left to right, and dotted overrides."),
-]
-
-ReadAs = Annotated[
-    list[str] | None,
-    typer.Option("--data", help="YAML file or key=value of the data: block or of one of its sources; repeat it for more."),
-]
-Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
-NumCritiques = Annotated[int, typer.Option(help="Of a model that writes critiques: the reward is the mean over so many.")]
-Temperature = Annotated[float, typer.Option(help="Of sampled critiques; 0 takes the likeliest text.")]
-Verify = Annotated[bool, typer.Option(help="Check an exported model against its contract first.")]
 
 
 def load(settings: list[str] | None) -> Config:
@@ -146,8 +143,8 @@ def evaluate(
 
     kept = attributes.split(",") if attributes else None
     data_config = reading_config(settings or (), data, format=format, attributes=kept, rank_by=rank_by)
-    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
-    asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
+    placement = placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
+    asked = asked_of(weights=weights, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.evaluate import evaluate_pipeline, prepared_of
 
     if settings and prepared_of(data) is not None:
@@ -169,7 +166,8 @@ def score(
         str | None, typer.Option(help="Directory, .jsonl or .parquet file to write, by a job on Ray that is continued [default: stdout].")
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="Of a directory: parquet or jsonl [default: parquet].")] = None,
-    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    format: RowFormat = None,
+    settings: ReadAs = None,
     keep_columns: Annotated[bool, typer.Option("--keep-columns", help="Keep the columns of the input beside the results.")] = False,
     ignore: Annotated[str | None, typer.Option(help="Columns to pass over although they could change the text, comma-separated.")] = None,
     device: Device = "auto",
@@ -184,17 +182,19 @@ def score(
     temperature: Temperature = 0.0,
 ) -> None:
     """Score items: rewards or an error for each. The same command with --output continues an interrupted one."""
-    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
-    asked = _asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
+    placement = placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
+    asked = asked_of(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
+    ignored = tuple(ignore.split(",")) if ignore else ()
+    data_config = read_as(items or (), format, settings, ignored)
     from rayward.workflows.score import ScoreOptions, score_pipeline
 
     options = ScoreOptions(
         items=tuple(items or ["-"]),
         output=output,
         output_format=output_format,
-        format=format,
+        data_config=data_config,
         keep_columns=keep_columns,
-        ignore=tuple(ignore.split(",")) if ignore else (),
+        ignore=ignored,
         rows_per_part=rows_per_part,
     )
     counts = score_pipeline(model, options, asked=asked, placement=placement)
@@ -211,18 +211,22 @@ def normalise(
         typer.Argument(help='Reference set: files, globs, directories, URIs as for score; "-" reads JSON lines [default: -].'),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
-    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    format: RowFormat = None,
+    settings: ReadAs = None,
     device: Device = "auto",
     scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side; several run on Ray.")] = 1,
     gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves on Ray.")] = 0.0,
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
-    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch)
+    placement = placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch)
+    data_config = read_as(items or (), format, settings, ())
     from rayward.workflows.normalise import default_output, normalise_files
+    from rayward.workflows.score import ScoreOptions
 
     target = output or default_output(model)
-    found = normalise_files(model, tuple(items or ["-"]), output=target, format=format, placement=placement)
+    options = ScoreOptions(items=tuple(items or ["-"]), data_config=data_config)
+    found = normalise_files(model, options, output=target, placement=placement)
     typer.echo(
         f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
     )
@@ -239,41 +243,9 @@ def merge(
     from rayward.workflows.merge import merge as run
     from rayward.workflows.merge import shares_of
 
-    given = None if weights is None else _numbers(weights, float, "--weights")
+    given = None if weights is None else numbers(weights, float, "--weights")
     run([Path(model) for model in models], shares_of(len(models), given, expo), output)
     typer.echo(f"model: {output}")
-
-
-def _placed(**options: Any) -> Placement:
-    from rayward.config.load import parse_config
-    from rayward.config.placement import Placement
-
-    return parse_config(options, Placement)
-
-
-def _asked(**options: Any) -> Asked:
-    from rayward.wire.items import Asked
-
-    asked = Asked(**options)
-    if asked.normalise not in ("raw", "centred", "standardised"):
-        raise ConfigError(f"--normalise is {asked.normalise!r}; the rule is raw, centred or standardised", remedy="use one of these")
-    number, temperature = asked.n_critiques, asked.temperature
-    if number < 1 or not 0.0 <= temperature <= 2.0 or (number > 1 and temperature == 0.0):
-        raise ConfigError(
-            f"--n-critiques is {number} and --temperature {temperature:g}; the rule is 1 or more, and 0 to 2 (above 0 for several)",
-            remedy="for example --n-critiques 4 --temperature 0.5",
-        )
-    return asked
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _numbers(text: str, kind: type[Number], option: str) -> tuple[Number, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as exc:
-        raise ConfigError(f"{option} is {text!r}; the rule is numbers with commas between", remedy="for example 1,2") from exc
 
 
 @app.command()
@@ -302,9 +274,9 @@ def import_model(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a reward model of others as an export: contract, golden scores by its own forward, checked."""
-    placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
+    placement = placed(device=device, tokens_per_batch=tokens_per_batch)
     names = tuple(outputs.split(",")) if outputs else ()
-    shares = _numbers(weights, float, "--weights") if weights else ()
+    shares = numbers(weights, float, "--weights") if weights else ()
     from rayward.contract.contract import TemplatedText, UnshownText
 
     for option, given, known in (
@@ -333,7 +305,7 @@ def import_armo(
     """Write a published mixture-of-objectives checkpoint as an export with a contract."""
     from rayward.workflows.import_armo import import_armo as run_import
 
-    names, ids = tuple(attributes.split(",")), _numbers(gate_ids, int, "--gate-ids")
+    names, ids = tuple(attributes.split(",")), numbers(gate_ids, int, "--gate-ids")
     run_import(source, output, attributes=names, gate_ids=ids, max_tokens=max_tokens)
     typer.echo(f"model: {output}")
 
@@ -351,8 +323,8 @@ def critique(
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model's own critiques of the data that the settings name; the same command continues an interrupted one."""
-    placement = _placed(device=device, actors=writers, gpus_per_actor=gpus_per_writer, tokens_per_batch=tokens_per_batch)
-    _asked(temperature=temperature)
+    placement = placed(device=device, actors=writers, gpus_per_actor=gpus_per_writer, tokens_per_batch=tokens_per_batch)
+    asked_of(temperature=temperature)
     resolved = load(settings)
     from rayward.workflows.critique import Sampling, write_critiques
 
