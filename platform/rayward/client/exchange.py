@@ -210,9 +210,9 @@ def _as_body(item: Item) -> dict[str, Any]:
             )
         given = {"tools": item.tools, "chat_template_kwargs": item.chat_template_kwargs}
         body = {"prompt": item.prompt, "completions": item.completions, **{name: value for name, value in given.items() if value}}
-        return _as_json(body)
+        item = body
     # Tuples and other sequences become JSON arrays; keys the schema does not know are refused by the server.
-    return _as_json(item)
+    return {key: _as_json(value) for key, value in item.items()}
 
 
 def _as_json(value: Any) -> Any:

@@ -162,7 +162,8 @@ def _require(broken: BrokenRule | None, where: str, item: int | None) -> None:
 _FORM = (
     'the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...], "tools"?: [object, ...], '
     '"chat_template_kwargs"?: object}], "model"?: str, "weights"?: str, "normalise"?: "raw" | "centred" | "standardised", '
-    '"n_critiques"?: int >= 1, "temperature"?: 0 to 2}; a message has role, content, tool_calls, tool_call_id, name, reasoning_content, prefix'
+    '"n_critiques"?: int >= 1, "temperature"?: 0 to 2}; a message has role, content, tool_calls, tool_call_id, name, '
+    "reasoning_content, prefix"
 )
 _SCHEMA_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
 

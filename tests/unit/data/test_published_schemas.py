@@ -664,6 +664,20 @@ def test_turns_kept_as_json_text_are_parsed() -> None:
     assert [dict(turn) for turn in read(row)[1].prompt] == [ASK]
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '{"answer": 7}', "[not json]", "[]", '[{"role": "user"}]'])
+def test_turns_as_python_prints_them_are_parsed_and_what_cannot_be_is_refused() -> None:
+    row = {"prompt": "Name a prime.", "chosen": str([ASK, SEVEN]), "rejected": str([ASK, EIGHT])}
+    assert read(row)[1].completions == ("Seven.", "Eight.")
+    table = f"[{ASK}\n {SEVEN}]"  # an array of objects, printed without commas
+    with pytest.raises(RowRejected, match="looks like messages") as caught:
+        FORMATS["trl"].adapt(PAIR | {"chosen": table}, SourceOptions("f", prompt_key="prompt"))
+    assert caught.value.reason is BadRow.WRONG_TYPE
+
+
+def test_one_turn_may_stand_without_a_list() -> None:
+    assert read({"prompt": ASK, "chosen": SEVEN, "rejected": EIGHT})[1].completions == ("Seven.", "Eight.")
+    assert read({"prompt": "Name a prime.", "chosen": json.dumps(SEVEN), "rejected": "Eight."})[1].completions == ("Seven.", "Eight.")
+
+
+@pytest.mark.parametrize("text", ["{'answer': 7}", "[1, 2]", '{"answer": 7}', "[not json]", "[]", '[{"role": "user"}]'])
 def test_other_json_text_stays_an_answer(text: str) -> None:
     assert read(PAIR | {"chosen": text})[1].completions[0] == text

@@ -37,8 +37,8 @@ _ROLE_MARK = "<extra_id_1>"
 def ranking(row: Row, options: SourceOptions) -> Comparison:
     """`ranks` (lower is better), or `attributes` (per completion a mapping, or a list in the order of `data.attributes`), or both.
 
-    Besides, per completion: `step_labels` (a list; read where `data.step_separator` is set) and `critiques` (a text); per pair, in the order
-    (0, 1), (0, 2), …: `vote_shares`, the share of the votes for its first one.
+    Besides, per completion: `step_labels` (a list; read where `data.step_separator` is set) and `critiques` (a text); per pair, in the
+    order (0, 1), (0, 2), …: `vote_shares`, the share of the votes for its first one.
     """
     prompt = as_prompt(required(row, "prompt"), "prompt")
     given = as_list(required(row, "completions"), "completions")
