@@ -118,6 +118,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ms-swift": ("ms_swift", {"messages": [ASK, SEVEN], "rejected_response": "Eight.", "margin": 0.5}),
     "ms-swift, two conversations": ("ms_swift", {"messages": [ASK, SEVEN], "rejected_messages": [ASK, EIGHT], "images": []}),
+    "ms-swift, rounds": (
+        "ms_swift",
+        {"conversation": [{"human": "Name a prime.", "assistant": "Seven."}], "rejected_response": "Eight."},
+    ),
     "ms-swift, query and response": ("ms_swift", {"query": "Name a prime.", "response": "Seven.", "rejected_response": "Eight."}),
     "NeMo-RL": (
         "nemo_rl",

@@ -24,6 +24,8 @@ QUESTIONS = ("input", "question", "query")
 """Columns of a prompt that stands in a single text, besides `instruction` and `prompt`."""
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """Columns of the better and the worse answer."""
+MESSAGES = ("messages", "conversations", "conversation")
+"""Columns of a conversation that ends with an answer."""
 MEDIA = ("images", "videos", "audios", "rejected_images", "rejected_videos", "rejected_audios", "objects")
 
 
@@ -59,12 +61,12 @@ def ms_swift(row: Row, options: SourceOptions) -> Comparison:
             raise RowRejected(BadRow.UNSUPPORTED_MESSAGE, f"field {key!r} is not empty; only texts are supported, no images or sounds")
     if row.get("rejected_tools") not in (None, [], "", row.get("tools")):
         raise RowRejected(BadRow.WRONG_TYPE, "rejected_tools are not tools; the rule is one list of tools for both")
-    asked, rejected = one_of(row, ("messages", "query")), one_of(row, ("rejected_messages", "rejected_response"))
+    asked, rejected = one_of(row, (*MESSAGES, "query")), one_of(row, ("rejected_messages", "rejected_response"))
     if rejected == "rejected_messages":
-        keys = ("messages", "rejected_messages")
+        keys = (asked, rejected)
         prompt, answers = shared_turns([as_messages(required(row, key), key) for key in keys], keys)
-    elif asked == "messages":
-        prompt, better = _last_answer(row["messages"], "messages")
+    elif asked in MESSAGES:
+        prompt, better = _last_answer(row[asked], asked)
         answers = [better, as_completion(required(row, "rejected_response"), "rejected_response", prompt)]
     else:
         prompt = (*_history(row), *as_prompt(as_text(required(row, "query"), "query"), "query"))
@@ -95,8 +97,8 @@ def kto(row: Row, options: SourceOptions) -> Comparison:
     label = one_of(row, ("label", "kto_tag"))
     # The input of an instruction is part of it.
     inputs = () if row.get("instruction") is not None else ("input",)
-    asked = one_of(row, ("messages", "conversations", "instruction", "prompt", "question", "query", *inputs))
-    if asked in ("messages", "conversations"):
+    asked = one_of(row, (*MESSAGES, "instruction", "prompt", "question", "query", *inputs))
+    if asked in MESSAGES:
         prompt, answer = _last_answer(row[asked], asked)
     else:
         key = one_of(row, ("completion", "output", "response"))
