@@ -184,9 +184,9 @@ def main() -> None:
     tokens = found[BARE][0]["tokens"]
     text = "\n".join(
         [
-            f"{args.rows} dialogues of hh-rlhf harmless with two completions each, {tokens / args.rows:.0f} computed tokens a row; SmolLM2-135M cut "
-            f"to {args.layers} layers with a reward head, fp32, one thread, {args.tokens_per_batch} tokens a forward. Ratio: rows per second over "
-            f"those of the bare forward of the same round, median of {args.rounds}. The last column is the largest difference of a reward.",
+            f"{args.rows} dialogues of hh-rlhf harmless with two completions each, {tokens / args.rows:.0f} computed tokens a row; "
+            f"SmolLM2-135M cut to {args.layers} layers with a reward head, fp32, one thread, {args.tokens_per_batch} tokens a forward. "
+            f"Ratio: rows per second over those of the bare forward of the same round, median of {args.rounds}. The last column is the largest difference of a reward.",
             "",
             common.table(["side", "rows/s", "ratio", "of the rounds", "ratio of CPU time", "rewards differ by"], rows),
         ]
