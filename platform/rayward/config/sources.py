@@ -32,10 +32,6 @@ JUDGEMENTS: dict[str, frozenset[str]] = {
 """The judgements that columns may express, by the standard names that they need. `ratings` or `critiques` do for answers without one."""
 
 
-ANSWERS = ({"chosen", "rejected"}, {"first", "second"}, {"completions"}, {"completion"}, {"best", "losers"})
-"""The answers that may stand together. Without a judgement they can be scored, but not trained on or evaluated."""
-
-
 def _listed(value: Any) -> Any:
     # One value may stand for a list of one.
     return (value,) if isinstance(value, str | bool | int | float) else value
@@ -97,6 +93,8 @@ class SourceConfig(Frozen):
     """Files, globs, directories, URIs or `hf:` names, as in `data.train`; one or a list."""
     role: Literal["train", "validation"] = "train"
     """What the rows are for."""
+    judged: bool = True
+    """false: answers without a judgement, which can be scored and not trained on."""
     format: SourceFormat | None = None
     """Format of the rows after `columns` has renamed them. None: `data.format`, or what `columns` says by standard names."""
     columns: dict[str, str | tuple[str, ...] | None] = Field(default_factory=dict)
@@ -166,10 +164,13 @@ class SourceConfig(Frozen):
                 "correct it, or name the format whose column it is"
             )
         judgement = self.kind
-        answers = set(self.mapped_names) & set(ANSWER_NAMES)
-        judged = any(name in self.mapped_names for name in ("label", "scores", "ranks", "comparisons", "votes"))
-        if judgement is None and (judged or answers not in ANSWERS):
-            raise ValueError(f"{where}: {self.unjudged}")
+        if judgement is None and not self.judged:
+            return
+        if judgement is None:
+            raise ValueError(
+                f"{where}: columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of "
+                f"{'; '.join(JUDGEMENTS)}; or completions, or completion, with ratings or critiques; add what is missing"
+            )
         spoken = {"first, second and label", "first, second and votes"}
         label, values = self.columns.get("label", self.columns.get("votes")), self.judgement
         told = values.names_values or values.middle is not None or not isinstance(label, str) or "first_name" in self.columns
@@ -177,14 +178,6 @@ class SourceConfig(Frozen):
             raise ValueError(
                 f"{where}: it is not said which values of the label mean what; set judgement.first, judgement.second and judgement.tie"
             )
-
-    @property
-    def unjudged(self) -> str:
-        """What is wrong with columns that are no judgement."""
-        return (
-            f"columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of {'; '.join(JUDGEMENTS)}; or "
-            "completions, or completion, with ratings or critiques; add what is missing"
-        )
 
     @property
     def mapped_names(self) -> list[str]:

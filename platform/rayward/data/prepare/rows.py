@@ -18,7 +18,8 @@ from rayward.data.formats.table import adapt as adapt_one
 from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, RowRejected, dump_record, validate
-from rayward.data.sources.read import BATCH_ROWS, RawRow, ReadUnit, read_unit
+from rayward.data.sources.read import BATCH_ROWS, ReadUnit, read_unit
+from rayward.data.sources.rows import RawRow
 from rayward.errors import DataError
 from rayward.schema import digest
 
