@@ -207,15 +207,17 @@ def find_inputs(options: ScoreOptions, *, asked: Asked = Asked(), download_to: s
 
 
 def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:
-    from rayward.data.sources.find import find_files
+    from rayward.data.sources.find import find_files, report_passed_over
     from rayward.data.sources.hub import download, parse_hub_name
 
     local = [location for location in locations if not location.startswith(HUB_PREFIX)]
     for location in locations:
         if location.startswith(HUB_PREFIX):
-            yield download(parse_hub_name(location, "train"), download_to, "train")
+            yield from download(parse_hub_name(location, "train"), download_to, "train")
     if local:
-        yield from find_files(local, "validation")[0]
+        found = find_files(local, "validation", every_split=True)
+        report_passed_over(found.passed_over)
+        yield from found.files
 
 
 def _reading(source: SourceConfig) -> str:
@@ -260,12 +262,11 @@ def scored_files(scorer: ScoredModel, inputs: Inputs) -> Iterator[tuple[SourceFi
     Raises:
         DataError: a file is damaged; the rows before it have come.
     """
-    from rayward.data.sources.read import plan_units, read_unit
+    from rayward.data.sources.read import read_file
     from rayward.scoring.rows import read_row, score_given
 
     for file in inputs.files:
-        raws = (raw for unit in plan_units(file) for raw in read_unit(unit))
-        for chunk in together(raws, lambda raw: len(raw.raw)):
+        for chunk in together(read_file(file), lambda raw: len(raw.raw)):
             rows = [read_row(raw, file.uri, inputs.rules) for raw in chunk]
             yield file, (rows, score_given(scorer, [row.given for row in rows]))
 
