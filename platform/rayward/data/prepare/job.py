@@ -39,6 +39,7 @@ from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy, judge
 from rayward.data.prepare.leftover import unused_columns
+from rayward.data.prepare.numbering import number_units
 from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
 from rayward.data.prepare.repeats import repeated, repeats_of, train_rows_by_file
 from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
@@ -61,7 +62,6 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
 
 BUCKET_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
-GZIP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def prepare(config: Config) -> PreparedData:
     formats, units = plan_reads(inputs.files, config, inputs.sources)
     connect()
     with open_workspace(directory) as workspace, _data_context():
-        outcome = _run(config, inputs, formats, units, workspace)
+        outcome = _run(config, inputs, formats, number_units(units), workspace)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory, outcome.examples)
@@ -134,7 +134,7 @@ def _data_context() -> Iterator[None]:
 def _run(
     config: Config, inputs: Inputs, formats: Mapping[str, tuple[str, SourceOptions]], units: list[ReadUnit], workspace: str
 ) -> _Outcome:
-    size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
+    size = sum(unit.size for unit in units)
     buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
     # Ties are votes too: with them, what is tied is decided when they are counted.
     adaptation = Adaptation(formats, config.data.ties if config.data.votes == "quarantine" else "keep", buckets)
@@ -187,7 +187,7 @@ def _run(
         num_used["train"] = ordered.count() - num_used["validation"]
     for split in ("train", "validation"):
         shards[split], stats[split] = write_split(ordered, split, num_used[split], config.data.rows_per_shard, workspace)
-    unused = unused_columns(tally.columns, {options.source: columns_of(name, options).settings or {} for name, options in formats.values()})
+    unused = _unused(tally, formats)
     return _Outcome(tally, examples, shards, stats, unused, described(numbers, bounds, config.data.attributes))
 
 
@@ -203,6 +203,14 @@ def _encoder(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]])
 
 def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy) -> pa.Table:
     return encode(table, _encoder(reference[0]), policy)
+
+
+def _unused(tally: Tally, formats: Mapping[str, tuple[str, SourceOptions]]) -> tuple[UnusedColumn, ...]:
+    settings = {options.source: columns_of(name, options).settings or {} for name, options in formats.values()}
+    rows: Counter[str] = Counter()
+    for file, count in tally.files.items():
+        rows[formats[file][1].source] += count
+    return unused_columns(tally.columns, rows, settings)
 
 
 def _repeats(sources: Mapping[str, SourceConfig], encoded: ray.data.Dataset) -> dict[str, float]:
@@ -280,7 +288,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         train=outcome.stats["train"],
         validation=outcome.stats["validation"],
         files=[file.uri for file in inputs.files],
-        ignored_files=inputs.ignored,
+        ignored_files=[str(other) for other in inputs.ignored],
         formats=Counter(name for name, _ in formats.values()),
         overlap=outcome.tally.overlap,
         num_merged=outcome.tally.num_merged,
