@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import re
 import statistics
 import tempfile
@@ -109,7 +110,7 @@ def run_on_ray(spec: dict[str, Any]) -> dict[str, Any]:
     from rayward.config.placement import Placement
     from rayward.workflows.score import ScoreOptions, find_inputs, run_scores
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = "local"
     output = str(Path(spec["scratch"], "out.jsonl"))
     options = ScoreOptions(items=(spec["file"],), output=output, rows_per_part=spec["rows_per_part"])
     start = time.perf_counter()
@@ -184,9 +185,10 @@ def main() -> None:
     tokens = found[BARE][0]["tokens"]
     text = "\n".join(
         [
-            f"{args.rows} dialogues of hh-rlhf harmless with two completions each, {tokens / args.rows:.0f} computed tokens a row; SmolLM2-135M cut "
-            f"to {args.layers} layers with a reward head, fp32, one thread, {args.tokens_per_batch} tokens a forward. Ratio: rows per second over "
-            f"those of the bare forward of the same round, median of {args.rounds}. The last column is the largest difference of a reward.",
+            f"{args.rows} dialogues of hh-rlhf harmless with two completions each, {tokens / args.rows:.0f} computed tokens a row; "
+            f"SmolLM2-135M cut to {args.layers} layers with a reward head, fp32, one thread, {args.tokens_per_batch} tokens a forward. "
+            f"Ratio: rows per second over those of the bare forward of the same round, median of {args.rounds}. The last column is the "
+            "largest difference of a reward.",
             "",
             common.table(["side", "rows/s", "ratio", "of the rounds", "ratio of CPU time", "rewards differ by"], rows),
         ]

@@ -206,7 +206,7 @@ def test_one_best_and_its_losers() -> None:
     assert read(many, {"q": "2+2?", "good": ["4", "four"], "bad": ["5"]}).ranks == (0.0, 0.0, 1.0)
 
 
-COMPARED = {
+COMPARED: dict[str, Any] = {
     "columns": {"prompt": "q", "completions": ["a", "b", "c"], "comparisons": "p"},
     "judgement": {"first": 1, "second": 2, "tie": 0},
 }
