@@ -30,7 +30,7 @@ from rayward.data.prepare.encode import encode
 from rayward.data.prepare.judge import Policy, judge
 from rayward.data.prepare.rows import READ_SCHEMA, Adaptation, adapt
 from rayward.data.prepared import comparisons_from_table
-from rayward.data.sources.read import RawRow
+from rayward.data.sources.rows import RawRow
 from rayward.evaluation.held_out import read_raw
 from rayward.scoring.batch import items_of
 from rayward.scoring.rows import RowRules, read_row
