@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayward.contract.contract import Contract
-from rayward.contract.conversation import Message
+from rayward.contract.control import ControlTokens
+from rayward.contract.conversation import NO_INPUTS, Completion, Message, TemplateInputs
+from rayward.contract.rendering import Conversation, Rendered, Renderer
+from rayward.contract.template import ChatTemplate, num_kept, truncations
 from rayward.errors import ContractError, ContractMismatchError, TooLongError
 
 if TYPE_CHECKING:
+    import tokenizers
     from transformers import PreTrainedTokenizerBase
 
 
@@ -28,11 +34,27 @@ class Encoding:
         text_start: index of the first id of what was written last: the completion, or the turn of the critique. A language-model loss
             teaches from here to the end.
         step_ends: index of the last id of every step of the completion, the end token for the last one; None where no separator was given.
+        num_tokens: of the whole conversation, before its oldest turns went.
+        prompt_key: hash of what the prompt becomes before any turn goes: equal for prompts that the template makes equal.
+        prompt_text, rest_text: the rendered prompt before any turn goes, and what follows it, as the tokenizer reads them.
+        trimmed: whether the template cut white space around the completion.
+        changed: what else the template changed or left out, in words, where the contract accepts it.
     """
 
     ids: list[int]
     text_start: int
     step_ends: tuple[int, ...] | None = None
+    num_tokens: int = 0
+    prompt_key: str = ""
+    prompt_text: str = ""
+    rest_text: str = ""
+    trimmed: bool = False
+    changed: str | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the oldest turns of the prompt went."""
+        return len(self.ids) < self.num_tokens
 
 
 class Encoder:
@@ -46,28 +68,51 @@ class Encoder:
     def __init__(self, contract: Contract, tokenizer: PreTrainedTokenizerBase) -> None:
         self.contract = contract
         self._tokenizer = tokenizer
-        self._prompt: tuple[tuple[tuple[str, str], ...], list[int]] | None = None
+        self._template = ChatTemplate(contract, tokenizer)
         if tokenizer.convert_tokens_to_ids(contract.end_token) != contract.end_token_id:
             raise ContractMismatchError(
                 f"tokenizer: {contract.end_token!r} has id {tokenizer.convert_tokens_to_ids(contract.end_token)}, "
                 f"the contract says {contract.end_token_id}",
                 remedy="use the tokenizer that was exported with the contract",
             )
+        self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
+        self._control, always_literal = self._control_tokens()
+        self._renderer = Renderer(contract, self._template, self._control, always_literal=always_literal)
 
-    def encode(self, prompt: Sequence[Message], completion: str, critique: str | None = None) -> list[int]:
+    def _control_tokens(self) -> tuple[ControlTokens, bool]:
+        around = self._template.around_turns
+        control = {self.contract.end_token, self.contract.bos_token or "", self.contract.pad_token}
+        normalised = False
+        for token in self._backend.get_added_tokens_decoder().values():
+            if token.special or token.content in around:
+                control.add(token.content)
+                normalised |= token.normalized and self._backend.normalizer is not None
+        # A normaliser could make a control token of a text that holds none, where the tokenizer looks for them after it.
+        return ControlTokens(self._backend, control), normalised
+
+    def encode(
+        self, prompt: Sequence[Message], completion: Completion, critique: str | None = None, *, inputs: TemplateInputs = NO_INPUTS
+    ) -> list[int]:
         """Token ids of one conversation; the last id is the end token, whose position is scored.
 
         Args:
             critique: what `Contract.critique_lead_in` is followed by; needed where the contract has one.
 
-        Raises:
-            TooLongError: the system turn, the last user turn, the completion and the critique do not fit `max_tokens`.
-            ContractError: the template rejects the conversation, or the critique is missing.
+        Raises: as `encode_parts`.
         """
-        return self._fitting(prompt, completion, critique)[1]
+        return self.encode_parts(prompt, completion, critique, inputs=inputs).ids
 
     def encode_parts(
-        self, prompt: Sequence[Message], completion: str, critique: str | None = None, *, separator: str | None = None
+        self,
+        prompt: Sequence[Message],
+        completion: Completion,
+        critique: str | None = None,
+        *,
+        separator: str | None = None,
+        inputs: TemplateInputs = NO_INPUTS,
     ) -> Encoding:
         """As `encode`, with the places in the conversation that losses and heads refer to.
 
@@ -75,98 +120,177 @@ class Encoder:
             separator: text between two steps of the completion.
 
         Raises:
-            TooLongError, ContractError: as `encode`.
+            TooLongError: the system turn, the last user turn, the completion and the critique do not fit `max_tokens`.
+            UnsupportedMessageError: the template does not show a part of it, and the contract does not accept that.
+            AlreadyTemplatedError: a text has gone through a chat template before.
+            ChangedTextError: the template changes the completion, and the contract does not accept that.
+            ContractError: the template rejects the conversation, or the critique is missing.
         """
-        turns, ids, text = self._fitting(prompt, completion, critique)
-        written = self._finished(self._conversation(turns, completion)) if critique is not None else None
-        before = self._prompt_ids(turns) if written is None else self._ids(written)
-        steps = None if separator is None else self._step_ends(text, completion, separator)
-        return Encoding(ids, _common_length(ids, before), steps)
+        return self.encode_sure([Conversation(prompt, completion, critique, inputs)], separator=separator)[0]
 
-    def open_critique(self, prompt: Sequence[Message], completion: str) -> list[int]:
+    def encode_all(self, conversations: Sequence[Conversation], *, separator: str | None = None) -> list[Encoding | ContractError]:
+        """Every conversation as `encode_parts`, in one call of the tokenizer; what it raises is the value of that conversation.
+
+        Args:
+            separator: text between two steps of every completion.
+        """
+        rendered: list[Rendered | ContractError] = []
+        for conversation in conversations:
+            try:
+                rendered.append(self._renderer.render(conversation, conversation.prompt))
+            except ContractError as exc:
+                rendered.append(exc)
+        tokenized = iter(self._tokenized([each for each in rendered if not isinstance(each, ContractError)]))
+        found: list[Encoding | ContractError] = []
+        for conversation, each in zip(conversations, rendered, strict=True):
+            if isinstance(each, ContractError):
+                found.append(each)
+                continue
+            try:
+                found.append(self._encoding(conversation, each, next(tokenized), separator))
+            except ContractError as exc:
+                found.append(exc)
+        return found
+
+    def encode_sure(self, conversations: Sequence[Conversation], *, separator: str | None = None) -> list[Encoding]:
+        """As `encode_all`.
+
+        Raises: as `encode_parts`, for the first conversation that cannot be encoded.
+        """
+        found = []
+        for encoding in self.encode_all(conversations, separator=separator):
+            if isinstance(encoding, ContractError):
+                raise encoding
+            found.append(encoding)
+        return found
+
+    def open_critique(self, prompt: Sequence[Message], completion: Completion, *, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Token ids of the conversation up to where the critique begins, for a language model to go on.
 
         Raises:
             TooLongError: not even an empty critique fits.
-            ContractError: the template rejects the conversation.
+            ContractError: as `encode_parts`.
         """
-        _, _, text = self._fitting(prompt, completion, _MARK)
-        return self._ids(text[: text.rindex(_MARK)])
+        conversation = Conversation(prompt, completion, _MARK, inputs)
+        rendered = self._renderer.render(conversation, prompt)
+        (whole,) = self._tokenized([rendered])
+        if len(whole.ids) > self.contract.max_tokens:
+            rendered, _ = self._truncated(conversation, len(whole.ids))
+        opened = rendered._replace(text=rendered.text[: rendered.text.rindex(_MARK)])
+        ids: list[int] = self._tokenized([opened])[0].ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens and without white space around it."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]
         return text.strip()
 
-    def render(self, prompt: Sequence[Message], completion: str, critique: str | None = None) -> str:
-        """The conversation as text, ending with the end token."""
-        lead_in = self.contract.critique_lead_in
-        if lead_in is None:
-            return self._finished(self._conversation(prompt, completion))
-        if critique is None:
-            raise ContractError("the reward is read after a critique and none is given", remedy="give or generate a critique")
-        return self._finished([*self._conversation(prompt, completion), {"role": "user", "content": f"{lead_in}\n{critique}"}])
+    def render(
+        self, prompt: Sequence[Message], completion: Completion, critique: str | None = None, *, inputs: TemplateInputs = NO_INPUTS
+    ) -> str:
+        """The conversation as text, ending with the end token; control tokens in its own texts look like those of the template.
 
-    def _fitting(self, prompt: Sequence[Message], completion: str, critique: str | None) -> tuple[Sequence[Message], list[int], str]:
-        length = 0
-        for turns in _left_truncations(prompt):
-            text = self.render(turns, completion, critique)
-            ids = self._ids(text)
-            length = len(ids)
-            if length <= self.contract.max_tokens:
-                return turns, ids, text
-        raise TooLongError(
-            f"the last user turn and the completion take {length} tokens; the contract allows {self.contract.max_tokens}",
-            remedy="shorten them, or train with a larger model.max_tokens",
-        )
+        Raises: as `encode_parts`, but for the length.
+        """
+        return self._control.restored(self._renderer.render(Conversation(prompt, completion, critique, inputs), prompt).text)
 
-    def _prompt_ids(self, turns: Sequence[Message]) -> list[int]:
-        # The beginning that an empty completion has too; kept for the other completions of the prompt.
-        key = tuple((turn["role"], turn["content"]) for turn in turns)
-        if self._prompt is None or self._prompt[0] != key:
-            self._prompt = key, self._ids(self._finished(self._conversation(turns, "")))
-        return self._prompt[1]
+    def _tokenized(self, rendered: Sequence[Rendered]) -> list[tokenizers.Encoding]:
+        found: dict[int, tokenizers.Encoding] = {}
+        for literal in (False, True):
+            chosen = [index for index, each in enumerate(rendered) if each.literal == literal]
+            if not chosen:
+                continue
+            backend = self._control.renamed if literal else self._backend
+            texts = [self._control.for_tokenizer(rendered[i].text) if literal else rendered[i].text for i in chosen]
+            found.update(zip(chosen, backend.encode_batch(texts, add_special_tokens=False), strict=True))
+        return [found[index] for index in range(len(rendered))]
 
-    def _step_ends(self, text: str, completion: str, separator: str) -> tuple[int, ...]:
-        body = completion.strip()
-        start = text.rfind(body)
+    def _encoding(self, conversation: Conversation, rendered: Rendered, tokens: tokenizers.Encoding, separator: str | None) -> Encoding:
+        num_tokens, key = len(tokens.ids), self._prompt_key(rendered, tokens)
+        texts = self._as_read(rendered.text[: rendered.prompt_end]), self._as_read(rendered.text[rendered.prompt_end :])
+        if num_tokens > self.contract.max_tokens:
+            rendered, tokens = self._truncated(conversation, num_tokens)
+        steps = None if separator is None else self._step_ends(rendered, tokens, conversation.completion, separator)
+        return Encoding(tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, *texts, rendered.trimmed, rendered.changed)
+
+    def _truncated(self, conversation: Conversation, num_tokens: int) -> tuple[Rendered, tokenizers.Encoding]:
+        # From the shortest prompt on, twice as many more turns at each try: only what nearly fits is rendered, however long the whole is.
+        prompt = conversation.prompt
+        kept, starts = prompt[: num_kept(prompt)], list(truncations(prompt))
+        best: tuple[Rendered, tokenizers.Encoding] | None = None
+
+        def fits(index: int) -> bool:
+            nonlocal best, num_tokens
+            rendered = self._renderer.render(conversation, [*kept, *prompt[starts[index] :]])
+            (tokens,) = self._tokenized([rendered])
+            if len(tokens.ids) > self.contract.max_tokens:
+                num_tokens = len(tokens.ids)
+                return False
+            best = rendered, tokens
+            return True
+
+        fitting, step = len(starts), 1
+        too_long = -1
+        while fitting > 0:
+            index = max(fitting - step, 0)
+            if not fits(index):
+                too_long = index
+                break
+            fitting, step = index, 2 * step
+        while best is not None and fitting - too_long > 1:
+            middle = (fitting + too_long) // 2
+            if fits(middle):
+                fitting = middle
+            else:
+                too_long = middle
+        if best is None:
+            raise TooLongError(
+                f"the last user turn and the completion take {num_tokens} tokens; the contract allows {self.contract.max_tokens}",
+                remedy="shorten them, or train with a larger model.max_tokens",
+            )
+        return best
+
+    def _place(self, rendered: Rendered, position: int) -> int:
+        # Of a place in the rendered text, where it is in the text that was tokenized.
+        return len(self._control.for_tokenizer(rendered.text[:position])) if rendered.literal else position
+
+    def _token_at(self, rendered: Rendered, tokens: tokenizers.Encoding) -> int:
+        place = self._place(rendered, rendered.start)
+        for char in range(place, self._place(rendered, len(rendered.text))):
+            index = tokens.char_to_token(char)
+            if index is not None:
+                return int(index)
+        return len(tokens.ids) - 1
+
+    def _prompt_key(self, rendered: Rendered, tokens: tokenizers.Encoding) -> str:
+        # Ids up to the last control token, which no completion changes, and the text after it as the tokenizer reads it.
+        prompt = rendered.text[: rendered.prompt_end]
+        sure = self._control.last_end(prompt)
+        index = tokens.char_to_token(self._place(rendered, sure) - 1) if sure else None
+        ids = [] if index is None else tokens.ids[: index + 1]
+        rest = prompt[sure:] if index is not None else prompt
+        state = hashlib.blake2b(array("q", ids).tobytes(), digest_size=16)
+        state.update(self._as_read(rest).encode("utf-8", "surrogatepass"))
+        return state.hexdigest()
+
+    def _as_read(self, text: str) -> str:
+        normaliser = self._backend.normalizer
+        return normaliser.normalize_str(text) if normaliser is not None and text else text
+
+    def _step_ends(self, rendered: Rendered, tokens: tokenizers.Encoding, completion: Completion, separator: str) -> tuple[int, ...]:
+        if not isinstance(completion, str):
+            raise ContractError("a completion of several turns has no steps", remedy="give the steps of one assistant turn as its text")
+        body = self._control.stand_in(completion.strip())
+        start = rendered.text.rfind(body)
         if start < 0:
             raise ContractError(
                 "the chat template changes the completion, so its steps cannot be found in it",
                 remedy="use a template that prints it as it is",
             )
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        begins = [begin for begin, _ in encoded["offset_mapping"]]
+        begins = [begin for begin, _ in tokens.offsets]
         last = len(begins) - 1
-        return (*(bisect_right(begins, start + stop - 1) - 1 for _, stop in split_steps(body, separator)[:-1]), last)
-
-    @staticmethod
-    def _conversation(prompt: Sequence[Message], completion: str) -> list[dict[str, str]]:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
-        return [*turns, {"role": "assistant", "content": completion}]
-
-    def _finished(self, turns: list[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
-        contract = self.contract
-        kwargs: dict[str, Any] = dict(contract.template_kwargs)
-        if contract.template_source == "plain":
-            kwargs |= {"end_token": contract.end_token, "bos_token": contract.bos_token}
-        try:
-            text = self._tokenizer.apply_chat_template(
-                turns, chat_template=contract.template, tokenize=False, add_generation_prompt=False, **kwargs
-            )
-        except TemplateError as exc:
-            raise ContractError(
-                f"the chat template rejects the conversation: {exc}", remedy="use turns and roles that the model's template knows"
-            ) from exc
-        assert isinstance(text, str)
-        stripped = text.rstrip()
-        return stripped if stripped.endswith(contract.end_token) else text + contract.end_token
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        stops = [self._place(rendered, start + stop) for _, stop in split_steps(body, separator)[:-1]]
+        return (*(bisect_right(begins, stop - 1) - 1 for stop in stops), last)
 
 
 def split_steps(text: str, separator: str) -> list[tuple[str, int]]:
@@ -197,16 +321,3 @@ def gate_position(contract: Contract, ids: Sequence[int], prompt_length: int) ->
         f"the prompt does not hold the token ids {pattern} where the gate reads",
         remedy="use the chat template that the model was made with",
     )
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-
-
-def _left_truncations(prompt: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    # The whole prompt first, then without its oldest turns, always starting at a user turn.
-    yield prompt
-    num_system = 1 if prompt and prompt[0]["role"] == "system" else 0
-    for start in range(num_system + 1, len(prompt)):
-        if prompt[start]["role"] == "user":
-            yield [*prompt[:num_system], *prompt[start:]]

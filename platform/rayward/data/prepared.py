@@ -60,6 +60,19 @@ class Grouping(Frozen):
         return ", ".join(f"{reason} {getattr(self, reason):,}" for reason in reasons if getattr(self, reason))
 
 
+class NearDuplicate(Frozen):
+    """A row that differs from another one in case, spaces and punctuation only; both are used, in the same split.
+
+    Attributes:
+        file, row: where it stands.
+        like: where the other one stands.
+    """
+
+    file: str
+    row: int
+    like: str
+
+
 class Manifest(Versioned):
     """Counts of a prepared directory. num_input_rows = num_train + num_validation + num_merged + sum(num_quarantined.values()).
 
@@ -72,7 +85,9 @@ class Manifest(Versioned):
         num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`, `data.group_pairs`).
         grouping: what `data.group_pairs` did, over both splits.
         labels: what is known about the labels, over both splits.
-        sources: train rows by source.
+        sources: train rows by source; of very many the largest, and the others as one.
+        near_duplicates: rows in use that differ from another one in case, spaces and punctuation only, and some of them.
+        contamination: quarantined rows by file of `data.contamination`.
     """
 
     kind: ClassVar[str] = "manifest"
@@ -96,6 +111,9 @@ class Manifest(Versioned):
     max_completions: int
     labels: LabelFacts = LabelFacts()
     sources: dict[str, int]
+    near_duplicates: int = 0
+    near_duplicate_examples: tuple[NearDuplicate, ...] = ()
+    contamination: dict[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +240,7 @@ PREPARED_SCHEMA = pa.schema(
         pa.field("prompt_json", pa.string(), nullable=False),  # the text form, for evaluation with any other model
         pa.field("completions_json", pa.string(), nullable=False),
         pa.field("critiques_json", pa.string()),
+        pa.field("inputs_json", pa.string()),  # tools and chat_template_kwargs, where a row has them
     ]
 )
 """Schema of `train/*.parquet` and `validation/*.parquet` in a prepared directory."""

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
-from rayward.contract.conversation import BrokenRule, Message, RuleCode, broken_by_completion, broken_by_prompt, broken_by_text
+from rayward.contract.conversation import (
+    BrokenRule,
+    Completion,
+    Message,
+    RuleCode,
+    TemplateInputs,
+    broken_by_completion,
+    broken_by_prompt,
+    broken_by_text,
+    strings_in,
+)
 from rayward.schema import digest
 
 
@@ -38,9 +48,13 @@ class BadRow(StrEnum):
     BAD_TEXT = "bad_text"
     TOO_LONG = "too_long"
     TEMPLATE_REJECTED = "template_rejected"
+    UNSUPPORTED_MESSAGE = "unsupported_message"
+    ALREADY_TEMPLATED = "already_templated"
+    CHANGED_BY_TEMPLATE = "changed_by_template"
     DUPLICATE = "duplicate"
     CONTRADICTION = "contradiction"
     IN_VALIDATION = "in_validation"
+    CONTAMINATED = "contaminated"
 
 
 class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error
@@ -59,6 +73,8 @@ _REASONS: Mapping[RuleCode, BadRow] = {
     "empty_prompt": BadRow.EMPTY_PROMPT,
     "prompt_end": BadRow.WRONG_TYPE,
     "empty_completion": BadRow.EMPTY_COMPLETION,
+    "completion_turns": BadRow.WRONG_TYPE,
+    "unsupported_message": BadRow.UNSUPPORTED_MESSAGE,
 }
 
 
@@ -85,7 +101,7 @@ class Comparison:
         id: stable within a data set; a content hash when the source has none.
         source: where the row came from (file or data set name), kept for per-source metrics.
         prompt: the shared turns, ending with a user (or tool) turn; never empty.
-        completions: K final assistant turns.
+        completions: K final assistant turns, or turns that begin and end with one.
         ranks: K numbers, lower is better, equal numbers tie; None when only attributes are known.
         margin: gap that the data asks of a pair (Llama 2, arXiv 2307.09288 section 3.2.2), else None.
         strength: how strong the preference of a pair is, in the source's own scale (HelpSteer: 1 slightly .. 3 much better), else None.
@@ -93,12 +109,13 @@ class Comparison:
         attributes: K rows of ratings in the order of `data.attributes` (NaN = missing), else None.
         step_labels: for each completion one label per step, the probability that it is right (NaN = missing), else None.
         critiques: K texts that judge the completions in words, else None.
+        tools, chat_template_kwargs: what the chat template is given besides turns, else None.
     """
 
     id: str
     source: str
     prompt: tuple[Message, ...]
-    completions: tuple[str, ...]
+    completions: tuple[Completion, ...]
     ranks: tuple[float, ...] | None = None
     margin: float | None = None
     strength: float | None = None
@@ -106,23 +123,36 @@ class Comparison:
     attributes: tuple[tuple[float, ...], ...] | None = None
     step_labels: tuple[tuple[float, ...], ...] | None = None
     critiques: tuple[str, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def inputs(self) -> TemplateInputs:
+        """What the chat template is given besides turns."""
+        return TemplateInputs.of(self.tools, self.chat_template_kwargs)
 
     def prompt_key(self) -> str:
         """Hash of the prompt alone: rows with one key never fall on both sides of a split."""
-        return digest([[m["role"], m["content"]] for m in self.prompt])
+        turns = [[m["role"], m["content"]] if len(m) == 2 else m for m in self.prompt]
+        return digest([turns, self.tools, self.chat_template_kwargs] if self.tools or self.chat_template_kwargs else turns)
 
     def content_key(self) -> str:
         """Hash of prompt and the set of completions, in whatever order: equal keys are duplicates or contradictions."""
-        return digest([self.prompt_key(), sorted(self.completions)])
+        return digest([self.prompt_key(), sorted(map(completion_key, self.completions))])
 
     def judgement_key(self) -> str:
         """Hash of the judgement with completions in canonical order: tells a duplicate from a contradiction."""
-        order = sorted(range(len(self.completions)), key=lambda i: self.completions[i])
+        order = sorted(range(len(self.completions)), key=lambda i: completion_key(self.completions[i]))
         ranks = None if self.ranks is None else dense_ranks([self.ranks[i] for i in order])
         attributes = None if self.attributes is None else [[str(v) for v in self.attributes[i]] for i in order]
         if self.step_labels is None:
             return digest([ranks, attributes])
         return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
+
+
+def completion_key(completion: Completion) -> str:
+    """A completion as one text, the same for equal ones only."""
+    return completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True)
 
 
 NUMBER_COLUMNS = tuple(each.name for each in fields(Comparison) if each.metadata.get("column"))
@@ -159,11 +189,12 @@ def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> 
         RowRejected: with the first rule that the record breaks.
     """
     require(broken_by_prompt(comparison.prompt))
-    for text in (*(t["content"] for t in comparison.prompt), *comparison.completions, *(comparison.critiques or ())):
+    rows = (comparison.prompt, comparison.completions, comparison.critiques, comparison.tools, comparison.chat_template_kwargs)
+    for text in strings_in(rows):
         require(broken_by_text(text))
     for index, completion in enumerate(comparison.completions):
         require(broken_by_completion(index, completion))
-    if len(set(comparison.completions)) != len(comparison.completions):
+    if len(set(map(completion_key, comparison.completions))) != len(comparison.completions):
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
     _validate_judgement(comparison, ties=ties)
 

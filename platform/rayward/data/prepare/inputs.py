@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayward import storage
 from rayward.config.run import Config
@@ -15,7 +15,7 @@ from rayward.data.record import BadRow
 from rayward.data.sources.find import Role, SourceFile, find_files
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
 from rayward.data.sources.read import ReadUnit, content_hash, plan_units, sample_rows
-from rayward.errors import DataError
+from rayward.errors import DataError, DataFormatError
 from rayward.schema import digest, identity
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Inputs:
     """Everything that the prepared data is a function of.
 
     Attributes:
-        files: in sorted order, train before validation; ignored: files of directories passed over because of their suffix.
+        files: in sorted order, train before validation before benchmarks; ignored: files of directories passed over because of their suffix.
         contract, tokenizer: what text is encoded with.
         fingerprint: hash of the files' content, the rules, the seed and the tokenizer.
     """
@@ -59,21 +59,28 @@ def inspect_inputs(config: Config) -> Inputs:
         raise DataError("data.train is empty", remedy="set data.train to files, directories, URIs or hf:owner/name")
     files: list[SourceFile] = []
     ignored: list[str] = []
-    roles: tuple[tuple[Role, tuple[str, ...]], ...] = (("train", config.data.train), ("validation", config.data.validation))
+    roles: tuple[tuple[Role, tuple[str, ...]], ...] = (
+        ("train", config.data.train),
+        ("validation", config.data.validation),
+        ("contamination", config.data.contamination),
+    )
     for role, locations in roles:
         found, passed_over = find_files([name for name in locations if not name.startswith(HUB_PREFIX)], role)
         hubs = [parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)]
         files += found + [download(hub, storage.join(storage_location(config), "downloads"), role) for hub in hubs]
         ignored += passed_over
-    twice = {file.uri for file in files if file.role == "train"} & {file.uri for file in files if file.role == "validation"}
-    if twice:
-        raise DataError(f"{sorted(twice)[0]} is in data.train and in data.validation", remedy="name each file in one of them")
+    train = {file.uri for file in files if file.role == "train"}
+    for file in files:
+        if file.role != "train" and file.uri in train:
+            raise DataError(f"{file.uri} is in data.train and in data.{file.role}", remedy="name each file in one of them")
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.revision)
     contract = Contract.from_tokenizer(
         tokenizer,
         max_tokens=config.model.max_tokens,
         template_kwargs=config.model.template_kwargs,
         critique_lead_in=config.data.critique_lead_in,
+        templated_text=config.model.templated_text,
+        unshown_text=config.model.unshown_text,
     )
     return Inputs(files, ignored, contract, tokenizer, _fingerprint(config, files, contract, tokenizer))
 
@@ -83,7 +90,7 @@ def _fingerprint(config: Config, files: list[SourceFile], contract: Contract, to
     with ThreadPoolExecutor(8) as pool:
         hashes = list(pool.map(content_hash, files))
     contents = sorted([file.role, file.source, content] for file, content in zip(files, hashes, strict=True))
-    rules = identity(config.data, exclude={"train", "validation", "max_bad_fraction"})
+    rules = identity(config.data, exclude={"train", "validation", "contamination", "max_bad_fraction"})
     return digest([PREPARATION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
 
 
@@ -101,7 +108,7 @@ def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple
     undecided: list[tuple[SourceFile, int]] = []
     for file, (rows, seen) in zip(files, samples, strict=True):
         if rows:
-            formats[file.uri] = choose_format(rows, config.data, where=file.uri, source=file.source)
+            formats[file.uri] = _format_of(file, rows, config)
         elif seen:
             undecided.append((file, seen))
     for file, seen in undecided:
@@ -116,6 +123,16 @@ def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple
     if not any(file.role == "train" and file.uri in formats for file in files):
         raise DataError(f"{_names(files, 'train')}: no usable row, the data is empty", remedy="check data.train")
     return formats, [unit for unit in units if unit.file.uri in formats]
+
+
+def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config) -> tuple[str, SourceOptions]:
+    if file.role == "contamination" and config.data.format != "auto":
+        # A benchmark need not have the format of the data.
+        try:
+            return choose_format(rows, config.data.model_copy(update={"format": "auto"}), where=file.uri, source=file.source)
+        except DataFormatError:
+            pass
+    return choose_format(rows, config.data, where=file.uri, source=file.source)
 
 
 def _names(files: list[SourceFile], role: Role) -> str:

@@ -1,9 +1,9 @@
 """The prepare job: raw preference data in, tokenized shards in their final order out.
 
-    read -> adapt, validate -> group by prompt: split, deduplicate -> encode -> sort by a seeded hash of the id -> Parquet shards
-                                                                            └-> quarantine/<reason>.jsonl
+    read -> adapt, validate, encode -> keys: duplicates, contradictions, unseen prompts -> sort by a seeded hash of the id -> Parquet shards
+                      └-> rows on disk ................................................................. gathered ──^   └-> quarantine
 
-The result is a function of the rows, the data section of the config, the seed and the tokenizer: neither the number of
+The rows are written where they are encoded and read where they are needed; only their keys move through Ray. The result is a function of the rows, the data section of the config, the seed and the tokenizer: neither the number of
 files nor of CPUs changes an id, a split or a position. It is cached under the hash of all these.
 """
 
@@ -14,52 +14,44 @@ import logging
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-import ray.data
 from pyarrow import fs as pafs
 from ray.data import DataContext
 
 from rayward import storage
 from rayward.cluster import connect
 from rayward.config.run import Config
-from rayward.contract.contract import Contract
-from rayward.contract.encoder import Encoder
 from rayward.contract.reading import DEFAULT_SEPARATOR
 from rayward.data.formats.table import SourceOptions
-from rayward.data.prepare.encode import encode
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
-from rayward.data.prepare.judge import Policy, judge
+from rayward.data.prepare.judge import Policy
 from rayward.data.prepare.report import build_report, render_html
-from rayward.data.prepare.rows import Adaptation, adapt, read
+from rayward.data.prepare.rows import Adaptation
+from rayward.data.prepare.stages import Plan, all_sources, encoded, judged, overlap, sorted_keys
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepare.tally import Tally
-from rayward.data.prepare.write import check_shared, open_workspace, publish, summaries, write_file, write_quarantine, write_split
-from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, PreparedData, ShardEntry
+from rayward.data.prepare.write import check_shared, open_workspace, publish, scratch, summaries, write_file, write_quarantine, write_split
+from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, NearDuplicate, PreparedData, ShardEntry
 from rayward.data.record import BadRow
-from rayward.data.sources.read import BATCH_ROWS, ReadUnit
+from rayward.data.sources.read import ReadUnit
 from rayward.errors import DataError, TooManyBadRowsError
 from rayward.objectives.base import LabelFacts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION)
+NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION, BadRow.CONTAMINATED)
 """Reasons that do not count towards `data.max_bad_fraction`: the rows are well-formed, there is only nothing to learn from them."""
 
-BUCKET_BYTES = 64 * 1024 * 1024
-BLOCK_BYTES = 32 * 1024 * 1024
+SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+NUM_BLOCKS = 256
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 2 * 1024 * 1024, 48 * 1024 * 1024
+"""A task encodes a block of input, and every shard gathers its rows from what every task wrote: so they are few, and not small."""
 GZIP_RATIO = 4
-NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,8 @@ class _Outcome:
     examples: dict[str, list[dict[str, Any]]]
     shards: dict[str, tuple[ShardEntry, ...]]
     stats: dict[str, SplitStats]
+    quarantined_sources: dict[str, int]
+    overlap: int
 
 
 def prepare(config: Config) -> PreparedData:
@@ -97,8 +91,8 @@ def prepare(config: Config) -> PreparedData:
         return existing
     formats, units = plan_reads(inputs.files, config)
     connect()
-    with open_workspace(directory) as workspace, _data_context():
-        outcome = _run(config, inputs, formats, units, workspace)
+    with open_workspace(directory) as workspace, scratch(workspace) as parts, _data_context(units):
+        outcome = _run(config, inputs, formats, units, workspace, parts)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory)
@@ -112,10 +106,11 @@ def prepare(config: Config) -> PreparedData:
 
 
 @contextmanager
-def _data_context() -> Iterator[None]:
+def _data_context(units: Sequence[ReadUnit]) -> Iterator[None]:
+    size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = min(max(size // NUM_BLOCKS, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
     context.enable_progress_bars = sys.stderr.isatty()
     logger = logging.getLogger("ray.data")
     level = logger.level
@@ -128,16 +123,37 @@ def _data_context() -> Iterator[None]:
 
 
 def _run(
-    config: Config, inputs: Inputs, formats: Mapping[str, tuple[str, SourceOptions]], units: list[ReadUnit], workspace: str
+    config: Config, inputs: Inputs, formats: Mapping[str, tuple[str, SourceOptions]], units: list[ReadUnit], workspace: str, parts: str
 ) -> _Outcome:
-    size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
-    buckets = max(-(-size // BUCKET_BYTES), 2 * int(ray.cluster_resources().get("CPU", 1)))
-    adaptation = Adaptation(formats, config.data.ties, buckets)
-    fraction = 0.0 if config.data.validation else config.data.validation_fraction
+    policy = _policy(config)
+    files = [file.uri for file in inputs.files]
+    adaptation = Adaptation(formats, config.data.ties, None if policy.joins else policy.rank_by)
+    plan = Plan(units, files, adaptation, policy, parts, [ray.put((inputs.contract, inputs.tokenizer))])
+    keys = judged(encoded(plan), plan)
+    tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
+    if tally.damaged:
+        raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
+    used, quarantined = tally.splits.total(), tally.quarantined.total()
+    counted = f"{tally.read} rows were read, {used} used, {tally.num_merged} merged into them and {quarantined} quarantined"
+    assert tally.read == used + tally.num_merged + quarantined, counted
+    sources = all_sources(keys, tally.read) if tally.sources is None else tally.sources
+    examples = write_quarantine(keys, tally.quarantined, workspace, parts, files)
+    ordered = sorted_keys(keys, used)
+    shards: dict[str, tuple[ShardEntry, ...]] = {}
+    stats: dict[str, SplitStats] = {}
+    for place, split in enumerate(SPLITS):
+        shards[split], found = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace, parts)
+        of_split = {source: counts[place] for source, counts in sorted(sources.items()) if counts[place]}
+        stats[split] = found.model_copy(update={"sources": of_split})
+    out = {source: counts[2] for source, counts in sources.items() if counts[2]}
+    return _Outcome(tally, examples, shards, stats, out, overlap(keys))
+
+
+def _policy(config: Config) -> Policy:
     rank_by = config.data.rank_by
-    policy = Policy(
+    return Policy(
         config.run.seed,
-        fraction,
+        0.0 if config.data.validation else config.data.validation_fraction,
         config.data.too_long,
         config.data.ties,
         config.data.merge_prompts,
@@ -145,50 +161,6 @@ def _run(
         group_tokens=config.group_tokens,
         step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
     )
-    encoder = ray.put((inputs.contract, inputs.tokenizer))
-    encoded = (
-        ray.data.from_items([{"unit": index} for index in range(len(units))], override_num_blocks=len(units))
-        # Another share of a CPU keeps reading a step of its own: one large file is then adapted by many tasks.
-        .map_batches(partial(_read, units=units), batch_size=None, num_cpus=0.5)
-        .map_batches(partial(adapt, plan=adaptation), batch_size=BATCH_ROWS, batch_format="pyarrow")
-        .groupby("bucket", num_partitions=buckets)
-        .map_groups(partial(judge, policy=policy), batch_format="pyarrow")
-        .map_batches(partial(_encode, reference=[encoder], policy=policy), batch_size=BATCH_ROWS, batch_format="pyarrow")
-        .materialize()
-    )
-    tally = Tally.merged(summaries(encoded, Tally.of))
-    if tally.damaged:
-        raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
-    used, quarantined = tally.splits.total(), tally.quarantined.total()
-    counted = f"{tally.read} rows were read, {used} used, {tally.num_merged} merged into them and {quarantined} quarantined"
-    assert tally.read == used + tally.num_merged + quarantined, counted
-    examples = write_quarantine(encoded, tally.quarantined, workspace)
-    shards: dict[str, tuple[ShardEntry, ...]] = {}
-    stats: dict[str, SplitStats] = {}
-    # Materialised: a strict repartition that is fused into a sort keeps the sort's blocks (Ray 2.60).
-    ordered = encoded.map_batches(_used, batch_size=None, batch_format="pyarrow").sort("order").materialize() if used else encoded
-    for split in ("train", "validation"):
-        shards[split], stats[split] = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace)
-    return _Outcome(tally, examples, shards, stats)
-
-
-def _read(batch: dict[str, Any], units: list[ReadUnit]) -> Iterator[pa.Table]:
-    for index in batch["unit"]:
-        yield from read(units[int(index)])
-
-
-@lru_cache(maxsize=1)
-def _encoders(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]]) -> tuple[Encoder, Encoder]:
-    contract, tokenizer = ray.get(reference)
-    return Encoder(contract, tokenizer), Encoder(contract.model_copy(update={"max_tokens": NO_LIMIT}), tokenizer)
-
-
-def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy) -> pa.Table:
-    return encode(table, *_encoders(reference[0]), policy)
-
-
-def _used(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_valid(table.column("split")))
 
 
 def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
@@ -221,7 +193,15 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
             strongest=both.strongest,
         ),
         sources=train.sources,
+        near_duplicates=outcome.tally.near_duplicates,
+        near_duplicate_examples=tuple(NearDuplicate(file=f, row=r, like=like) for f, r, like in outcome.tally.near_examples),
+        contamination=_contamination(outcome.tally),
     )
+
+
+def _contamination(tally: Tally) -> dict[str, int]:
+    """Rows by benchmark that they stand in, also by those that none stands in."""
+    return {file: tally.contaminated[file] for file in sorted({*tally.benchmark, *tally.contaminated})}
 
 
 def _refusal(config: Config, manifest: Manifest, directory: str) -> DataError | None:
@@ -248,14 +228,18 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         fingerprint=inputs.fingerprint,
         num_input_rows=outcome.tally.read,
         quarantined=outcome.tally.quarantined,
-        quarantined_by_source=outcome.tally.sources,
+        quarantined_by_source=outcome.quarantined_sources,
         examples=outcome.examples,
         train=outcome.stats["train"],
         validation=outcome.stats["validation"],
         files=[file.uri for file in inputs.files],
         ignored_files=inputs.ignored,
         formats=Counter(name for name, _ in formats.values()),
-        overlap=outcome.tally.overlap,
+        overlap=outcome.overlap,
+        near_duplicates=outcome.tally.near_duplicates,
+        near_examples=outcome.tally.near_examples,
+        contamination=_contamination(outcome.tally),
+        unread=outcome.tally.unread,
         num_merged=outcome.tally.num_merged,
         grouping=Grouping(**outcome.tally.grouping),
     )

@@ -33,9 +33,13 @@ MEANING: dict[BadRow, str] = {
     BadRow.BAD_TEXT: "a text holds a NUL byte or a lone surrogate",
     BadRow.TOO_LONG: "the conversation does not fit model.max_tokens",
     BadRow.TEMPLATE_REJECTED: "the chat template refuses the conversation",
+    BadRow.UNSUPPORTED_MESSAGE: "a part of a turn that the chat template does not show, or no text (model.unshown_text)",
+    BadRow.ALREADY_TEMPLATED: "a text went through a chat template before (model.templated_text)",
+    BadRow.CHANGED_BY_TEMPLATE: "the chat template changes the completion (model.unshown_text)",
     BadRow.DUPLICATE: "the same comparison with the same judgement stands elsewhere; one copy was kept",
     BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
     BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
+    BadRow.CONTAMINATED: "the prompt also stands in a file of data.contamination",
 }
 
 
@@ -54,15 +58,22 @@ def build_report(
     overlap: int,
     num_merged: int = 0,
     grouping: Grouping | None = None,
+    near_duplicates: int = 0,
+    near_examples: Sequence[tuple[str, int, str]] = (),
+    contamination: Mapping[str, int] | None = None,
+    unread: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Collect what `report.json` says.
 
     Args:
         examples: by reason, some quarantine records.
         formats: number of files by format.
-        overlap: prompts that stand in train and in validation.
+        overlap: train rows whose prompt stands in validation.
         num_merged: rows whose completions stand in another row's comparison.
         grouping: what `data.group_pairs` did.
+        near_duplicates: rows in use that differ from another one in case, spaces and punctuation only.
+        near_examples: file and number of some of them, and the place of the other row.
+        contamination: quarantined rows by benchmark file; unread: rows of benchmarks that give no prompt, by reason.
     """
     both = SplitStats.merged([train, validation])
     return {
@@ -80,7 +91,14 @@ def build_report(
         "ties_quarantined": quarantined.get(BadRow.TIE, 0),
         "tied_pairs_kept": both.tied_pairs,
         "train_validation_prompt_overlap": overlap,
+        "near_duplicates": near_duplicates,
+        "near_duplicate_examples": [{"file": file, "row": row, "like": like} for file, row, like in near_examples],
+        "contamination": dict(contamination or {}),
+        "contamination_unread": dict(unread or {}),
         "rows_truncated": both.truncated,
+        "rows_trimmed": both.trimmed,
+        "rows_changed": both.changed,
+        "change_example": both.change,
         "longer_wins": _longer_wins(both),
         "tokens": both.tokens,
         "tokens_without_sharing": both.tokens_unshared,
@@ -159,6 +177,20 @@ def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("contradictions", f"{report['contradictions']:,}", "same completions, other judgement: none was kept"),
         ("ties quarantined", f"{report['ties_quarantined']:,}", "data.ties: keep trains them towards one half"),
         ("tied pairs kept", f"{report['tied_pairs_kept']:,}", "inside rankings, or by data.ties: keep"),
+        (
+            "near duplicates",
+            f"{report['near_duplicates']:,}",
+            "; ".join(f"row {each['row']} of {each['file']} is like {each['like']}" for each in report["near_duplicate_examples"][:2])
+            or "rows that differ in case, spaces and punctuation only",
+        ),
+        *((f"train rows in {file}", f"{count:,}", "data.contamination: quarantined") for file, count in report["contamination"].items()),
+        *(
+            [("rows of benchmarks that give no prompt", _listed(unread), "data.contamination")]
+            if (unread := report["contamination_unread"])
+            else []
+        ),
+        ("rows with a completion that the template trimmed", f"{report['rows_trimmed']:,}", "white space around it"),
+        *([("rows that the template changed", f"{report['rows_changed']:,}", report["change_example"])] if report["rows_changed"] else []),
         ("rows that lost turns", f"{report['rows_truncated']:,}", "oldest turns dropped to fit model.max_tokens"),
         (
             "pairs won by the longer / the shorter / of equal length",
@@ -169,6 +201,10 @@ def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         *([("rows that did not join", groups.left(), "each stays a comparison of its own")] if groups.left() else []),
         ("longest comparison", f"{max(report['train']['longest_comparison'], report['validation']['longest_comparison']):,}", "tokens"),
     ]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _histogram(title: str, bins: Mapping[int, int], unit: str) -> str:

@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 from rayward import storage
 from rayward.errors import DataError
 
-Role = Literal["train", "validation"]
+Role = Literal["train", "validation", "contamination"]
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 _WILDCARDS = re.compile(r"[*?\[]")
