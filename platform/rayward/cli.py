@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
@@ -32,6 +31,10 @@ Settings = Annotated[
     typer.Argument(metavar="[FILE.yaml]... [section.key=value]...", help="YAML files, left to right, and dotted overrides."),
 ]
 
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="YAML file or key=value of the data: block or of one of its sources; repeat it for more."),
+]
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
@@ -115,7 +118,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Exported model, or any Hugging Face sequence-classification reward model.")],
     data: Annotated[list[str], typer.Argument(help="Files, globs, directories, URIs, hf: names; or one prepared directory.")],
     output: Annotated[str, typer.Option(help="Directory for scores, metrics, report and plots.")] = "evaluation",
-    format: Annotated[str, typer.Option(help="Format of raw files.")] = "auto",
+    format: Annotated[str | None, typer.Option(help="Format of raw files [default: auto].")] = None,
+    settings: ReadAs = None,
     device: Device = "auto",
     scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side.")] = 1,
     gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves.")] = 0.0,
@@ -130,16 +134,15 @@ def evaluate(
     temperature: Temperature = 0.0,
 ) -> None:
     """Held-out accuracy with interval, baselines, calibration and plots."""
-    from rayward.config.data import DataConfig
-    from rayward.config.load import parse_config
+    from rayward.config.reading import reading_config
     from rayward.evaluation.suites.table import choose
 
     if counts is not None and benchmark is None:
         raise ConfigError(f"--counts is {counts!r} and there is no --benchmark", remedy="add --benchmark rewardbench")
     chosen = None if benchmark is None else choose(benchmark, counts)
 
-    kept = attributes.split(",") if attributes else []
-    data_config = parse_config({"format": format, "attributes": kept, "rank_by": rank_by}, DataConfig)
+    kept = attributes.split(",") if attributes else None
+    data_config = reading_config(settings or (), data, format=format, attributes=kept, rank_by=rank_by)
     placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     asked = _asked(weights=weights, n_critiques=n_critiques, temperature=temperature)
     from rayward.workflows.evaluate import evaluate_pipeline
@@ -151,9 +154,23 @@ def evaluate(
 def score(
     model: Annotated[str, typer.Argument(help="Exported model, or any Hugging Face sequence-classification reward model.")],
     items: Annotated[
-        str, typer.Argument(help='JSON lines {"prompt": str | messages, "completions": [str, …]}; "-" reads standard input.')
-    ] = "-",
+        list[str] | None,
+        typer.Argument(
+            help='Files, globs, directories, URIs, hf: names with rows {"prompt": str | messages, "completions": [str, …]}; '
+            '"-" reads JSON lines from standard input [default: -].'
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Directory, .jsonl or .parquet file to write, by a job on Ray that is continued [default: stdout].")
+    ] = None,
+    output_format: Annotated[str | None, typer.Option(help="Of a directory: parquet or jsonl [default: parquet].")] = None,
+    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    keep_columns: Annotated[bool, typer.Option("--keep-columns", help="Keep the columns of the input beside the results.")] = False,
+    ignore: Annotated[str | None, typer.Option(help="Columns to pass over although they could change the text, comma-separated.")] = None,
     device: Device = "auto",
+    scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side, for --output.")] = 1,
+    gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves, for --output.")] = 0.0,
+    rows_per_part: Annotated[int | None, typer.Option(min=1, help="Rows of one result file; lost when a scorer dies.")] = None,
     tokens_per_batch: TokensPerBatch = 8192,
     verify: Verify = True,
     weights: Weights = None,
@@ -161,17 +178,23 @@ def score(
     n_critiques: NumCritiques = 1,
     temperature: Temperature = 0.0,
 ) -> None:
-    """Score items from a file; one JSON line per item, with rewards or an error."""
-    placement = _placed(device=device, tokens_per_batch=tokens_per_batch, verify=verify)
+    """Score items: rewards or an error for each. The same command with --output continues an interrupted one."""
+    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     asked = _asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
-    from rayward.workflows.score import score_lines
+    from rayward.workflows.score import ScoreOptions, score_pipeline
 
-    stream, failed = _open(items), 0
-    for result in score_lines(model, stream, asked=asked, placement=placement):
-        failed += "error" in result
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    if failed:
-        typer.echo(f"{failed} items have an error", err=True)
+    options = ScoreOptions(
+        items=tuple(items or ["-"]),
+        output=output,
+        output_format=output_format,
+        format=format,
+        keep_columns=keep_columns,
+        ignore=tuple(ignore.split(",")) if ignore else (),
+        rows_per_part=rows_per_part,
+    )
+    counts = score_pipeline(model, options, asked=asked, placement=placement)
+    if counts.errors:
+        typer.echo(f"{counts.errors.total()} items have an error", err=True)
         raise typer.Exit(1)
 
 
@@ -179,18 +202,22 @@ def score(
 def normalise(
     model: Annotated[str, typer.Argument(help="Exported model or ensemble.")],
     items: Annotated[
-        str, typer.Argument(help='Reference set: JSON lines {"prompt": …, "completions": […]}; "-" reads standard input.')
-    ] = "-",
+        list[str] | None,
+        typer.Argument(help='Reference set: files, globs, directories, URIs as for score; "-" reads JSON lines [default: -].'),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
+    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
     device: Device = "auto",
+    scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side; several run on Ray.")] = 1,
+    gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves on Ray.")] = 0.0,
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
     """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
-    placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
-    from rayward.workflows.normalise import default_output, normalise_pipeline
+    placement = _placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch)
+    from rayward.workflows.normalise import default_output, normalise_files
 
-    reference, target = "standard input" if items == "-" else Path(items).name, output or default_output(model)
-    found = normalise_pipeline(model, _open(items), output=target, reference=reference, placement=placement)
+    target = output or default_output(model)
+    found = normalise_files(model, tuple(items or ["-"]), output=target, format=format, placement=placement)
     typer.echo(
         f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
     )
@@ -264,6 +291,8 @@ def import_model(
     max_tokens: Annotated[int | None, typer.Option(help="Longest conversation [default: 4096, or the model's context].")] = None,
     outputs: Annotated[str | None, typer.Option(help="Names of the outputs, where there are several, with commas between.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the outputs in the reward, with commas between.")] = None,
+    templated_text: Annotated[str, typer.Option(help="Text that was templated before: refuse, or as_rendered.")] = "refuse",
+    unshown_text: Annotated[str, typer.Option(help="What the chat template leaves out or changes: refuse, or accept.")] = "refuse",
     device: Device = "auto",
     tokens_per_batch: TokensPerBatch = 8192,
 ) -> None:
@@ -271,9 +300,20 @@ def import_model(
     placement = _placed(device=device, tokens_per_batch=tokens_per_batch)
     names = tuple(outputs.split(",")) if outputs else ()
     shares = _numbers(weights, float, "--weights") if weights else ()
+    from rayward.contract.contract import TemplatedText, UnshownText
+
+    for option, given, known in (
+        ("--templated-text", templated_text, get_args(TemplatedText)),
+        ("--unshown-text", unshown_text, get_args(UnshownText)),
+    ):
+        if given not in known:
+            raise ConfigError(f"{option} is {given!r}; the rule is {' or '.join(known)}", remedy="use one of these")
     from rayward.workflows.import_model import import_model as run
 
-    contract = run(source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement)
+    contract = run(
+        source, output, max_tokens=max_tokens, outputs=names, weights=shares, placement=placement,
+        templated_text=cast(TemplatedText, templated_text), unshown_text=cast(UnshownText, unshown_text),
+    )  # fmt: skip
     typer.echo(f"model: {output}\n{len(contract.golden)} golden scores of {source} agree")
 
 
@@ -357,15 +397,6 @@ def demo_data(
 
     write_demo(directory, train_prompts, validation_prompts, seed)
     typer.echo(f"wrote {directory}")
-
-
-def _open(path: str) -> TextIO:
-    from rayward.errors import DataError
-
-    try:
-        return sys.stdin if path == "-" else open(path, encoding="utf-8")
-    except OSError as exc:
-        raise DataError(f"{path} cannot be read ({exc.strerror})", remedy="check the path") from exc
 
 
 def main() -> None:

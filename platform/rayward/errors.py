@@ -7,6 +7,10 @@
     │   └── TooManyBadRowsError  more rows are bad than the configured share allows
     ├── ContractError          text, tokenizer, template or pooled position cannot be made certain    (exit 2, 422)
     │   ├── TooLongError       one conversation does not fit the contract's token limit
+    │   ├── UnsupportedMessageError  the chat template does not show a part of one conversation
+    │   ├── AlreadyTemplatedError  a text of one conversation has gone through a chat template before
+    │   ├── ChangedTextError   the chat template changes the completion of one conversation
+    │   ├── TemplateFailedError  the chat template of a model fails for one conversation, without a word of its own
     │   ├── TokenRangeError    one conversation has a token id that the model has no embedding for
     │   ├── ContractMismatchError  an artifact beside the contract is not the one it was written for
     │   └── UnverifiedError    the contract holds no golden score, so nothing says that this model scores as it did
@@ -182,6 +186,22 @@ class ContractError(RaywardError):
 
 class TooLongError(ContractError):
     """Example: the last user turn and the completion alone exceed the token limit."""
+
+
+class UnsupportedMessageError(ContractError):
+    """Example: a call of a tool, and a chat template that knows no calls."""
+
+
+class AlreadyTemplatedError(ContractError):
+    """Example: the prompt `<|im_start|>user …<|im_end|>`, given as a text to be templated."""
+
+
+class ChangedTextError(ContractError):
+    """Example: a completion that thinks aloud, and a chat template that cuts everything before `</think>`."""
+
+
+class TemplateFailedError(ContractError):
+    """Example: a template that adds a number to a text."""
 
 
 class TokenRangeError(ContractError):

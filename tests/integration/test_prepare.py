@@ -251,6 +251,36 @@ def test_too_many_bad_rows_stop_the_run_and_leave_the_quarantine(tmp_path: Path,
     assert prepare(_config(tokenizer_path, tmp_path, data)).manifest.num_train > 0
 
 
+def test_numbers_far_from_all_others_are_quarantined_and_their_distribution_is_reported(tmp_path: Path, tokenizer_path: Path) -> None:
+    rows = [{**row, "margin": 1.0} for row in _good(20)]
+    rows[3] |= {"margin": 1e30}
+    rows[7] |= {"weight": 1e6}
+    data = _write(tmp_path / "x.jsonl", rows)
+    prepared = prepare(_config(tokenizer_path, tmp_path, data, "data.max_bad_fraction=0.1"))
+    assert prepared.manifest.num_quarantined == {"outlier": 2}
+    assert prepared.manifest.num_train + prepared.manifest.num_validation == 18
+    out = [json.loads(line) for line in Path(prepared.directory, "quarantine", "outlier.jsonl").read_text().splitlines()]
+    assert sorted(record["row"] for record in out) == [4, 8]
+    report = json.loads(Path(prepared.directory, "report.json").read_text())
+    assert (report["numbers"]["weight"]["largest"], report["numbers"]["weight"]["largest_allowed"]) == (1e6, 1000.0)
+    assert "<h2>Numbers</h2>" in Path(prepared.directory, "report.html").read_text()
+    # From the report as well, when the data is there already.
+    with pytest.raises(TooManyBadRowsError, match=r"(?s)2 of 20 rows.*outlier \(2\).*row \d of .*x.jsonl: (weight|margin)"):
+        prepare(_config(tokenizer_path, tmp_path, data, "data.max_bad_fraction=0.05"))
+
+
+def test_votes_become_one_row_of_the_prepared_data(tmp_path: Path, tokenizer_path: Path) -> None:
+    votes = [{"prompt": "q", "chosen": a, "rejected": b, "id": str(n)} for n, (a, b) in enumerate([("x", "y"), ("x", "y"), ("y", "x")])]
+    data = _write(tmp_path / "x.jsonl", [*_good(10), *votes])
+    prepared = prepare(_config(tokenizer_path, tmp_path, data, "data.votes=soft", "data.validation_fraction=0.0"))
+    assert (prepared.manifest.num_train, prepared.manifest.num_merged, prepared.manifest.num_quarantined) == (11, 2, {})
+    assert prepared.manifest.labels.num_with_shares == 1
+    shares = [row for row in _table(prepared, "train")["vote_shares"].to_pylist() if row is not None]
+    assert shares == [[pytest.approx(2 / 3)]]
+    plain = prepare(_config(tokenizer_path, tmp_path, data, "data.max_bad_fraction=0.5", "data.validation_fraction=0.0"))
+    assert plain.manifest.num_quarantined == {"contradiction": 3}
+
+
 def test_over_long_rows_follow_the_policy(tmp_path: Path, tokenizer_path: Path) -> None:
     turns = [{"role": "user", "content": "old " * 40}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "new"}]
     data = _write(tmp_path / "x.jsonl", [{"prompt": turns, "chosen": [turns[1]], "rejected": [{**turns[1], "content": "c"}]}])

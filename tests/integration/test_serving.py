@@ -22,6 +22,7 @@ from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export
 from rayward import RewardClient
 from rayward.config.placement import Placement
 from rayward.config.scoring import ScoringConfig
+from rayward.contract.conversation import text_of
 from rayward.errors import ContractMismatchError, OverloadedError, RequestError, TooLongError
 from rayward.scoring.scorer import ScoreItem, Scorer
 
@@ -193,7 +194,10 @@ def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(client:
     pids = scorer_pids()
     assert len(pids) == 1
     with ThreadPoolExecutor(10) as threads, RewardClient(client_url(client), deadline_s=120.0, max_retries=1000) as patient:
-        futures = [threads.submit(patient.score, item.prompt, item.completions) for item in items]
+        texts = [
+            ([{"role": t["role"], "content": t["content"]} for t in item.prompt], list(map(text_of, item.completions))) for item in items
+        ]
+        futures = [threads.submit(patient.score, prompt, completions) for prompt, completions in texts]
         os.kill(pids[0], signal.SIGKILL)
         got = [future.result() for future in futures]
     for rewards, reference in zip(got, expected, strict=True):

@@ -35,6 +35,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "ultrafeedback": {"attributes": ["overall_score"], "rank_by": "overall_score"},
     "helpsteer2": {"attributes": ["helpfulness"]},
     "pointwise": {"attributes": ["label"]},
+    "kto": {"attributes": ["label"]},
 }
 """Settings that the example of a format is shown with."""
 
@@ -218,11 +219,11 @@ def test_every_format_has_an_example_that_it_reads() -> None:
         assert chosen == name
         comparison: Comparison = FORMATS[name].adapt(row, options)
         validate(comparison, ties="quarantine")
-        if name in ("helpsteer2", "pointwise", "critique"):
+        if name in ("helpsteer2", "pointwise", "critique", "kto"):
             assert (comparison.completions, comparison.ranks) == (("Seven.",), None)
             assert (comparison.critiques is not None) == (name == "critique")
             continue
-        if name == "stepwise":
+        if name in ("stepwise", "prm800k"):
             assert (comparison.completions, comparison.step_labels) == (("Nine is 3 times 3.\n\nSo it is 11.",), ((1.0, 1.0),))
             continue
         assert comparison.ranks is not None

@@ -59,7 +59,7 @@ VERSIONS = {
 }
 """Model version and fingerprint of every contract kept. They never change: models, runs and prepared data are known by them."""
 TRAJECTORY = "c5d14c2d5b28a0b082d4e4b3cffe1c7b"
-DATA = "3a33f9c87f74f30aa886fcfca378e0b0"
+DATA = "229b83ef420c29642421c01a9ee0f1f9"
 FOREIGN_WEIGHTS = "18b55955044ba70a0c35c7158291fd1ac2a72ba892ec99247648d2eb0e4301b3"
 
 

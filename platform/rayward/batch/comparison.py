@@ -28,6 +28,7 @@ class Labels:
         weight: weight of the comparison in the loss.
         attributes: float32 [K, A] ratings, NaN where missing; None without ratings.
         step_labels: K arrays of float32, the probability that each step is right, NaN where missing; None without labels of steps.
+        vote_shares: float32 [K (K - 1) / 2], for each pair (i, j), i < j, the share of the votes that find i better; None without votes.
         num_reads: how many outputs of the model each completion has; None: one.
     """
 
@@ -37,6 +38,7 @@ class Labels:
     weight: float = 1.0
     attributes: Float32 | None = None
     step_labels: tuple[Float32, ...] | None = None
+    vote_shares: Float32 | None = None
     num_reads: tuple[int, ...] | None = None
 
     @property

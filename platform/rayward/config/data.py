@@ -6,26 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayward.config.formats import SourceFormat
+from rayward.config.sources import SourceConfig
 from rayward.schema import Frozen
 
-SourceFormat = Literal[
-    "auto",
-    "trl",
-    "openrlhf",
-    "hh_rlhf",
-    "ultrafeedback_binarized",
-    "helpsteer2_preference",
-    "helpsteer3_preference",
-    "ranking",
-    "nectar",
-    "ultrafeedback",
-    "helpsteer2",
-    "safe_rlhf",
-    "scored",
-    "pointwise",
-    "stepwise",
-    "critique",
-]
+__all__ = ["DataConfig", "SourceConfig", "SourceFormat"]
 
 
 class DataConfig(Frozen):
@@ -33,8 +18,15 @@ class DataConfig(Frozen):
     """Files, globs, directories, URIs, or Hugging Face data sets as `hf:owner/name[/config][@split]`."""
     validation: tuple[str, ...] = ()
     """Like `train`; when empty, `validation_fraction` of the prompts is held out."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Sources with a mapping of their own; `train` and `validation` are the short form of those without."""
+    adapter: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
+    """`module:function` of yours, found from the working directory, for every source without an adapter of its own: from a row (a dict) it
+    makes a row of a known format, with `format` in it or detected, or `(None, "reason")`."""
     format: SourceFormat = "auto"
     """Format of every source; `auto` detects it from the columns."""
+    ignore: tuple[str, ...] = ()
+    """Columns that may stay unread although their names say that they belong to the text or the judgement of a row (wildcards `*`, `?`)."""
     prompt_key: str | None = None
     """OpenRLHF-style column name of the prompt (None: implicit in chosen and rejected)."""
     chosen_key: str = "chosen"
@@ -48,6 +40,9 @@ class DataConfig(Frozen):
     punctuation) are quarantined."""
     ties: Literal["quarantine", "keep"] = "quarantine"
     """What to do with completions ranked equal: quarantine, or train them towards probability one half."""
+    votes: Literal["quarantine", "majority", "soft"] = "quarantine"
+    """Rows that judge the same completions differently: quarantine them as contradictions, make one row by majority (as many votes for
+    one as for the other is a tie), or one row with the share of the votes as a soft target (`objective.type=bradley_terry`)."""
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """`truncate` drops the oldest turns of the prompt and keeps the whole completion; rows that still do not fit
     are quarantined either way."""
@@ -74,8 +69,45 @@ class DataConfig(Frozen):
     max_bad_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """More quarantined rows than this share stop the run before training (duplicates, ties and
     training rows whose prompt stands in the validation data are not counted)."""
+    outlier_factor: float | None = Field(1000.0, gt=1.0)
+    """A margin, strength, weight or rating beyond so many times the median magnitude of its column is an outlier; None: beyond 1e9."""
     rows_per_shard: int = Field(10_000, ge=1)
     """Rows in one Parquet shard of the prepared data."""
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Those of `train`, `validation` and `sources`."""
+        short = [
+            SourceConfig(path=(path,), role=role)
+            for role, paths in (("train", self.train), ("validation", self.validation))
+            for path in paths
+        ]
+        return (*short, *self.sources)
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """Where training data lies."""
+        return tuple(path for source in self.all_sources if source.role == "train" for path in source.path)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether validation data is named, so that nothing of the training data is held out."""
+        return any(source.role == "validation" for source in self.all_sources)
+
+    @model_validator(mode="after")
+    def _mixture(self) -> Self:
+        mapped = [source.path[0] for source in self.sources if not source.plain]
+        if self.adapter is not None and mapped:
+            raise ValueError(
+                f"data.adapter is set and data.sources maps {mapped[0]}; the rule is one of the two; give sources their own adapter"
+            )
+        shares = [source.share for source in self.all_sources if source.role == "train"]
+        given = [share for share in shares if share is not None]
+        if given and (len(given) != len(shares) or abs(sum(given) - 1.0) > 1e-6):
+            raise ValueError(
+                f"data.sources: the shares of the training sources are {shares}; the rule is one for each, 1 together; correct them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ratings(self) -> Self:

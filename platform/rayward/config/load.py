@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -76,6 +76,8 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...], values: Ma
         if field is None:
             continue
         node = field.annotation
+        # Of a list of blocks, the block.
+        node = next((each for each in get_args(node) if hasattr(each, "model_fields")), node)
         if node is ObjectiveSettings:
             node = OBJECTIVES[values[str(part)].get("type", DEFAULT_OBJECTIVE.type)].settings
     return sorted(getattr(node, "model_fields", {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from rayward.errors import ConfigError
 from rayward.schema import Frozen
@@ -25,8 +25,14 @@ class ModelConfig(Frozen):
     """`auto` takes the reward head of `path` (its outputs must be the run's) and starts one where there is none; `fresh` starts anew."""
     head_output: str | None = None
     """Start the one output of the run from this output of an exported `path` (arXiv 2410.01257: Bradley-Terry from regression)."""
-    template_kwargs: dict[str, str] = Field(default_factory=dict)
-    """Extra variables for the chat template, frozen into the contract."""
+    template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Extra variables for the chat template (any JSON value), frozen into the contract."""
+    templated_text: Literal["refuse", "as_rendered"] = "refuse"
+    """Prompts and completions that went through a chat template before: refused, or taken as they are and not templated again; the prompt
+    must then end where the assistant begins. Part of the contract: the same in scoring."""
+    unshown_text: Literal["refuse", "accept"] = "refuse"
+    """Conversations of which the chat template leaves a part out (calls of tools, thoughts), or changes the completion: refused, or used as
+    the template shows them. Part of the contract: the same in scoring."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -5,6 +5,11 @@ cannot drift apart. The rules:
 
 - *Template.* The chat template's text is frozen into the contract. A tokenizer without one gets `PLAIN_TEMPLATE`.
 - *Special tokens.* The rendered text is tokenized with `add_special_tokens=False`: the template alone decides about BOS.
+- *Control tokens.* Only the template writes them. A control token inside the text of a message is tokenized as plain text, so that no
+  text can end a turn or begin one (`control.ControlTokens`). Text that went through a template before is refused, or taken as it is.
+- *Nothing is lost.* A part of a conversation that the template does not show (a call, thoughts, tools) or a completion that it changes
+  is an error, unless the contract accepts that.
+- *Clock.* A template that reads the date gets a fixed one.
 - *End token.* Whatever white space a template prints after the last end token is cut; a template that prints no end
   token gets one appended. Hence the last id is always `end_token_id`, and the reward is read at that last position.
 - *Pad token.* Always another id than the end token, because plain Transformers pools at the right-most non-pad id.
@@ -17,13 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from rayward.contract.conversation import Message
 from rayward.contract.reading import RewardReadout
-from rayward.contract.tokenizer import bos_for_plain, pick_pad, pick_template
+from rayward.contract.tokenizer import FROZEN_DATE, bos_for_plain, pick_pad, pick_template, without_clock
 from rayward.contract.weight_sets import WEIGHT_SETS
 from rayward.errors import ContractError, ContractMismatchError, UnverifiedError
 from rayward.schema import Frozen, Versioned, file_sha256, identity, write_atomically
@@ -34,7 +39,10 @@ if TYPE_CHECKING:
 
 CONTRACT_FILE = "contract.json"
 CONTRACT_VERSION = 1
-FROZEN_DATE = "26 Jul 2024"
+TemplatedText: TypeAlias = Literal["refuse", "as_rendered"]
+"""What becomes of text that went through a chat template before: an error, or it is taken as it is and not templated again."""
+UnshownText: TypeAlias = Literal["refuse", "accept"]
+"""What becomes of a conversation of which the template does not show all: an error, or it is used as the template shows it."""
 Normalise: TypeAlias = Literal["raw", "centred", "standardised"]
 """What a request may ask for: the reward as it is, minus the reference mean, or that divided by the reference deviation."""
 
@@ -82,6 +90,9 @@ class Contract(Versioned):
 
     Attributes:
         template: Jinja text of the chat template; template_kwargs are passed to it.
+        templated_text: what becomes of a prompt or completion that went through a chat template before.
+        unshown_text: what becomes of a conversation of which the template does not show a part, or changes the completion; contracts
+            from before this rule accept it.
         end_token: text and id of the token whose hidden state is scored.
         pad_token: text and id; never equal to the end token.
         max_tokens: longest conversation, prompt and completion together.
@@ -104,7 +115,9 @@ class Contract(Versioned):
     version: int = CONTRACT_VERSION
     template: str
     template_source: str
-    template_kwargs: dict[str, str] = Field(default_factory=dict)
+    template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    templated_text: TemplatedText = "refuse"
+    unshown_text: UnshownText = "accept"
     bos_token: str | None = None
     end_token: str
     end_token_id: int
@@ -130,13 +143,15 @@ class Contract(Versioned):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int,
-        template_kwargs: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         critique_lead_in: str | None = None,
+        templated_text: TemplatedText = "refuse",
+        unshown_text: UnshownText = "refuse",
     ) -> Self:
         """Decide template, end token and pad token for a tokenizer; may add a pad token to it.
 
         Raises:
-            ContractError: the tokenizer has no end token, or its template depends on the date.
+            ContractError: the tokenizer has no end token, or its template reads the date in a way that cannot be fixed.
         """
         if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
             raise ContractError(
@@ -145,13 +160,9 @@ class Contract(Versioned):
             )
         template, source = pick_template(tokenizer)
         kwargs = dict(template_kwargs or {})
-        if "strftime_now" in template and "date_string" not in kwargs:
-            if "date_string" not in template:
-                raise ContractError(
-                    "the chat template prints the current date (strftime_now), so the same text would score differently tomorrow",
-                    remedy="save the tokenizer with a template without strftime_now",
-                )
-            kwargs["date_string"] = FROZEN_DATE
+        if "strftime_now" in template and "date_string" in template:
+            kwargs.setdefault("date_string", FROZEN_DATE)
+        template = without_clock(template)
         pad_token, pad_token_id = pick_pad(tokenizer)
         return cls(
             template=template,
@@ -164,6 +175,8 @@ class Contract(Versioned):
             pad_token_id=pad_token_id,
             max_tokens=max_tokens,
             critique_lead_in=critique_lead_in,
+            templated_text=templated_text,
+            unshown_text=unshown_text,
         )
 
     @model_validator(mode="after")

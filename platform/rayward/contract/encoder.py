@@ -91,7 +91,7 @@ class Encoder:
                 control.add(token.content)
                 normalised |= token.normalized and self._backend.normalizer is not None
         # A normaliser could make a control token of a text that holds none, where the tokenizer looks for them after it.
-        return ControlTokens(self._backend, control), normalised
+        return ControlTokens(self._backend, control, always=normalised), normalised
 
     def encode(
         self, prompt: Sequence[Message], completion: Completion, critique: str | None = None, *, inputs: TemplateInputs = NO_INPUTS

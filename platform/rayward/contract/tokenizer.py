@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
 from rayward.errors import ContractError
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FROZEN_DATE = "26 Jul 2024"
+_FROZEN_TIME = datetime(2024, 7, 26, 12, 0, 0)
+_CLOCK = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(?:'([^'\\]*)'|\"([^\"\\]*)\")\s*\)")
 PAD_TOKEN = "<|rayward_pad|>"
 
 PLAIN_TEMPLATE = (
@@ -31,6 +35,22 @@ def pick_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if isinstance(template, Mapping):
         template = template.get("default")
     return (template, "tokenizer") if isinstance(template, str) and template else (PLAIN_TEMPLATE, "plain")
+
+
+def without_clock(template: str) -> str:
+    """The template with FROZEN_DATE wherever it would print the time of rendering: else the same text would score differently tomorrow.
+
+    Raises:
+        ContractError: a format of the date is not written out in the template.
+    """
+    fixed = _CLOCK.sub(lambda found: json.dumps(_FROZEN_TIME.strftime(found[1] if found[1] is not None else found[2])), template)
+    if re.search(r"strftime_now\s*\(", fixed):
+        raise ContractError(
+            "the chat template prints the current date in a format that it computes (strftime_now), so the same text would score "
+            "differently tomorrow",
+            remedy="save the tokenizer with a template that writes the format out, or without strftime_now",
+        )
+    return fixed
 
 
 def bos_for_plain(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
+from pydantic import Field
 
 from rayward import storage
 from rayward.batch.comparison import EncodedComparison, Float32, Labels
@@ -113,7 +114,7 @@ class Manifest(Versioned):
     sources: dict[str, int]
     near_duplicates: int = 0
     near_duplicate_examples: tuple[NearDuplicate, ...] = ()
-    contamination: dict[str, int] = {}
+    contamination: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +201,13 @@ class Label:
         column: null where the label is unknown.
         read: from the column's value to that of `Labels`; an unknown label has the default there.
         write: from the value of `Comparison` to the column's.
+        rare: most data has none, so rows without it are not counted as missing.
     """
 
     column: pa.Field
     read: Callable[[Any], Any]
     write: Callable[[Any], Any] = lambda value: value
+    rare: bool = False
 
 
 def _floats(values: Sequence[float]) -> Float32:
@@ -223,6 +226,7 @@ LABELS = (
     Label(pa.field("weight", pa.float32(), nullable=False), float),
     Label(pa.field("attributes", pa.list_(pa.list_(pa.float32()))), _floats),
     Label(pa.field("step_labels", pa.list_(pa.list_(pa.float32()))), _rows_of_floats),
+    Label(pa.field("vote_shares", pa.list_(pa.float32())), _floats, rare=True),
 )
 LABEL_COLUMNS = tuple(label.column.name for label in LABELS)
 

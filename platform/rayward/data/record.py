@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from itertools import combinations
 from typing import Any, Literal, TypeVar
 
 from rayward.contract.conversation import (
@@ -39,6 +40,7 @@ class BadRow(StrEnum):
     NO_SHARED_PROMPT = "no_shared_prompt"
     TIE = "tie"
     NON_FINITE_MARGIN = "non_finite_margin"
+    OUTLIER = "outlier"
     UNKNOWN_ROLE = "unknown_role"
     BAD_RANKING = "bad_ranking"
     BAD_RATING = "bad_rating"
@@ -55,6 +57,13 @@ class BadRow(StrEnum):
     CONTRADICTION = "contradiction"
     IN_VALIDATION = "in_validation"
     CONTAMINATED = "contaminated"
+    UNUSED_COLUMN = "unused_column"
+    ADAPTER_REJECTED = "adapter_rejected"
+    ADAPTER_FAILED = "adapter_failed"
+
+
+LARGEST_NUMBER = 1e9
+"""Of a margin, a strength, a weight or a rating without a range: more teaches nothing, and products of them must stay finite in fp32."""
 
 
 class RowRejected(Exception):  # noqa: N818 - control flow inside prepare, never shown to a user as an error
@@ -109,6 +118,8 @@ class Comparison:
         attributes: K rows of ratings in the order of `data.attributes` (NaN = missing), else None.
         step_labels: for each completion one label per step, the probability that it is right (NaN = missing), else None.
         critiques: K texts that judge the completions in words, else None.
+        vote_shares: of several judges, for each pair of completions (0, 1), (0, 2), …, (1, 2), … the share that finds its first one
+            better (a judge who finds them equal counts half for each), else None: the ranking is all that is known.
         tools, chat_template_kwargs: what the chat template is given besides turns, else None.
     """
 
@@ -123,6 +134,7 @@ class Comparison:
     attributes: tuple[tuple[float, ...], ...] | None = None
     step_labels: tuple[tuple[float, ...], ...] | None = None
     critiques: tuple[str, ...] | None = None
+    vote_shares: tuple[float, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -145,9 +157,12 @@ class Comparison:
         order = sorted(range(len(self.completions)), key=lambda i: completion_key(self.completions[i]))
         ranks = None if self.ranks is None else dense_ranks([self.ranks[i] for i in order])
         attributes = None if self.attributes is None else [[str(v) for v in self.attributes[i]] for i in order]
-        if self.step_labels is None:
-            return digest([ranks, attributes])
-        return digest([ranks, attributes, [[str(v) for v in self.step_labels[i]] for i in order]])
+        known: list[Any] = [ranks, attributes]
+        if self.step_labels is not None:
+            known.append([[str(v) for v in self.step_labels[i]] for i in order])
+        if self.vote_shares is not None:
+            known.append([f"{share:.6f}" for share in pairwise_in_order(self.vote_shares, order)])
+        return digest(known)
 
 
 def completion_key(completion: Completion) -> str:
@@ -163,6 +178,13 @@ def dense_ranks(ranks: Sequence[float]) -> list[int]:
     """Ranks renumbered 0, 1, 2, … without gaps; ties keep a common number."""
     levels = {value: index for index, value in enumerate(sorted(set(ranks)))}
     return [levels[value] for value in ranks]
+
+
+def pairwise_in_order(shares: Sequence[float], order: Sequence[int]) -> list[float]:
+    """`vote_shares` of the completions in another order: of the new pair (i, j), the share for completion `order[i]`."""
+    pairs = list(combinations(range(len(order)), 2))
+    of = dict(zip(pairs, shares, strict=True))
+    return [of[order[i], order[j]] if order[i] < order[j] else 1.0 - of[order[j], order[i]] for i, j in pairs]
 
 
 def ranked_by(comparison: Comparison, column: int, name: str) -> Comparison:
@@ -210,6 +232,7 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
             raise RowRejected(BadRow.WRONG_TYPE, f"{name} {number} is not a finite number")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
         raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
+    _require_moderate(comparison)
     for index, critique in enumerate(comparison.critiques or ()):
         if not critique.strip():
             raise RowRejected(BadRow.NO_CRITIQUE, f"the critique of completion {index} is empty")
@@ -229,8 +252,36 @@ def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "
         raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions, or one is not finite")
     if num_completions < 2:
         raise RowRejected(BadRow.BAD_RANKING, "a ranking needs at least two completions")
+    if comparison.vote_shares is not None:
+        _validate_shares(comparison.vote_shares, ranks)
     if len(set(ranks)) == 1 and ties == "quarantine":
         raise RowRejected(BadRow.TIE, "all completions are ranked equal and data.ties is 'quarantine'")
+
+
+def _require_moderate(comparison: Comparison) -> None:
+    # What lies far from the others of its column is only known when all rows are.
+    numbers = {name: getattr(comparison, name) for name in dict.fromkeys(("margin", "strength", *NUMBER_COLUMNS))}
+    numbers |= {
+        f"rating {column} of completion {index}": rating
+        for index, ratings in enumerate(comparison.attributes or ())
+        for column, rating in enumerate(ratings)
+    }
+    for name, number in numbers.items():
+        if number is not None and abs(number) > LARGEST_NUMBER:
+            raise RowRejected(BadRow.OUTLIER, f"{name} {number:g} is beyond {LARGEST_NUMBER:g}, the largest number that a row may bring")
+
+
+def _validate_shares(shares: Sequence[float], ranks: Sequence[float]) -> None:
+    num_pairs = len(ranks) * (len(ranks) - 1) // 2
+    if len(shares) != num_pairs:
+        raise RowRejected(BadRow.BAD_RANKING, f"{len(shares)} shares of votes for {num_pairs} pairs of completions")
+    if any(not 0.0 <= share <= 1.0 for share in shares):
+        raise RowRejected(BadRow.BAD_RANKING, f"the shares of votes are {', '.join(f'{s:g}' for s in shares)}; the rule is 0 to 1")
+    # Of more than two, the ranking is that of the means, and a single pair may well have gone the other way.
+    if num_pairs == 1 and (shares[0] > 0.5, shares[0] < 0.5) != (ranks[0] < ranks[1], ranks[0] > ranks[1]):
+        raise RowRejected(
+            BadRow.BAD_RANKING, f"{shares[0]:g} of the votes are for the first completion, and the ranks are {ranks[0]:g} and {ranks[1]:g}"
+        )
 
 
 Value = TypeVar("Value")

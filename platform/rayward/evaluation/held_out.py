@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from rayward.config.data import DataConfig
-from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
+from rayward.config.sources import SourceConfig
+from rayward.data.formats.table import SourceOptions, adapt, choose_format, columns_of
 from rayward.data.prepared import PreparedData
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
 from rayward.data.sources.find import SourceFile, find_files
@@ -72,6 +73,11 @@ def read_prepared(directory: str) -> HeldOut:
 def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) -> HeldOut:
     """Raw files of any format as blocks of comparisons; rows that are none are kept as records with the reason.
 
+    Args:
+        locations: files that are read as they are; not looked at where `config.sources` names them with a mapping.
+        config: formats, columns and mappings.
+        download_to: where hub data sets are stored.
+
     Raises:
         DataError: a location does not exist or is damaged.
         DataFormatError: the format of a file cannot be decided.
@@ -79,10 +85,10 @@ def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) 
     rejected: dict[int, Record] = {}
     rows: list[dict[str, Any]] = []
     position = 0
-    for file in _files(locations, download_to):
+    for file, mapping in _files(config.sources or (SourceConfig(path=tuple(locations), role="validation"),), download_to):
         sample, _ = sample_rows(file)
         # Without one readable row there is no format to choose, and every row is rejected for its own reason.
-        chosen = choose_format(sample, config, where=file.uri, source=file.source) if sample else None
+        chosen = choose_format(sample, config, where=file.uri, source=file.source, mapping=mapping) if sample else None
         for unit in plan_units(file):
             for raw in read_unit(unit):
                 try:
@@ -97,13 +103,14 @@ def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) 
     return HeldOut(tables=tables, rejected=rejected, num_rows=position)
 
 
-def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:
-    local = [location for location in locations if not location.startswith(HUB_PREFIX)]
-    for location in locations:
-        if location.startswith(HUB_PREFIX):
-            yield download(parse_hub_name(location, "validation"), download_to, "validation")
-    if local:
-        yield from find_files(local, "validation")[0]
+def _files(sources: Sequence[SourceConfig], download_to: str) -> Iterator[tuple[SourceFile, SourceConfig]]:
+    for source in sources:
+        local = [location for location in source.path if not location.startswith(HUB_PREFIX)]
+        for location in source.path:
+            if location.startswith(HUB_PREFIX):
+                yield download(parse_hub_name(location, "validation"), download_to, "validation"), source
+        if local:
+            yield from ((file, source) for file in find_files(local, "validation")[0])
 
 
 def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:
@@ -116,7 +123,7 @@ def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:
     if not isinstance(value, dict) or chosen is None:
         raise RowRejected(BadRow.UNPARSABLE, "the row is not a JSON object")
     name, options = chosen
-    comparison = FORMATS[name].adapt(value, options)
+    comparison = adapt(name, columns_of(name, options), value, options)
     validate(comparison, ties="keep")
     return comparison
 

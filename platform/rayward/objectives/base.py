@@ -33,6 +33,7 @@ class LabelFacts:
         num_unrated: comparisons without a single rating.
         num_without_strength: comparisons without a strength.
         num_without_steps: comparisons without labels of steps.
+        num_with_shares: comparisons with shares of votes (`data.votes=soft`).
         missing: by label (columns of the prepared rows), comparisons in which it is unknown; a label that is always known is not in it.
         weakest, strongest: range of the strengths, None without any.
     """
@@ -42,6 +43,7 @@ class LabelFacts:
     num_unrated: int = 0
     num_without_strength: int = 0
     num_without_steps: int = 0
+    num_with_shares: int = 0
     weakest: float | None = None
     strongest: float | None = None
     missing: Mapping[str, int] = field(default_factory=dict)

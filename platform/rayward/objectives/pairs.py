@@ -75,9 +75,10 @@ def bradley_terry(outputs: Tensor, labels: Sequence[Labels], config: BradleyTerr
 
     Per pair with d = r_better - r_worse - margin: (1 - e) softplus(-d) + e softplus(d), softplus(-d) = -log sigmoid(d)
     (Askell et al. 2021, arXiv 2112.00861, eq. 3.1; margin: arXiv 2307.09288, section 3.2.2; times the strength: arXiv 2410.01257).
-    A tie trains towards probability one half: (softplus(d) + softplus(-d)) / 2. With K > 2 the pairs of a comparison are
-    averaged (arXiv 2203.02155, eq. 1) or, with balance="pair", summed. The safety term's formula is not printed in the paper; this is
-    its usual reading: the mean over the rated completions of a comparison.
+    A tie trains towards probability one half: (softplus(d) + softplus(-d)) / 2. Where p of the votes are for the better one, the target
+    is p: p softplus(-d) + (1 - p) softplus(d), and with smoothing e each vote is wrong with probability e: p (1 - e) + (1 - p) e.
+    With K > 2 the pairs of a comparison are averaged (arXiv 2203.02155, eq. 1) or, with balance="pair", summed. The safety term's formula
+    is not printed in the paper; this is its usual reading: the mean over the rated completions of a comparison.
 
     Args:
         outputs: float32 [N, 1].
@@ -158,7 +159,8 @@ class PairTable:
         better, worse: int64 [P], positions in the micro-batch.
         weight: float32 [P], share of the comparison's weight.
         margin: float32 [P], 0 for ties; scale: float32 [P].
-        flip: float32 [P], probability that the label is wrong; one half for ties.
+        flip: float32 [P], probability that the label is wrong: by smoothing and, where votes were counted, their share for the worse
+            one; one half for ties.
     """
 
     better: npt.NDArray[np.int64]
@@ -179,7 +181,7 @@ def pair_table(
         by_prompt: a comparison's pairs share its weight; else each has all of it.
         margin_of: margin of the pairs of a comparison.
         scaled: scale by the strength.
-        smoothing: `flip` of pairs with a winner.
+        smoothing: probability that one judgement is wrong; `flip` of pairs with a winner and no votes.
     """
     import numpy as np
 
@@ -189,6 +191,10 @@ def pair_table(
         ranks = ranks_of(label, objective)
         first, second = np.triu_indices(len(ranks), k=1)
         swap, strict = ranks[first] > ranks[second], ranks[first] != ranks[second]
+        against = np.where(strict, 0.0, 0.5)
+        if label.vote_shares is not None:
+            shares = label.vote_shares.astype(np.float64)
+            against = np.where(swap, shares, 1.0 - shares)
         rows.append(
             np.stack(
                 [
@@ -197,7 +203,7 @@ def pair_table(
                     np.full(len(first), label.weight / (len(first) if by_prompt else 1)),
                     np.where(strict, margin_of(label), 0.0),
                     np.full(len(first), label.strength if scaled else 1.0),
-                    np.where(strict, smoothing, 0.5),
+                    against * (1.0 - smoothing) + (1.0 - against) * smoothing,
                 ]
             )
         )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rayward.objectives.base import ObjectiveOutput, ObjectiveSettings, ranks_of
+from rayward.errors import ConfigError
+from rayward.objectives.base import LabelFacts, ObjectiveOutput, ObjectiveSettings, ranks_of
 from rayward.objectives.sums import ranking_sums
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ class PlackettLuceObjective(ObjectiveSettings):
     """Completions of one rank: each is chosen from all that remain (Breslow), or they are left out of the ranking."""
     top_m: int | None = Field(None, ge=1)
     """Only the first so many stages count (a partial ranking); None: all of them."""
+
+    def check(self, data: LabelFacts) -> None:
+        super().check(data)
+        if data.num_with_shares:
+            raise ConfigError(
+                f"objective {self.type} learns an order, and {data.num_with_shares} rows have shares of votes, which it would not read",
+                remedy="set data.votes=majority, or use objective.type=bradley_terry",
+            )
 
 
 def plackett_luce(outputs: Tensor, labels: Sequence[Labels], config: PlackettLuceObjective, attributes: tuple[str, ...]) -> ObjectiveOutput:

@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 import ray.data
+from ray.data import DataContext
 from ray.exceptions import RayActorError
 
 from rayward.cluster import Deferred, actor_options, ray_errors
 from rayward.config.placement import Placement
+from rayward.contract.conversation import TemplateInputs
 from rayward.errors import DataError, ScoringError, marking
 from rayward.wire.items import Asked, ItemError, ScoreItem
 
@@ -21,8 +23,16 @@ if TYPE_CHECKING:
     from rayward.scoring.scored_model import ScoredModel
 
 
+T = TypeVar("T")
+
 ROWS_PER_CALL = 256
 """Rows given to one scorer call; it cuts them into micro-batches by tokens."""
+
+READER_CPUS = 0.1
+"""Share of a CPU that a read task reserves beside the actors, which leave so much of theirs."""
+
+BLOCK_BYTES = 64 * 1024
+"""Tasks hand on what they read in blocks of about so much, but never less than one row."""
 
 REWARDS_TYPE = pa.list_(pa.float32())
 ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
@@ -36,7 +46,8 @@ def score_blocks(blocks: Blocks, *, model: str, asked: Asked = Asked(), placemen
     """Add `rewards` (list of K finite float32, null where there is none), `error` (code and message, or null) and the model's `version`.
 
     Args:
-        blocks: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts).
+        blocks: with columns `prompt_json` (JSON list of turns) and `completions_json` (JSON list of K texts, or
+            lists of turns), and `inputs_json` where there are tools.
         model: directory of whatever scores; the same path on every node.
 
     Raises: as `pool`.
@@ -52,12 +63,39 @@ def feature_blocks(blocks: Blocks, *, model: str, placement: Placement = Placeme
     return pool(blocks, _features, model=model, placement=placement)
 
 
+def reading(sources: Sequence[T], read: Callable[[T], Iterator[pa.Table]], *, scorers: int, in_order: bool = False) -> ray.data.Dataset:
+    """A data set of what tasks read, for a `pool` of so many scorers: nothing of it passes the driver, and little is read ahead.
+
+    Args:
+        sources: one read task each; what describes them goes to every task.
+        read: tables of a source, each a block; pickled.
+        in_order: whether the blocks come back from the pool as they were read.
+    """
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.preserve_order = in_order
+    with DataContext.current(context):
+        indices = ray.data.from_items([{"index": index} for index in range(len(sources))], override_num_blocks=len(sources))
+        return indices.map_batches(
+            partial(_read, sources=list(sources), read=read),
+            batch_size=1,
+            num_cpus=READER_CPUS,
+            compute=ray.data.TaskPoolStrategy(size=min(2 * scorers, len(sources))),
+        )
+
+
+def _read(batch: dict[str, Any], sources: Sequence[T], read: Callable[[T], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    with marking:
+        for index in batch["index"]:
+            yield from read(sources[int(index)])
+
+
 def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_per_call: int = ROWS_PER_CALL) -> Iterator[pa.Table]:
     """Let copies of a model work on blocks of rows, each copy in an actor of its own.
 
     Args:
-        blocks: tables that the driver holds (read tasks would wait for ever on a cluster whose CPUs are all held by the actors), or a
-            data set.
+        blocks: tables that the driver holds, or a data set, whose tasks must get along with the CPU share that the actors leave them
+            (`reading`; other read tasks would wait for ever on a cluster whose CPUs are all held by the actors).
         rows_per_call: rows given to one call of `work`; what is lost when an actor dies.
 
     Yields:
@@ -67,11 +105,11 @@ def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_p
         ModelLoadError, ContractError: an actor cannot load the model; any other typed error that an actor met.
         ScoringError: an actor died.
     """
-    size = placement.actors
+    size, cpus = placement.actors, 1.0 - READER_CPUS
     if not isinstance(blocks, ray.data.Dataset):
         if not blocks:
             return
-        size = min(size, len(blocks))
+        size, cpus = min(size, len(blocks)), 1.0
         blocks = ray.data.from_arrow(list(blocks))
     done = blocks.map_batches(
         _Worker,
@@ -79,6 +117,7 @@ def pool(blocks: Blocks, work: Work, *, model: str, placement: Placement, rows_p
         batch_size=rows_per_call,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=cpus,
         **actor_options(placement.gpus_per_actor),
     )
     try:
@@ -141,11 +180,22 @@ def items_of(block: pa.Table, asked: Asked, *, seed: int = 0) -> list[ScoreItem]
     Raises:
         DataError: a column does not hold JSON lists.
     """
-    rows = zip(block["prompt_json"].to_pylist(), block["completions_json"].to_pylist(), strict=True)
-    return [
-        ScoreItem(tuple(_loads(prompt, "prompt_json")), tuple(_loads(completions, "completions_json")), asked, seed=seed)
-        for prompt, completions in rows
-    ]
+    inputs = block["inputs_json"].to_pylist() if "inputs_json" in block.column_names else [None] * block.num_rows
+    items = []
+    for prompt, completions, given in zip(block["prompt_json"].to_pylist(), block["completions_json"].to_pylist(), inputs, strict=True):
+        texts = [text if isinstance(text, str) else tuple(text) for text in _loads(completions, "completions_json")]
+        found = TemplateInputs.from_json(given)
+        items.append(
+            ScoreItem(
+                tuple(_loads(prompt, "prompt_json")),
+                tuple(texts),
+                asked,
+                seed=seed,
+                tools=found.tools or None,
+                chat_template_kwargs=dict(found.chat_template_kwargs) or None,
+            )
+        )
+    return items
 
 
 def _loads(text: str, column: str) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
-from rayward.contract.conversation import Message
+from rayward.contract.conversation import Completion
 from rayward.contract.encoder import Encoder
 from rayward.errors import TooLongError
 from rayward.model.generation import Opening, generate
@@ -68,8 +68,8 @@ class CritiqueWriter:
     def _openings(self, item: ScoreItem) -> list[Opening]:
         return [opening for text in item.completions for opening in self._of_completion(item, text)]
 
-    def _of_completion(self, item: ScoreItem, text: str) -> list[Opening]:
-        ids = self._encoder.open_critique(cast(Sequence[Message], item.prompt), text)
+    def _of_completion(self, item: ScoreItem, text: Completion) -> list[Opening]:
+        ids = self._encoder.open_critique(item.prompt, text, inputs=item.inputs)
         room = min(MAX_CRITIQUE_TOKENS, self._encoder.contract.max_tokens - len(ids) - CLOSING_TOKENS)
         if room < 1:
             raise TooLongError(

@@ -20,8 +20,8 @@ from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import Contract
-from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder
+from rayward.contract.rendering import Conversation
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ModelLoadError
 from rayward.model.language_model import LanguageModel
@@ -104,7 +104,7 @@ class ImplicitScorer:
         return results
 
     def _encode(self, item: ScoreItem) -> EncodedComparison:
-        split = [self._encoder.encode_parts(cast(Sequence[Message], item.prompt), text) for text in item.completions]
+        split = self._encoder.encode_sure([Conversation(item.prompt, text, None, item.inputs) for text in item.completions])
         check_ids((encoding.ids for encoding in split), min(model.num_embeddings for model in self._models))
         shortest = min(encoding.text_start for encoding in split)
         shared = next((i for i in range(shortest) if len({encoding.ids[i] for encoding in split}) > 1), shortest)

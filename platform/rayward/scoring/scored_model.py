@@ -7,13 +7,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rayward.contract.contract import Normaliser
-from rayward.errors import ContractError, TokenRangeError, TooLongError
+from rayward.errors import (
+    AlreadyTemplatedError,
+    ChangedTextError,
+    ContractError,
+    TemplateFailedError,
+    TokenRangeError,
+    TooLongError,
+    UnsupportedMessageError,
+)
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 
 
 def encoding_error(exc: ContractError) -> ItemError:
     """What the caller is told of a conversation that cannot become token ids."""
-    codes = {TooLongError: "too_long", TokenRangeError: "token_out_of_range"}
+    codes = {
+        TooLongError: "too_long",
+        TemplateFailedError: "failed",
+        TokenRangeError: "token_out_of_range",
+        UnsupportedMessageError: "unsupported_message",
+        AlreadyTemplatedError: "already_templated",
+        ChangedTextError: "changed_by_template",
+    }
     return ItemError(codes.get(type(exc), "template"), exc.problem)
 
 

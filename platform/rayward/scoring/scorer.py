@@ -19,10 +19,10 @@ from rayward.batch.layout import pack
 from rayward.batch.planner import group_by_budget
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
-from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.golden import golden_conversations
 from rayward.contract.reading import place_of
+from rayward.contract.rendering import Conversation
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ModelLoadError
 from rayward.model.build import load_reward_model, read_hf_config
@@ -263,21 +263,22 @@ class Scorer:
     def _comparisons(self, item: ScoreItem, *, gated: bool | None = None, plain: bool = False) -> list[EncodedComparison]:
         # plain: the conversations as they end, whatever the head reads.
         if plain:
-            prompt = cast(Sequence[Message], item.prompt)
-            conversations = [self._encoder.encode_parts(prompt, text) for text in item.completions]
+            conversations = self._encoder.encode_sure([Conversation(item.prompt, text, None, item.inputs) for text in item.completions])
         else:
-            conversations = [encoding for k in range(len(item.completions)) for encoding in self._encode(item, k)]
+            conversations = self._encode(item)
         check_ids((conversation.ids for conversation in conversations), self._vocabulary)
         return self._split(conversations, gated=self.contract.gate is not None if gated is None else gated)
 
-    def _encode(self, item: ScoreItem, k: int) -> list[Encoding]:
-        # The conversations of one completion: one, or one for each of its critiques.
-        prompt, text, reading = cast(Sequence[Message], item.prompt), item.completions[k], self.contract.reading
-        if item.critiques is not None and self.facts.writes_critiques:
-            return [Encoding(self._encoder.encode(prompt, text, critique), 0) for critique in item.critiques[k]]
-        if reading is None and self.contract.gate is None:
-            return [Encoding(self._encoder.encode(prompt, text), 0)]
-        return [self._encoder.encode_parts(prompt, text, separator=None if reading is None else reading.separator)]
+    def _encode(self, item: ScoreItem) -> list[Encoding]:
+        # Of each completion one conversation, or one for each of its critiques.
+        reading, critiques = self.contract.reading, item.critiques
+        given: Sequence[Sequence[str | None]] = [[None]] * len(item.completions)
+        if critiques is not None and self.facts.writes_critiques:
+            given = critiques
+        asked = [
+            Conversation(item.prompt, text, each, item.inputs) for text, of in zip(item.completions, given, strict=True) for each in of
+        ]
+        return self._encoder.encode_sure(asked, separator=None if reading is None else reading.separator)
 
     def _outputs(self, batch: BatchTensors) -> torch.Tensor:
         return cast(torch.Tensor, self._model(batch))
@@ -370,13 +371,9 @@ def _is_finite(values: torch.Tensor) -> bool:
 def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:
     return [
         ScoreItem(
-            tuple(_as_dict(turn) for turn in entry.prompt),
+            entry.prompt,
             (entry.completion,),
             critiques=None if entry.critique is None else ((entry.critique,),),
         )
         for entry in golden
     ]
-
-
-def _as_dict(turn: Message) -> dict[str, str]:
-    return {"role": turn["role"], "content": turn["content"]}

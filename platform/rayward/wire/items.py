@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from rayward.contract.contract import Normalise
+from rayward.contract.conversation import Completion, Message, TemplateInputs
 
 FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -40,25 +41,33 @@ class ScoreItem:
     """One prompt and its completions, past all rules of the wire.
 
     Attributes:
-        prompt: turns as {"role", "content"} mappings, ending with a user or tool turn.
-        completions: K >= 1 texts of the assistant turn that follows.
+        prompt: turns, ending with a user or tool turn, or with one that an assistant has begun.
+        completions: K >= 1 texts of the assistant turn that follows, or turns that begin and end with an assistant's.
+        tools, chat_template_kwargs: what the chat template is given besides turns.
         critiques: given critiques of each completion, which are then not written.
         seed: of the sampling of critiques. Neither is on the wire.
     """
 
-    prompt: tuple[dict[str, str], ...]
-    completions: tuple[str, ...]
+    prompt: tuple[Message, ...]
+    completions: tuple[Completion, ...]
     asked: Asked = Asked()
     critiques: tuple[tuple[str, ...], ...] | None = None
     seed: int = 0
+    tools: tuple[dict[str, Any], ...] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def inputs(self) -> TemplateInputs:
+        """What the chat template is given besides turns."""
+        return TemplateInputs.of(self.tools, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True, slots=True)
 class ItemError:
     """Why one item has no rewards.
 
-    Codes: `too_long`, `template`, `token_out_of_range`, `non_finite`, `unknown_weights`, `no_normaliser`, `no_critiques`; `failed`:
-    anything else.
+    Codes: `too_long`, `template`, `unsupported_message`, `already_templated`, `changed_by_template`, `token_out_of_range`, `non_finite`,
+    `unknown_weights`, `no_normaliser`, `no_critiques`; `failed`: anything else.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -48,10 +48,25 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
     """
     if len(body) > limits.max_body_bytes:
         body_too_large(len(body), limits)
-    raw = _decode(body)
+    # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
+    return check_request(_decode(body), limits, escapes=has_escapes(body))
+
+
+def has_escapes(body: bytes) -> bool:
+    """Whether a JSON text may hold NUL or lone surrogates."""
+    return b"\\u0000" in body or b"\\ud" in body.lower()
+
+
+def check_request(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[list[ScoreItem], str | None]:
+    """Apply every rule that needs no tokenizer to a decoded request.
+
+    Args:
+        escapes: whether a text may hold NUL or lone surrogates.
+
+    Returns and raises: as `parse_request`.
+    """
     _check_sizes(raw, limits)
-    if b"\\u0000" in body or b"\\ud" in body.lower():
-        # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
+    if escapes:
         _check_characters(raw)
     try:
         request = ScoreRequest.model_validate(raw)
@@ -140,6 +155,8 @@ _REMEDIES: Mapping[RuleCode, str] = {
     "empty_prompt": "send at least one turn with text",
     "prompt_end": "move the last assistant turn into completions",
     "empty_completion": "send text, or leave it out",
+    "completion_turns": "move earlier turns into the prompt",
+    "unsupported_message": "send texts only",
 }
 
 
@@ -198,10 +215,10 @@ def _check_critiques(asked: Asked, limits: Limits) -> None:
         )
 
 
-def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[dict[str, str], ...]:
+def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[Message, ...]:
     turns = (WireMessage(role="user", content=prompt),) if isinstance(prompt, str) else prompt
     _require(broken_by_prompt([Message(role=turn.role, content=turn.content) for turn in turns]), f"item {index}", index)
-    return tuple({"role": turn.role, "content": turn.content} for turn in turns)
+    return tuple(Message(role=turn.role, content=turn.content) for turn in turns)
 
 
 def _completion_text(index: int, k: int, completion: str | Sequence[WireMessage]) -> str:

@@ -9,6 +9,7 @@ from rayward import storage
 from rayward.cluster import connect
 from rayward.config.data import DataConfig
 from rayward.config.placement import Placement
+from rayward.errors import ConfigError
 from rayward.wire.items import Asked
 from rayward.workflows.console import console
 
@@ -34,6 +35,8 @@ def evaluate_pipeline(
     from rayward.evaluation.run import evaluate
 
     prepared = data[0] if len(data) == 1 and storage.exists(*storage.resolve(storage.join(data[0], MANIFEST_FILE))) else None
+    if prepared is not None and data_config.sources:
+        raise ConfigError(f"{prepared} is prepared data, whose columns are known; --data maps raw files", remedy="leave --data out")
     result = evaluate(
         model=model,
         output=output,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayward.artifacts.writer import new_model
 from rayward.config.placement import Placement
-from rayward.contract.contract import CONTRACT_FILE, Contract
+from rayward.contract.contract import CONTRACT_FILE, Contract, TemplatedText, UnshownText
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ConfigError
@@ -36,6 +36,8 @@ def import_model(
     max_tokens: int | None = None,
     outputs: tuple[str, ...] = (),
     weights: tuple[float, ...] = (),
+    templated_text: TemplatedText = "refuse",
+    unshown_text: UnshownText = "refuse",
     placement: Placement = Placement(),
 ) -> Contract:
     """Write a checkpoint of others as an export: the contract derives from its tokenizer, the golden scores from its own forward.
@@ -46,6 +48,7 @@ def import_model(
         max_tokens: longest conversation; None: the smaller of 4,096 and the model's context.
         outputs: names of the head's outputs; needed where there are several.
         weights: of the outputs in the reward; needed where there are several.
+        templated_text, unshown_text: rules of the contract.
 
     Raises:
         ConfigError: `output` exists, `source` is an export already, outputs and weights do not fit the head, or `max_tokens` the model.
@@ -63,7 +66,8 @@ def import_model(
         limit = _limit(max_tokens, context_length(read_hf_config(source)))
         model = load_reward_model(source, device=pick_device(placement.device), dtype=getattr(torch, dtype), max_tokens=limit)
         limit = min(limit, _limit(max_tokens, position_limit(model.model)))
-        rules = Contract.from_tokenizer(tokenizer, max_tokens=limit).model_copy(update={"dtype": dtype})
+        rules = Contract.from_tokenizer(tokenizer, max_tokens=limit, templated_text=templated_text, unshown_text=unshown_text)
+        rules = rules.model_copy(update={"dtype": dtype})
         contract = _for_head(rules, int(model.model.config.num_labels or 0), outputs, weights)
         scorer = Scorer(model, Encoder(contract, tokenizer), model_id=source.name, version="", tokens_per_batch=placement.tokens_per_batch)
         contract = contract.model_copy(update={"golden": scorer.golden_scores()})

@@ -117,7 +117,13 @@ def _prepare(config: MixtureConfig, which: str) -> PreparedData:
     values = {
         "run": config.run.model_dump(),
         "data": getattr(config, which).model_dump(),
-        "model": {"path": config.model, "max_tokens": base.max_tokens, "template_kwargs": base.template_kwargs},
+        "model": {
+            "path": config.model,
+            "max_tokens": base.max_tokens,
+            "template_kwargs": base.template_kwargs,
+            "templated_text": base.templated_text,
+            "unshown_text": base.unshown_text,
+        },
         "training": {"tokens_per_microbatch": max(4096, base.max_tokens)},
     }
     return prepare(parse_config(values, Config))

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from rayward.client.client import AsyncRewardClient, RewardClient
+from rayward.contract.conversation import Message
 from rayward.errors import ConfigError, ContractError, DeadlineError, OverloadedError, RequestError, ServerError, TooLongError
 from rayward.wire.items import Asked, ScoreItem
 
@@ -96,7 +97,7 @@ def test_score_returns_rewards_in_order(call: Callable[..., Any]) -> None:
 
 def test_model_and_messages_are_sent(call: Callable[..., Any]) -> None:
     handle, seen = sequence(reply([{"rewards": [1.0]}]))
-    turns = ({"role": "user", "content": "é\ud800"},)
+    turns = (Message(role="user", content="é\ud800"),)
     call(handle, "score_items", [ScoreItem(prompt=turns, completions=("a",))], model="rm")
     assert json.loads(seen[0].content) == {"items": [{"prompt": list(turns), "completions": ["a"]}], "model": "rm"}
     assert seen[0].url == "http://server/v1/score"

@@ -20,6 +20,7 @@ from rayward.errors import DataError, DataFormatError
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}
+OTHER = {"role": "user", "content": "3+3?"}
 FIVE = {"role": "assistant", "content": "5"}
 EXPLICIT = SourceOptions("set", prompt_key="prompt")
 IMPLICIT = SourceOptions("set")
@@ -106,7 +107,6 @@ BAD: list[tuple[str, SourceOptions, dict[str, Any], BadRow]] = [
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.nan}, BadRow.NON_FINITE_MARGIN),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e39}, BadRow.NON_FINITE_MARGIN),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}, BadRow.WRONG_TYPE),
-    ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "id": ["x"]}, BadRow.WRONG_TYPE),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b", "rejected": "c", "id": "\ud800"}, BadRow.BAD_TEXT),
     ("trl", EXPLICIT, {"prompt": " ", "chosen": "b", "rejected": "c"}, BadRow.EMPTY_PROMPT),
     ("trl", EXPLICIT, {"prompt": [], "chosen": "b", "rejected": "c"}, BadRow.EMPTY_PROMPT),
@@ -117,11 +117,11 @@ BAD: list[tuple[str, SourceOptions, dict[str, Any], BadRow]] = [
     ("trl", EXPLICIT, {"prompt": "a", "chosen": [], "rejected": [FIVE]}, BadRow.EMPTY_COMPLETION),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b\x00", "rejected": "c"}, BadRow.BAD_TEXT),
     ("trl", EXPLICIT, {"prompt": "a", "chosen": "b\ud800", "rejected": "c"}, BadRow.BAD_TEXT),
-    ("trl", EXPLICIT, {"prompt": [USER], "chosen": [FIVE, USER, FOUR], "rejected": [FIVE]}, BadRow.NO_SHARED_PROMPT),
+    ("trl", EXPLICIT, {"prompt": [USER], "chosen": [OTHER, FIVE, USER, FOUR], "rejected": [FIVE]}, BadRow.NO_SHARED_PROMPT),
     ("trl", IMPLICIT, {"chosen": "cat", "rejected": "car"}, BadRow.NO_SHARED_PROMPT),
     ("trl", IMPLICIT, {"chosen": "same words", "rejected": "same words"}, BadRow.IDENTICAL_COMPLETIONS),
     ("trl", IMPLICIT, {"chosen": [USER, FOUR], "rejected": [USER, FOUR]}, BadRow.IDENTICAL_COMPLETIONS),
-    ("trl", IMPLICIT, {"chosen": [USER, FOUR, USER, FOUR], "rejected": [USER, FIVE, USER, FOUR]}, BadRow.NO_SHARED_PROMPT),
+    ("trl", IMPLICIT, {"chosen": [USER, FOUR, USER, FOUR], "rejected": [OTHER, FIVE, USER, FOUR]}, BadRow.NO_SHARED_PROMPT),
     ("trl", IMPLICIT, {"chosen": [FOUR], "rejected": [FIVE]}, BadRow.EMPTY_PROMPT),
     ("hh_rlhf", IMPLICIT, {"chosen": "hello", "rejected": "\n\nHuman: a\n\nAssistant: b"}, BadRow.UNPARSABLE),
     ("hh_rlhf", IMPLICIT, {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: b"}, BadRow.EMPTY_COMPLETION),

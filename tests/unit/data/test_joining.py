@@ -11,7 +11,7 @@ import pytest
 
 from rayward.contract.conversation import Message
 from rayward.data.prepare.join import Left, join, weak_order
-from rayward.data.record import Comparison, dump_record
+from rayward.data.record import Comparison, completion_key, dump_record
 
 PROMPT = (Message(role="user", content="p"),)
 
@@ -31,16 +31,16 @@ def rankings(text: str) -> list[Comparison]:
 def written(comparison: Comparison) -> str:
     """The inverse of `ranking`; completions of equal rank must stand together."""
     assert comparison.ranks is not None
-    text = comparison.completions[0]
+    text = completion_key(comparison.completions[0])
     for (before, rank), name in zip(pairwise(comparison.ranks), comparison.completions[1:], strict=True):
-        text += ("=" if before == rank else ">") + name
+        text += ("=" if before == rank else ">") + completion_key(name)
     return text
 
 
 def pairs(comparison: Comparison) -> set[tuple[str, str, float]]:
     """All pairs with the sign of their order."""
     assert comparison.ranks is not None
-    named = sorted(zip(comparison.completions, comparison.ranks, strict=True))
+    named = sorted(zip(map(completion_key, comparison.completions), comparison.ranks, strict=True))
     return {(a, b, float((i > j) - (i < j))) for (a, i), (b, j) in combinations(named, 2)}
 
 
@@ -163,12 +163,12 @@ def test_the_verdict_is_that_of_the_transitive_closure(seed: int) -> None:
     rows = [
         ranking(generator.choice(("{}>{}", "{}>{}", "{}={}")).format(*generator.sample("ABCD", 2))) for _ in range(generator.randint(3, 7))
     ]
-    names = sorted({name for row in rows for name in row.completions})
+    names = sorted({completion_key(name) for row in rows for name in row.completions})
     at_least = {(name, name) for name in names}
     better = set()
     for row in rows:
         assert row.ranks is not None
-        (first, second), tie = row.completions, row.ranks[0] == row.ranks[1]
+        (first, second), tie = map(completion_key, row.completions), row.ranks[0] == row.ranks[1]
         at_least |= {(first, second)} | ({(second, first)} if tie else set())
         better |= set() if tie else {(first, second)}
     for _ in names:

@@ -16,6 +16,7 @@ from tests.unit.evaluation.table import evaluation_of, make_records
 from rayward.config.load import dump_config
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
+from rayward.contract.conversation import Message
 from rayward.contract.reading import RewardReadout
 from rayward.errors import ConfigError
 from rayward.evaluation.card import write_model_card
@@ -146,7 +147,7 @@ def test_the_code_in_the_card_runs_and_gives_the_score(export: Path, monkeypatch
         change_contract(export, template=template, template_source="plain")
     monkeypatch.chdir(export)
     transformers_code, rayward_code = re.findall(r"```python\n(.*?)```", write(export), flags=re.DOTALL)
-    prompt = ({"role": "user", "content": "What is the capital of France?"},)
+    prompt = (Message(role="user", content="What is the capital of France?"),)
     [expected] = Scorer.load(export, device="cpu").score([ScoreItem(prompt=prompt, completions=("Paris.",))])
     assert expected.rewards is not None
     assert float(run_block(transformers_code)) == pytest.approx(expected.rewards[0], abs=1e-5)
@@ -161,7 +162,7 @@ def test_the_code_of_a_card_with_several_outputs_gives_their_weighted_sum(tmp_pa
     )
     assert "`a` (0.75), `b` (-0.5)" in card
     monkeypatch.chdir(rated)
-    prompt = ({"role": "user", "content": "What is the capital of France?"},)
+    prompt = (Message(role="user", content="What is the capital of France?"),)
     [expected] = Scorer.load(rated, device="cpu").score([ScoreItem(prompt=prompt, completions=("Paris.",))])
     assert expected.rewards is not None
     code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0]

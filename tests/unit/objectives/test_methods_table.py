@@ -343,6 +343,7 @@ FACTS = LabelFacts(attributes=("helpfulness",), weakest=1.0, strongest=3.0)
         (OutcomeObjective(), FACTS, "learns the attribute 'label'.*helpfulness"),
         (OutcomeObjective(attribute="a"), LabelFacts(attributes=("a",), num_unrated=2), "2 rows have none"),
         (ProcessObjective(), LabelFacts(num_without_steps=2), "2 rows have none.*stepwise"),
+        (PlackettLuceObjective(), LabelFacts(num_with_shares=3), "3 rows have shares of votes.*data.votes=majority"),
         (RegressionObjective(weights="best"), FACTS, "weight set 'best' is not known.*helpsteer2_goodness"),
     ],
 )  # fmt: skip

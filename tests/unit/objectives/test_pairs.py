@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,14 +11,16 @@ import torch
 from torch import Tensor
 
 from rayward.batch.comparison import Labels
+from rayward.data.record import pairwise_in_order
 from rayward.errors import ConfigError
 from rayward.objectives.pairs import BradleyTerryObjective
 from rayward.objectives.sums import METRIC_SUMS, ranking_metrics
 from rayward.objectives.table import Objective
 
 
-def ranked(*ranks: float, margin: float = math.nan, weight: float = 1.0) -> Labels:
-    return Labels(ranks=np.array(ranks, dtype=np.float32), margin=margin, weight=weight)
+def ranked(*ranks: float, margin: float = math.nan, weight: float = 1.0, shares: Sequence[float] | None = None, **others: Any) -> Labels:
+    votes = None if shares is None else np.array(shares, dtype=np.float32)
+    return Labels(ranks=np.array(ranks, dtype=np.float32), margin=margin, weight=weight, vote_shares=votes, **others)
 
 
 PAIR = ranked(0, 1)
@@ -111,6 +115,65 @@ def test_a_tie_trains_towards_one_half() -> None:
     assert rewards.grad.abs().max() == 0
 
 
+def test_votes_are_a_soft_target_by_hand() -> None:
+    # softplus(-1.5) = .2014132780, softplus(1.5) = 1.7014132780; three votes of four for the first.
+    soft = ranked(0, 1, shares=(0.75,))
+    assert mean_loss(column(1.5, 0.0), [soft]).item() == pytest.approx(0.75 * 0.2014132780 + 0.25 * 1.7014132780, rel=1e-6)
+    assert mean_loss(column(0.0, 1.5), [ranked(1, 0, shares=(0.25,))]).item() == pytest.approx(0.5764132780, rel=1e-6)
+    # The same votes as rows of their own.
+    rows = mean_loss(column(1.5, 0.0, 1.5, 0.0, 1.5, 0.0, 1.5, 0.0), [PAIR, PAIR, PAIR, ranked(1, 0)])
+    assert mean_loss(column(1.5, 0.0), [soft]).item() == pytest.approx(rows.item(), rel=1e-6)
+    # All votes are the label, half of them a tie, and a judge who errs with probability e is smoothing: 1 - e of the votes.
+    assert torch.equal(mean_loss(column(1.5, 0.0), [ranked(0, 1, shares=(1.0,))]), mean_loss(column(1.5, 0.0), [PAIR]))
+    assert torch.equal(mean_loss(column(1.5, 0.0), [ranked(0, 0, shares=(0.5,))]), mean_loss(column(1.5, 0.0), [ranked(0, 0)]))
+    smoothed = mean_loss(column(1.5, 0.0), [PAIR], label_smoothing=0.1)
+    assert mean_loss(column(1.5, 0.0), [ranked(0, 1, shares=(0.9,))]).item() == pytest.approx(smoothed.item(), rel=1e-6)
+
+
+def test_votes_with_smoothing_margin_scale_and_centering_by_hand() -> None:
+    soft = ranked(0, 1, shares=(0.75,), margin=1.0, strength=2.0)
+    # Each vote is wrong with probability .1: .75 * .9 + .25 * .1 = .7; gap 1.5 - 1 = .5; softplus(-.5) = .4740769842.
+    expected = 2.0 * (0.7 * 0.4740769842 + 0.3 * 0.9740769842) + 0.01 * 1.5**2
+    settings = {"label_smoothing": 0.1, "scale": "strength", "center_coefficient": 0.01}
+    assert mean_loss(column(1.5, 0.0), [soft], **settings).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.75, 1.0])
+def test_the_gradient_of_a_soft_target_vanishes_where_the_model_says_its_share(share: float) -> None:
+    ranks = (0, 0) if share == 0.5 else (0, 1)
+    for gap in (-2.0, 0.0, 1.5):
+        rewards = column(gap, 0.0)
+        mean_loss(rewards, [ranked(*ranks, shares=(share,))]).backward()
+        assert rewards.grad is not None
+        slope = 1.0 / (1.0 + math.exp(-gap)) - share
+        assert rewards.grad.flatten().tolist() == pytest.approx([slope, -slope], abs=1e-6)
+        for index, size in ((0, 1e-2), (1, 1e-2)):
+            moved = [column(*(value + sign * size * (place == index) for place, value in enumerate((gap, 0.0)))) for sign in (1, -1)]
+            losses = [mean_loss(point, [ranked(*ranks, shares=(share,))]).item() for point in moved]
+            assert (losses[0] - losses[1]) / (2 * size) == pytest.approx(rewards.grad[index].item(), abs=2e-4)
+
+
+def test_every_pair_of_a_ranking_has_its_share() -> None:
+    rewards = column(1.0, 0.0, -0.5)
+    # (a, b) .5, (a, c) .75, (b, c) .25; by the means a, b, c have 1.25, .75, 1: the pair (b, c) stands as (c, b) with .75.
+    soft = mean_loss(rewards, [ranked(0, 2, 1, shares=(0.5, 0.75, 0.25))]).item()
+    pairs = [((1.0, 0.0), 0.5), ((1.0, -0.5), 0.75), ((0.0, -0.5), 0.25)]
+    single = [mean_loss(column(*gap), [ranked(*((0, 0) if p == 0.5 else (0, 1)), shares=(p,))]).item() for gap, p in pairs]
+    assert soft == pytest.approx(sum(single) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9])
+def test_the_largest_margin_strength_and_weight_that_prepare_lets_through_give_a_finite_loss(value: float) -> None:
+    labels = [ranked(0, 1, margin=value, strength=1e9, weight=1e9), ranked(0, 1, strength=1.0)]
+    for settings in ({}, {"scale": "strength"}, {"margin": "strength", "scale": "strength"}, {"label_smoothing": 0.1}):
+        rewards = column(1.5, 0.0, 0.0, 0.5)
+        loss = mean_loss(rewards, labels, **settings)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert rewards.grad is not None
+        assert torch.isfinite(rewards.grad).all()
+
+
 def test_the_pairs_of_a_ranking_are_averaged() -> None:
     rewards = column(2.0, 1.0, 0.5, -1.0)
     loss = mean_loss(rewards, [ranked(0, 1, 2, 3)])
@@ -152,7 +215,9 @@ def _sample(seed: int) -> tuple[Tensor, list[Labels]]:
     for _ in range(24):
         count = int(generator.integers(2, 6))
         margin = float(generator.normal()) if generator.random() < 0.3 else math.nan
-        labels.append(ranked(*generator.integers(0, 3, count).tolist(), margin=margin, weight=float(generator.uniform(0.1, 3.0))))
+        shares = generator.uniform(0, 1, count * (count - 1) // 2).tolist() if generator.random() < 0.5 else None
+        ranks = generator.integers(0, 3, count).tolist()
+        labels.append(ranked(*ranks, margin=margin, weight=float(generator.uniform(0.1, 3.0)), shares=shares))
     total = sum(len(label.ranks) for label in labels if label.ranks is not None)
     return torch.from_numpy(generator.normal(0, 2, total).astype(np.float32))[:, None], labels
 
@@ -194,7 +259,8 @@ def test_order_of_completions_and_constant_shift_do_not_matter(seed: int) -> Non
     for label in labels:
         assert label.ranks is not None
         order = generator.permutation(len(label.ranks))
-        permuted.append(Labels(ranks=label.ranks[order], margin=label.margin, weight=label.weight))
+        shares = None if label.vote_shares is None else pairwise_in_order(label.vote_shares.tolist(), order.tolist())
+        permuted.append(ranked(*label.ranks[order].tolist(), margin=label.margin, weight=label.weight, shares=shares))
         shuffled.append(rewards[start : start + len(order)][torch.from_numpy(order)])
         start += len(order)
     assert mean_loss(torch.cat(shuffled), permuted).item() == pytest.approx(reference, rel=1e-5)

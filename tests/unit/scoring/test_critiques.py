@@ -17,6 +17,7 @@ from transformers import LlamaForSequenceClassification
 
 from rayward.config.placement import Placement
 from rayward.contract.contract import Contract, GoldenScore
+from rayward.contract.conversation import Completion
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ContractMismatchError, ModelLoadError
@@ -63,7 +64,7 @@ def scorer(export: Path) -> Scorer:
     return Scorer.load(export, device="cpu")
 
 
-def expected_reward(export: Path, item: ScoreItem, text: str, critique: str) -> float:
+def expected_reward(export: Path, item: ScoreItem, text: Completion, critique: str) -> float:
     model = LlamaForSequenceClassification.from_pretrained(export).eval()
     encoder = Encoder(Contract.load(export), load_tokenizer(str(export)))
     return plain_reward(model, encoder.encode(item.prompt, text, critique))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import PackedBatch, pack
 from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
+from rayward.contract.conversation import Completion
 from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.errors import ModelLoadError
@@ -60,7 +61,7 @@ def write_rule(policies: Path, name: str, **content: object) -> Path:
     return directory
 
 
-def plain_log_prob(model: PreTrainedModel, encoder: Encoder, item: ScoreItem, completion: str) -> tuple[float, int]:
+def plain_log_prob(model: PreTrainedModel, encoder: Encoder, item: ScoreItem, completion: Completion) -> tuple[float, int]:
     """Sum over the tokens after the prompt by plain Transformers, and their number."""
     encoding = encoder.encode_parts(item.prompt, completion)  # type: ignore[arg-type]
     ids, prompt = encoding.ids, encoding.text_start

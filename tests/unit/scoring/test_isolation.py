@@ -12,6 +12,7 @@ from tests.helpers.models import make_export
 
 from rayward.contract.contract import Contract, Normaliser
 from rayward.contract.encoder import Encoder
+from rayward.contract.rendering import Rendered
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.ensemble import Ensemble
@@ -94,23 +95,23 @@ class PanicException(BaseException):
     "raised", [UnicodeError(POISON), KeyError(POISON), MemoryError(), PanicException(POISON)], ids=lambda e: type(e).__name__
 )
 def test_a_tokenizer_that_raises_for_one_item(scorer: Scorer, raised: BaseException) -> None:
-    tokenize = scorer._encoder._ids
+    tokenize = scorer._encoder._tokenized
 
-    def ids(text: str) -> list[int]:
-        if POISON in text:
+    def tokenized(rendered: Sequence[Rendered]) -> list[Any]:
+        if any(POISON in each.text for each in rendered):
             raise raised
-        return tokenize(text)
+        return tokenize(rendered)
 
-    scorer._encoder._ids = ids  # type: ignore[method-assign]
+    scorer._encoder._tokenized = tokenized  # type: ignore[method-assign]
     assert_only_the_poisoned_fails(scorer, item(POISON), "failed", type(raised).__name__)
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_no_fault_of_an_item(scorer: Scorer, raised: type[BaseException]) -> None:
-    def ids(text: str) -> list[int]:
+    def tokenized(rendered: Sequence[Rendered]) -> list[Any]:
         raise raised
 
-    scorer._encoder._ids = ids  # type: ignore[method-assign]
+    scorer._encoder._tokenized = tokenized  # type: ignore[method-assign]
     with pytest.raises(raised):
         scorer.score(GOOD)
 

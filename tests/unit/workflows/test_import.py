@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.helpers.architectures import ARCHITECTURES, make_architecture
 from tests.helpers.models import CONVERSATIONS, make_model
-from tests.helpers.tokenizer import make_tokenizer
+from tests.helpers.tokenizer import CHATML, make_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,11 +26,12 @@ from rayward import cli
 from rayward.artifacts import writer as writer_module
 from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
+from rayward.contract.conversation import Message
 from rayward.errors import ConfigError, ContractMismatchError, ModelLoadError
 from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.workflows.import_model import import_model
 
-ITEMS = [ScoreItem(tuple({"role": t["role"], "content": t["content"]} for t in prompt), (text,)) for prompt, text in CONVERSATIONS]
+ITEMS = [ScoreItem(prompt, (text,)) for prompt, text in CONVERSATIONS]
 
 
 def make_foreign(directory: Path, *, num_labels: int = 1, dtype: torch.dtype = torch.float32) -> LlamaForSequenceClassification:
@@ -314,3 +315,18 @@ def test_heads_of_other_frameworks_are_imported_with_verified_scores(tmp_path: P
         make_foreign(tmp_path / "plain")
         plain = Scorer.load(tmp_path / "plain", device="cpu")
         assert rewards(imported) == pytest.approx([value + shift for value in rewards(plain)], abs=1e-5)
+
+
+def test_what_the_template_changes_is_refused_or_accepted_by_the_contract(tmp_path: Path) -> None:
+    make_foreign(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    tokenizer.save_pretrained(tmp_path / "source")
+    import_model(tmp_path / "source", tmp_path / "strict", placement=Placement(device="cpu"))
+    import_model(tmp_path / "source", tmp_path / "model", unshown_text="accept", placement=Placement(device="cpu"))
+    thought = ScoreItem((Message(role="user", content="Who?"),), ("<think>Who indeed.</think>I.", "I."))
+    (refused,), (accepted,) = (Scorer.load(tmp_path / name, device="cpu").score([thought]) for name in ("strict", "model"))
+    assert refused.error is not None
+    assert refused.error.code == "changed_by_template"
+    assert accepted.rewards is not None
+    assert accepted.rewards[0] == pytest.approx(accepted.rewards[1], abs=1e-6)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rayward.contract.conversation import Message
+from rayward.contract.conversation import Completion, Message
 from rayward.data.formats.fields import (
     Row,
     SourceOptions,
@@ -16,11 +16,11 @@ from rayward.data.formats.fields import (
     as_prompt,
     as_text,
     build_comparison,
-    optional,
-    require_user_last,
     required,
-    split_last,
+    shared_turns,
 )
+from rayward.data.formats.scores import judged
+from rayward.data.formats.values import parsed
 from rayward.data.record import BadRow, Comparison, RowRejected
 
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -32,29 +32,26 @@ def pair(row: Row, options: SourceOptions) -> Comparison:
 
     Critiques stand in `chosen_feedback` and `rejected_feedback` (arXiv 2408.11791).
     """
-    chosen, rejected = required(row, options.chosen_key), required(row, options.rejected_key)
+    chosen, rejected = parsed(required(row, options.chosen_key)), parsed(required(row, options.rejected_key))
     if options.prompt_key is not None:
         prompt = as_prompt(required(row, options.prompt_key), options.prompt_key)
         texts = [as_completion(chosen, options.chosen_key, prompt), as_completion(rejected, options.rejected_key, prompt)]
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, texts = _split_common_text(chosen, rejected)
     else:
-        prompt, texts = _split_common_turns(
-            as_messages(chosen, options.chosen_key), as_messages(rejected, options.rejected_key), options.chosen_key, options.rejected_key
-        )
+        keys = (options.chosen_key, options.rejected_key)
+        prompt, texts = shared_turns([as_messages(chosen, keys[0]), as_messages(rejected, keys[1])], keys)
     return build_comparison(
         row,
         options,
         prompt,
         texts,
-        ranks=(0.0, 1.0),
-        margin=optional(row, "margin"),
-        strength=optional(row, "strength"),
         critiques=[row.get("chosen_feedback"), row.get("rejected_feedback")],
+        **judged(row, options, options.chosen_key, options.rejected_key),
     )
 
 
-def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[str]]:
+def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...], list[Completion]]:
     if chosen == rejected:
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "chosen and rejected are the same text")
     common = 0
@@ -69,16 +66,6 @@ def _split_common_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...],
     return (Message(role="user", content=prompt),), [chosen[common:].strip(), rejected[common:].strip()]
 
 
-def _split_common_turns(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], chosen_key: str, rejected_key: str
-) -> tuple[tuple[Message, ...], list[str]]:
-    prompt, better = split_last(chosen, chosen_key)
-    other, worse = split_last(rejected, rejected_key)
-    if prompt != other:
-        raise RowRejected(BadRow.NO_SHARED_PROMPT, "the turns before the last answer differ between chosen and rejected")
-    return require_user_last(prompt, chosen_key), [better, worse]
-
-
 def transcript(value: Any, key: str) -> tuple[Message, ...]:
     parts = TRANSCRIPT.split(as_text(value, key))
     if len(parts) < 3 or parts[0].strip():
@@ -91,24 +78,16 @@ def transcript(value: Any, key: str) -> tuple[Message, ...]:
 def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
     """Anthropic hh-rlhf: two transcripts; all turns but the last answer are the prompt."""
     chosen, rejected = transcript(required(row, "chosen"), "chosen"), transcript(required(row, "rejected"), "rejected")
-    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
-    return build_comparison(
-        row, options, prompt, texts, ranks=(0.0, 1.0), margin=optional(row, "margin"), strength=optional(row, "strength")
-    )
+    prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
+    return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
 def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     """UltraFeedback binarized: the strength is the score gap; equal scores are a tie, a negative gap is an error of the row."""
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
     as_text(required(row, "prompt"), "prompt")
-    prompt, texts = _split_common_turns(chosen, rejected, "chosen", "rejected")
-    scores = optional(row, "score_chosen"), optional(row, "score_rejected")
-    if scores[0] is None or scores[1] is None:
-        return build_comparison(row, options, prompt, texts, ranks=(0.0, 1.0))
-    gap = scores[0] - scores[1]
-    if gap < 0:
-        raise RowRejected(BadRow.BAD_RANKING, f"score_chosen {scores[0]} is below score_rejected {scores[1]}")
-    return build_comparison(row, options, prompt, texts, ranks=(0.0, float(gap != 0)), strength=gap)
+    prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
+    return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 
 def helpsteer_preference(prompt_key: str, first_key: str, second_key: str, strength_key: str) -> Callable[[Row, SourceOptions], Comparison]:

@@ -6,10 +6,10 @@ Ratings reach a comparison only for the attributes that `data.attributes` names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rayward.contract.conversation import Message
+from rayward.contract.conversation import Completion, Message
 from rayward.contract.encoder import split_steps
 from rayward.contract.reading import DEFAULT_SEPARATOR
 from rayward.data.formats.fields import (
@@ -27,6 +27,7 @@ from rayward.data.formats.fields import (
     required,
 )
 from rayward.data.formats.pairs import TRANSCRIPT, transcript
+from rayward.data.formats.values import as_rating, missing
 from rayward.data.record import BadRow, Comparison, RowRejected
 
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -63,7 +64,7 @@ def ranking(row: Row, options: SourceOptions) -> Comparison:
     )
 
 
-def _steps_of(row: Row, texts: Sequence[str], separator: str | None) -> tuple[tuple[float, ...], ...] | None:
+def _steps_of(row: Row, texts: Sequence[Completion], separator: str | None) -> tuple[tuple[float, ...], ...] | None:
     if separator is None or row.get("step_labels") is None:
         return None
     given = [as_list(labels, f"step_labels[{i}]") for i, labels in enumerate(as_list(row["step_labels"], "step_labels"))]
@@ -74,7 +75,9 @@ def _steps_of(row: Row, texts: Sequence[str], separator: str | None) -> tuple[tu
     )
 
 
-def _step_labels(labels: Sequence[Any], text: str, separator: str, where: str) -> tuple[float, ...]:
+def _step_labels(labels: Sequence[Any], text: Completion, separator: str, where: str) -> tuple[float, ...]:
+    if not isinstance(text, str):
+        raise RowRejected(BadRow.BAD_STEPS, f"{where} is made of turns; the rule is a text, whose steps have labels")
     found = len(split_steps(text.strip(), separator))
     if not labels or found != len(labels):
         raise RowRejected(
@@ -138,7 +141,7 @@ def scored(row: Row, options: SourceOptions) -> Comparison:
     """`responses` with `scores` (higher is better; attribute `score`); of two, the strength is the gap."""
     prompt = as_prompt(required(row, "prompt"), "prompt")
     texts = [as_completion(value, f"responses[{i}]", prompt) for i, value in enumerate(as_list(required(row, "responses"), "responses"))]
-    scores = _ranks(as_list(required(row, "scores"), "scores"), len(texts), "scores")
+    scores = _ranks(as_list(required(row, "scores"), "scores"), len(texts), "scores", as_rating)
     strength = abs(scores[0] - scores[1]) if len(scores) == 2 else None
     ratings = [{"score": score} for score in scores]
     return build_comparison(row, options, prompt, texts, ranks=tuple(-score for score in scores), strength=strength, ratings=ratings)
@@ -172,13 +175,13 @@ def critique(row: Row, options: SourceOptions) -> Comparison:
     return build_comparison(row, options, prompt, [completion], ranks=None, critiques=[required(row, "critique")])
 
 
-def _ranks(values: Sequence[Any], num_completions: int, key: str) -> tuple[float, ...]:
+def _ranks(values: Sequence[Any], num_completions: int, key: str, read: Callable[[Any, str], float] = as_number) -> tuple[float, ...]:
     if len(values) != num_completions:
         raise RowRejected(BadRow.BAD_RANKING, f"{key}: {len(values)} values for {num_completions} completions")
-    missing = [index for index, value in enumerate(values) if value is None]
-    if missing:
-        raise RowRejected(BadRow.BAD_RANKING, f"{key}: completion {missing[0]} has none")
-    return tuple(as_number(value, f"{key}[{index}]") for index, value in enumerate(values))
+    unknown = [index for index, value in enumerate(values) if missing(value)]
+    if unknown:
+        raise RowRejected(BadRow.BAD_RANKING, f"{key}: completion {unknown[0]} has none")
+    return tuple(read(value, f"{key}[{index}]") for index, value in enumerate(values))
 
 
 def _named(value: Any, options: SourceOptions, key: str) -> Mapping[str, Any]:
@@ -199,18 +202,16 @@ def _object(value: Any, key: str) -> dict[str, Any]:
 
 
 def _rating(value: Any, key: str) -> float | None:
-    if isinstance(value, str):
-        try:
-            return None if value.strip().upper() in ("N/A", "") else float(value)
-        except ValueError as exc:
-            raise RowRejected(BadRow.BAD_RATING, f"{key} is {value[:40]!r}; the rule is a number or N/A") from exc
-    return value if value is None else as_number(value, key)
+    if missing(value) or (isinstance(value, str) and value.strip().upper() == "N/A"):
+        return None
+    try:
+        return as_rating(value, key)
+    except RowRejected as exc:
+        raise RowRejected(BadRow.BAD_RATING, f"{exc.detail} or N/A") from exc
 
 
 def _flag(value: Any, key: str) -> float | None:
-    if isinstance(value, bool):
-        return float(value)
-    number = None if value is None else as_number(value, key)
+    number = None if missing(value) else as_rating(value, key)
     return None if number is None or math.isnan(number) else number
 
 

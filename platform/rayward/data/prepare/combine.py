@@ -1,4 +1,4 @@
-"""Rows of one prompt that become one comparison: rated completions side by side, rankings that determine one order. No Ray, no tokenizer."""
+"""Rows of one prompt that become one comparison: votes, rated completions, rankings that determine one order. No Ray, no tokenizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayward.batch.comparison import shared_prefix_length
 from rayward.contract.conversation import Completion
 from rayward.data.prepare.join import Left, join
-from rayward.data.prepare.judge import Policy
+from rayward.data.prepare.judge import Policy, Unseen, judge
 from rayward.data.prepare.rows import ENCODED_SCHEMA, printable
 from rayward.data.prepared import label_columns
 from rayward.data.record import BadRow, Comparison, RowRejected, completion_key, dump_record, joined, load_record, ranked_by, validate
+from rayward.data.votes import merged
 
 Row = dict[str, Any]
 MARK = "grouping"
@@ -32,6 +34,22 @@ class _Branch(NamedTuple):
     step_ends: list[int] | None
 
 
+def settle(table: pa.Table, policy: Policy, unseen: Unseen | None = None) -> pa.Table:
+    """Judge and combine encoded rows; ENCODED_SCHEMA -> ENCODED_SCHEMA. `table` holds whole prompts, of both roles.
+
+    Args:
+        unseen: prompts of benchmarks; None: those of the table.
+    """
+    if not policy.joins:
+        return judge(table, policy, None if unseen is None else [unseen])
+    held_out = pc.equal(table.column("role"), "validation")
+    validation = combine(judge(table.filter(held_out), policy, []), policy)
+    others = table.filter(pc.invert(held_out))
+    benchmarks = Unseen.of(others) if unseen is None else unseen
+    # What leaves validation holds no prompt there.
+    return pa.concat_tables([validation, combine(judge(others, policy, [Unseen.of(validation), benchmarks]), policy)])
+
+
 def combine(table: pa.Table, policy: Policy) -> pa.Table:
     """Join what the policy asks for; ENCODED_SCHEMA -> ENCODED_SCHEMA. `table` holds whole prompts, after `judge`."""
     if not policy.joins:
@@ -40,15 +58,19 @@ def combine(table: pa.Table, policy: Policy) -> pa.Table:
     for index, (split, prompt) in enumerate(zip(table.column("split").to_pylist(), table.column("prompt_key").to_pylist(), strict=True)):
         if split is not None:
             by_prompt[split, prompt].append(index)
-    together = [rows for rows in by_prompt.values() if len(rows) > 1 or policy.rank_by is not None]
+    alone = policy.rank_by is not None or policy.votes is not None  # a row may be ranked, or be a tied vote
+    together = [rows for rows in by_prompt.values() if len(rows) > 1 or alone]
     taken = [index for rows in together for index in rows]
     given = iter(table.take(pa.array(taken, pa.int64())).to_pylist())
     changed: list[Row] = []
     left: Counter[str] = Counter()
     for rows in together:
         members = [next(given) for _ in rows]
-        if policy.merge_prompts:
-            _merge([row for row in members if row["ranks"] is None], policy)
+        if policy.votes is not None:
+            _count_votes(members, policy)
+        unranked = [row for row in members if row["split"] is not None and row["ranks"] is None]
+        for rows_of_one in [unranked] if policy.merge_prompts else [[row] for row in unranked]:
+            _merge(rows_of_one, policy)
         if policy.group_tokens is not None:
             left += _group([row for row in members if row["split"] is not None and row["ranks"] is not None], policy.group_tokens)
         changed += members
@@ -58,9 +80,43 @@ def combine(table: pa.Table, policy: Policy) -> pa.Table:
     return pa.concat_tables([rest, pa.Table.from_pylist([*changed, *marks], schema=ENCODED_SCHEMA)])
 
 
+def _count_votes(members: Sequence[Row], policy: Policy) -> None:
+    """Rows of equal content as one, or all out where their votes say that no completion is better; rows are changed in place."""
+    assert policy.votes is not None
+    by_content: defaultdict[bytes, list[Row]] = defaultdict(list)
+    for row in members:
+        by_content[row["content"]].append(row)
+    for rows in by_content.values():
+        if len(rows) == 1 and not rows[0]["tied"]:
+            continue
+        rows.sort(key=lambda row: (row["record"], row["file"], row["number"]))
+        orders = [sorted(range(len(row["completion_keys"])), key=row["completion_keys"].__getitem__) for row in rows]
+        try:
+            kept, whole, votes = merged([load_record(row["record"]) for row in rows], policy.votes, orders)
+            problem = _broken(whole, policy)
+        except RowRejected as exc:
+            problem, votes = exc, f"{len(rows)} rows"
+        if problem is not None:
+            for row in rows:
+                detail = printable(f"{problem.detail} ({votes}; data.votes is {policy.votes!r})")
+                row |= {"split": None, "reason": problem.reason.value, "detail": detail}
+            continue
+        _become(rows[kept], whole, _branches(rows[kept]), rows)
+        for row in (*rows[:kept], *rows[kept + 1 :]):
+            row |= {"kind": "merged", "split": None}
+
+
+def _broken(comparison: Comparison, policy: Policy) -> RowRejected | None:
+    try:
+        validate(comparison, ties=policy.ties)
+    except RowRejected as exc:
+        return exc
+    return None
+
+
 def _merge(members: Sequence[Row], policy: Policy) -> None:
     """Unranked rows of a prompt as one, ranked if the policy says so; rows are changed in place."""
-    if not members:
+    if not members or (len(members) == 1 and policy.rank_by is None):
         return
     kept, *others = sorted(members, key=lambda row: row["record"])
     comparison = joined([load_record(row["record"]) for row in (kept, *others)])
@@ -96,14 +152,14 @@ def _group(members: Sequence[Row], max_tokens: int) -> Counter[str]:
     groups, others = join(comparisons)
     counts: Counter[str] = Counter({str(reason): number for reason, number in others.items()})
     for group in groups:
-        first, *merged = (members[index] for index in group.members)
+        first, *others_of = (members[index] for index in group.members)
         whole = [by_text[completion_key(completion)] for completion in group.comparison.completions]
         shared = shared_prefix_length([branch.ids for branch in whole])
         if shared + sum(len(branch.ids) - shared for branch in whole) > max_tokens:
             counts[Left.UNFIT] += len(group.members)
             continue
-        _become(first, group.comparison, whole, [first, *merged])
-        for row in merged:
+        _become(first, group.comparison, whole, [first, *others_of])
+        for row in others_of:
             row |= {"kind": "merged", "split": None}
         counts += Counter({"groups": 1, "joined": len(group.members)})
     return counts

@@ -1,4 +1,4 @@
-"""What makes two rows the same: the token ids of their prompts and completions, or their texts but for case, spaces and punctuation. Pure."""
+"""What makes two rows the same: the token ids of prompt and completions, or their texts but for case, spaces and punctuation. Pure."""
 
 from __future__ import annotations
 

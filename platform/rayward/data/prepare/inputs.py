@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rayward import storage
 from rayward.config.run import Config
+from rayward.config.sources import SourceConfig
 from rayward.contract.contract import Contract
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
+from rayward.data.formats.hook import adapter_fingerprint
 from rayward.data.formats.table import SourceOptions, choose_format
 from rayward.data.record import BadRow
 from rayward.data.sources.find import Role, SourceFile, find_files
@@ -26,14 +30,19 @@ PREPARATION = 4
 """Raised when the same files and settings would give other rows, so that nobody reads rows of the old rules; not the manifest's version."""
 
 
+ROLES: tuple[Role, ...] = ("train", "validation", "contamination")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Everything that the prepared data is a function of.
 
     Attributes:
-        files: in sorted order, train before validation before benchmarks; ignored: files of directories passed over because of their suffix.
+        files: in sorted order, train before validation before benchmarks.
+        ignored: files of directories passed over because of their suffix.
         contract, tokenizer: what text is encoded with.
         fingerprint: hash of the files' content, the rules, the seed and the tokenizer.
+        sources: by file, the source that names it.
     """
 
     files: list[SourceFile]
@@ -41,6 +50,7 @@ class Inputs:
     contract: Contract
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    sources: Mapping[str, SourceConfig]
 
 
 def storage_location(config: Config) -> str:
@@ -55,24 +65,22 @@ def inspect_inputs(config: Config) -> Inputs:
         DataError: a location does not exist, holds no data file, or is named for both roles.
         ContractError: the tokenizer cannot be loaded or used.
     """
-    if not config.data.train:
-        raise DataError("data.train is empty", remedy="set data.train to files, directories, URIs or hf:owner/name")
+    if not any(source.role == "train" for source in config.data.all_sources):
+        raise DataError("data.train is empty", remedy="set data.train (or data.sources) to files, directories, URIs or hf:owner/name")
     files: list[SourceFile] = []
     ignored: list[str] = []
-    roles: tuple[tuple[Role, tuple[str, ...]], ...] = (
-        ("train", config.data.train),
-        ("validation", config.data.validation),
-        ("contamination", config.data.contamination),
-    )
-    for role, locations in roles:
-        found, passed_over = find_files([name for name in locations if not name.startswith(HUB_PREFIX)], role)
-        hubs = [parse_hub_name(name, role) for name in locations if name.startswith(HUB_PREFIX)]
-        files += found + [download(hub, storage.join(storage_location(config), "downloads"), role) for hub in hubs]
+    sources: dict[str, SourceConfig] = {}
+    for source in _grouped(config):
+        found, passed_over = _files_of(source, config)
         ignored += passed_over
-    train = {file.uri for file in files if file.role == "train"}
-    for file in files:
-        if file.role != "train" and file.uri in train:
-            raise DataError(f"{file.uri} is in data.train and in data.{file.role}", remedy="name each file in one of them")
+        for file in found:
+            if file.uri in sources:
+                roles = sorted({source.role, sources[file.uri].role}, key=ROLES.index)
+                named = f"in data.{roles[0]} and in data.{roles[1]}" if len(roles) > 1 else "named by two of data.sources"
+                raise DataError(f"{file.uri} is {named}", remedy="name each file in one of them")
+            sources[file.uri] = source
+        files += found
+    files.sort(key=lambda file: ROLES.index(file.role))
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.revision)
     contract = Contract.from_tokenizer(
         tokenizer,
@@ -82,19 +90,52 @@ def inspect_inputs(config: Config) -> Inputs:
         templated_text=config.model.templated_text,
         unshown_text=config.model.unshown_text,
     )
-    return Inputs(files, ignored, contract, tokenizer, _fingerprint(config, files, contract, tokenizer))
+    fingerprint = _fingerprint(config, files, contract, tokenizer, sources)
+    return Inputs(files, ignored, contract, tokenizer, fingerprint, sources)
 
 
-def _fingerprint(config: Config, files: list[SourceFile], contract: Contract, tokenizer: PreTrainedTokenizerBase) -> str:
+def _grouped(config: Config) -> list[SourceConfig]:
+    # The short form is one source a role, so that a file which two of its globs match counts once.
+    named = (config.data.train, config.data.validation, config.data.contamination)
+    short = [SourceConfig(path=paths, role=role) for role, paths in zip(ROLES, named, strict=True) if paths]
+    return [*short, *config.data.sources]
+
+
+def _files_of(source: SourceConfig, config: Config) -> tuple[list[SourceFile], list[str]]:
+    found, passed_over = find_files([name for name in source.path if not name.startswith(HUB_PREFIX)], source.role)
+    hubs = [parse_hub_name(name, source.role) for name in source.path if name.startswith(HUB_PREFIX)]
+    downloads = storage.join(storage_location(config), "downloads")
+    return found + [download(hub, downloads, source.role) for hub in hubs], passed_over
+
+
+def _fingerprint(
+    config: Config,
+    files: list[SourceFile],
+    contract: Contract,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, SourceConfig] = MappingProxyType({}),
+) -> str:
     # Content and not place: a job submitted twice unpacks the same files into two directories.
     with ThreadPoolExecutor(8) as pool:
         hashes = list(pool.map(content_hash, files))
-    contents = sorted([file.role, file.source, content] for file, content in zip(files, hashes, strict=True))
-    rules = identity(config.data, exclude={"train", "validation", "contamination", "max_bad_fraction"})
-    return digest([PREPARATION, contents, rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
+    rules_of = {file.uri: _rules_of(sources[file.uri]) for file in files}
+    contents = sorted([file.role, file.source, content, *rules_of[file.uri]] for file, content in zip(files, hashes, strict=True))
+    rules = [identity(config.data, exclude={"train", "validation", "contamination", "sources", "max_bad_fraction"})]
+    if config.data.adapter is not None:
+        rules.append(adapter_fingerprint(config.data.adapter))
+    return digest([PREPARATION, contents, *rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
 
 
-def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple[str, SourceOptions]], list[ReadUnit]]:
+def _rules_of(source: SourceConfig) -> list[str]:
+    if source == SourceConfig(path=source.path, role=source.role):
+        return []
+    rules = [identity(source, exclude={"path", "role"})]
+    return rules if source.adapter is None else [*rules, adapter_fingerprint(source.adapter)]
+
+
+def plan_reads(
+    files: list[SourceFile], config: Config, sources: Mapping[str, SourceConfig]
+) -> tuple[dict[str, tuple[str, SourceOptions]], list[ReadUnit]]:
     """Format of every file by its URI, and the units to read; empty files are left out.
 
     Raises:
@@ -108,7 +149,8 @@ def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple
     undecided: list[tuple[SourceFile, int]] = []
     for file, (rows, seen) in zip(files, samples, strict=True):
         if rows:
-            formats[file.uri] = _format_of(file, rows, config)
+            mapping = sources[file.uri]
+            formats[file.uri] = _format_of(file, rows, config, mapping)
         elif seen:
             undecided.append((file, seen))
     for file, seen in undecided:
@@ -125,14 +167,15 @@ def plan_reads(files: list[SourceFile], config: Config) -> tuple[dict[str, tuple
     return formats, [unit for unit in units if unit.file.uri in formats]
 
 
-def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config) -> tuple[str, SourceOptions]:
-    if file.role == "contamination" and config.data.format != "auto":
+def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config, mapping: SourceConfig) -> tuple[str, SourceOptions]:
+    if file.role == "contamination" and mapping.plain and config.data.format != "auto":
         # A benchmark need not have the format of the data.
         try:
-            return choose_format(rows, config.data.model_copy(update={"format": "auto"}), where=file.uri, source=file.source)
+            detected = config.data.model_copy(update={"format": "auto"})
+            return choose_format(rows, detected, where=file.uri, source=file.source, mapping=mapping)
         except DataFormatError:
             pass
-    return choose_format(rows, config.data, where=file.uri, source=file.source)
+    return choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping)
 
 
 def _names(files: list[SourceFile], role: Role) -> str:

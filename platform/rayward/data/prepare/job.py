@@ -1,10 +1,11 @@
 """The prepare job: raw preference data in, tokenized shards in their final order out.
 
-    read -> adapt, validate, encode -> keys: duplicates, contradictions, unseen prompts -> sort by a seeded hash of the id -> Parquet shards
-                      └-> rows on disk ................................................................. gathered ──^   └-> quarantine
+    read -> adapt, validate, encode -> keys: duplicates, contradictions, unseen prompts -> sort by a seeded hash of the id -> shards
+                      └-> rows on disk ................................................. gathered ........................──^
 
-The rows are written where they are encoded and read where they are needed; only their keys move through Ray. The result is a function of the rows, the data section of the config, the seed and the tokenizer: neither the number of
-files nor of CPUs changes an id, a split or a position. It is cached under the hash of all these.
+The rows are written where they are encoded and read where they are needed; only their keys move through Ray. The result is a function
+of the rows, the data section of the config, the seed and the tokenizer: neither the number of files nor of CPUs changes an id, a split or
+a position. It is cached under the hash of all these.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from rayward.contract.reading import DEFAULT_SEPARATOR
 from rayward.data.formats.table import SourceOptions
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy
-from rayward.data.prepare.report import build_report, render_html
+from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation
 from rayward.data.prepare.stages import Plan, all_sources, encoded, judged, overlap, sorted_keys
 from rayward.data.prepare.stats import SplitStats
@@ -64,6 +66,7 @@ class _Outcome:
     stats: dict[str, SplitStats]
     quarantined_sources: dict[str, int]
     overlap: int
+    numbers: dict[str, dict[str, float]]
 
 
 def prepare(config: Config) -> PreparedData:
@@ -89,13 +92,13 @@ def prepare(config: Config) -> PreparedData:
         if problem is not None:
             raise problem
         return existing
-    formats, units = plan_reads(inputs.files, config)
+    formats, units = plan_reads(inputs.files, config, inputs.sources)
     connect()
     with open_workspace(directory) as workspace, scratch(workspace) as parts, _data_context(units):
         outcome = _run(config, inputs, formats, units, workspace, parts)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
-        problem = _refusal(config, manifest, directory)
+        problem = _refusal(config, manifest, directory, outcome.examples)
         if problem is None:
             check_shared(workspace, manifest)
             write_file(storage.join(workspace, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode() + b"\n")
@@ -127,10 +130,17 @@ def _run(
 ) -> _Outcome:
     policy = _policy(config)
     files = [file.uri for file in inputs.files]
-    adaptation = Adaptation(formats, config.data.ties, None if policy.joins else policy.rank_by)
+    # Ties are votes too: with them, what is tied is decided when they are counted.
+    ties = config.data.ties if policy.votes is None else "keep"
+    adaptation = Adaptation(formats, ties, None if policy.joins else policy.rank_by)
     plan = Plan(units, files, adaptation, policy, parts, [ray.put((inputs.contract, inputs.tokenizer))])
     keys = judged(encoded(plan), plan)
     tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
+    numbers = tally.numbers
+    bounds = {name: bound_of(sketch, config.data.outlier_factor) for name, sketch in numbers.items()}
+    if has_outliers(numbers, bounds):
+        keys = keys.map_batches(partial(quarantine_outliers, bounds=bounds), batch_size=None, batch_format="pyarrow").materialize()
+        tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
     if tally.damaged:
         raise DataError("\n  ".join(tally.damaged), remedy="restore the files or remove them from the configuration")
     used, quarantined = tally.splits.total(), tally.quarantined.total()
@@ -146,20 +156,21 @@ def _run(
         of_split = {source: counts[place] for source, counts in sorted(sources.items()) if counts[place]}
         stats[split] = found.model_copy(update={"sources": of_split})
     out = {source: counts[2] for source, counts in sources.items() if counts[2]}
-    return _Outcome(tally, examples, shards, stats, out, overlap(keys))
+    return _Outcome(tally, examples, shards, stats, out, overlap(keys), described(numbers, bounds, config.data.attributes))
 
 
 def _policy(config: Config) -> Policy:
     rank_by = config.data.rank_by
     return Policy(
         config.run.seed,
-        0.0 if config.data.validation else config.data.validation_fraction,
+        0.0 if config.data.holds_out else config.data.validation_fraction,
         config.data.too_long,
         config.data.ties,
         config.data.merge_prompts,
         None if rank_by is None else (config.data.attributes.index(rank_by), rank_by),
         group_tokens=config.group_tokens,
         step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
+        votes=None if config.data.votes == "quarantine" else config.data.votes,
     )
 
 
@@ -188,6 +199,7 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
             num_unrated=both.num_unrated,
             num_without_strength=both.missing.get("strength", 0),
             num_without_steps=both.missing.get("step_labels", 0),
+            num_with_shares=both.num_with_shares,
             missing=both.missing,
             weakest=both.weakest,
             strongest=both.strongest,
@@ -204,20 +216,22 @@ def _contamination(tally: Tally) -> dict[str, int]:
     return {file: tally.contaminated[file] for file in sorted({*tally.benchmark, *tally.contaminated})}
 
 
-def _refusal(config: Config, manifest: Manifest, directory: str) -> DataError | None:
-    """The error that the counts call for, if any."""
+def _refusal(config: Config, manifest: Manifest, directory: str, examples: Examples | None = None) -> DataError | None:
+    """The error that the counts call for, if any; without examples they are those of the report."""
     counts = ", ".join(f"{reason}: {count}" for reason, count in manifest.num_quarantined.items())
     where = f"the rows and reasons are in {directory}/quarantine, the report is {directory}/report.html"
     if manifest.num_train == 0:
         return DataError(
-            f"{', '.join(config.data.train)}: no usable train row among {manifest.num_input_rows} ({counts or 'all rows are held out'})",
+            f"{', '.join(config.data.train_paths)}: no usable train row among {manifest.num_input_rows} "
+            f"({counts or 'all rows are held out'})",
             remedy=where,
         )
     bad = sum(count for reason, count in manifest.num_quarantined.items() if reason not in NOT_BAD)
     if bad > config.data.max_bad_fraction * manifest.num_input_rows:
         return TooManyBadRowsError(
             f"{bad} of {manifest.num_input_rows} rows are bad ({bad / manifest.num_input_rows:.1%}), data.max_bad_fraction is "
-            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}",
+            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}"
+            + most_frequent(manifest.num_quarantined, read_examples(directory) if examples is None else examples, NOT_BAD),
             remedy=f"{where}; correct the data, or raise data.max_bad_fraction",
         )
     return None
@@ -242,6 +256,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         unread=outcome.tally.unread,
         num_merged=outcome.tally.num_merged,
         grouping=Grouping(**outcome.tally.grouping),
+        numbers=outcome.numbers,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")

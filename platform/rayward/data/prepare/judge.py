@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayward.contract.reading import DEFAULT_SEPARATOR
-from rayward.data.prepare.rows import BENCHMARK
+from rayward.data.prepare.rows import BENCHMARK, KEYED_SCHEMA
 from rayward.data.record import BadRow
+from rayward.data.votes import VoteRule
 from rayward.schema import digest
 
 Indices = npt.NDArray[np.int64]
@@ -32,6 +33,7 @@ class Policy:
         rank_by: column and name of the attribute that ranks what is unranked.
         group_tokens: ranked rows of one prompt join into groups of at most so many tokens; None: they stay rows.
         step_separator: text between two steps of a completion.
+        votes: what rows are that judge the same completions differently; None: contradictions.
     """
 
     seed: int
@@ -42,11 +44,12 @@ class Policy:
     rank_by: tuple[int, str] | None = None
     group_tokens: int | None = None
     step_separator: str = DEFAULT_SEPARATOR
+    votes: VoteRule | None = None
 
     @property
     def joins(self) -> bool:
         """Whether rows of one prompt may become one."""
-        return self.merge_prompts or self.group_tokens is not None
+        return self.merge_prompts or self.group_tokens is not None or self.votes is not None
 
 
 def side_of(role: str, near_prompt: bytes, policy: Policy) -> str:
@@ -80,22 +83,26 @@ class Unseen:
     @classmethod
     def nothing(cls) -> Unseen:
         """No prompt."""
-        return cls.of(pa.table({name: pa.array([], pa.string()) for name in ("role", "near_prompt", "reason", "file", "number")}))
+        return cls.of(KEYED_SCHEMA.empty_table())
 
     @classmethod
-    def of(cls, table: pa.Table) -> Unseen:
-        """The prompts of a table of KEYED_SCHEMA: of its validation rows that are usable, and of its benchmarks."""
+    def of(cls, table: pa.Table, files: Sequence[str] | None = None) -> Unseen:
+        """The prompts of a table of KEYED_SCHEMA: of its validation rows that are in use, and of its benchmarks.
+
+        Args:
+            files: names, where the column `file` counts them.
+        """
         first: dict[bytes, tuple[bool, Any, int]] = {}
-        names = ("role", "near_prompt", "reason", "file", "number")
-        for role, key, reason, file, number in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-            if role != "train" and key is not None and reason is None:
-                place = (role == BENCHMARK, file, number)
+        names = ("kind", "role", "near_prompt", "reason", "file", "number")
+        for kind, role, key, reason, file, number in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+            if role != "train" and key is not None and reason is None and kind == "row":
+                place = (role == BENCHMARK, file if files is None else files[file], number)
                 first[key] = min(first.get(key, place), place)
         keys = sorted(first)
         return cls(
             np.array(keys, dtype="S16"),
             np.array([first[key][0] for key in keys], dtype=bool),
-            np.array([first[key][1] for key in keys]),
+            np.array([first[key][1] for key in keys], dtype=object),
             np.array([first[key][2] for key in keys], dtype=np.int64),
         )
 
@@ -140,7 +147,7 @@ class _Verdicts:
         return table
 
 
-def judge(table: pa.Table, policy: Policy, unseen: Unseen | None = None, files: Sequence[str] | None = None) -> pa.Table:
+def judge(table: pa.Table, policy: Policy, unseen: Sequence[Unseen] | None = None, files: Sequence[str] | None = None) -> pa.Table:
     """Mark duplicates, contradictions, near duplicates, and train rows whose prompt stands in validation or in a benchmark.
 
     `table` holds all rows of a content, or of a near content where near duplicates are asked for. Of equal rows the one with the smallest
@@ -153,9 +160,12 @@ def judge(table: pa.Table, policy: Policy, unseen: Unseen | None = None, files: 
         files: names, where the column `file` counts them.
     """
     verdicts = _Verdicts(table, files)
-    _keep_unseen(verdicts, Unseen.of(table) if unseen is None else unseen, files)
+    for prompts in [Unseen.of(table)] if unseen is None else unseen:
+        _keep_unseen(verdicts, prompts)
     for rows in _groups(verdicts, "content"):
         judgements = pc.unique(table.column("judgement").take(pa.array(rows)))
+        if policy.votes is not None and (len(judgements) > 1 or verdicts.value("tied", rows[0])):
+            continue  # they are votes, which `combine` counts
         if len(judgements) > 1:
             _contradict(verdicts, rows)
         else:
@@ -168,13 +178,13 @@ def judge(table: pa.Table, policy: Policy, unseen: Unseen | None = None, files: 
     return verdicts.done()
 
 
-def _keep_unseen(verdicts: _Verdicts, unseen: Unseen, files: Sequence[str] | None) -> None:
+def _keep_unseen(verdicts: _Verdicts, unseen: Unseen) -> None:
     table = verdicts.table
-    candidates = np.flatnonzero(pc.and_(pc.equal(table["role"], "train"), pc.is_valid(table["split"])).to_numpy(zero_copy_only=False))
+    in_use = np.array([split is not None for split in verdicts.splits], dtype=bool)
+    candidates = np.flatnonzero(pc.equal(table["role"], "train").to_numpy(zero_copy_only=False) & in_use)
     found = unseen.find(table["near_prompt"].take(pa.array(candidates)).to_pylist())
     for index, place in zip(candidates[found >= 0].tolist(), found[found >= 0].tolist(), strict=True):
-        where = unseen.files[place] if files is None else files[unseen.files[place]]
-        other = f"row {unseen.numbers[place]} of {where}"
+        other = f"row {unseen.numbers[place]} of {unseen.files[place]}"
         reason = BadRow.CONTAMINATED if unseen.benchmark[place] else BadRow.IN_VALIDATION
         verdicts.reject(
             np.array([index]), reason, f"the prompt is that of {other}, or differs from it in case, spaces and punctuation only"

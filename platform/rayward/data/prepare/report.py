@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyarrow import fs as pafs
+
+from rayward import storage
 from rayward.data.page import render
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepared import Grouping
@@ -15,6 +19,9 @@ from rayward.data.record import BadRow
 
 EXAMPLES_PER_REASON = 3
 SOURCES_SHOWN = 50
+NUMBERS_SHOWN = ("smallest", "p1", "p50", "p99", "largest", "largest_allowed")
+Examples = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By reason, some quarantine records."""
 
 MEANING: dict[BadRow, str] = {
     BadRow.UNPARSABLE: "the line is not JSON, not UTF-8, or not a transcript",
@@ -26,6 +33,7 @@ MEANING: dict[BadRow, str] = {
     BadRow.NO_SHARED_PROMPT: "chosen and rejected answer different prompts",
     BadRow.TIE: "no completion is better (data.ties: keep would train it)",
     BadRow.NON_FINITE_MARGIN: "the margin is NaN or infinite",
+    BadRow.OUTLIER: "a margin, strength, weight or rating lies far from all others (data.outlier_factor)",
     BadRow.UNKNOWN_ROLE: "a turn's role is not system, user, assistant or tool",
     BadRow.BAD_RANKING: "ranks do not fit the completions, contradict the scores, or are missing",
     BadRow.BAD_RATING: "a rating lies outside data.attribute_range, is no number, or does not fit the completions",
@@ -40,6 +48,9 @@ MEANING: dict[BadRow, str] = {
     BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
     BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
     BadRow.CONTAMINATED: "the prompt also stands in a file of data.contamination",
+    BadRow.UNUSED_COLUMN: "a column that would change the row's meaning is neither read nor in data.ignore; no row of the sample had it",
+    BadRow.ADAPTER_REJECTED: "the function of data.adapter gave no row, and a reason",
+    BadRow.ADAPTER_FAILED: "the function of data.adapter raised an error, or gave something that is no row",
 }
 
 
@@ -49,7 +60,7 @@ def build_report(
     num_input_rows: int,
     quarantined: Mapping[str, int],
     quarantined_by_source: Mapping[str, int],
-    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    examples: Examples,
     train: SplitStats,
     validation: SplitStats,
     files: Sequence[str],
@@ -58,6 +69,7 @@ def build_report(
     overlap: int,
     num_merged: int = 0,
     grouping: Grouping | None = None,
+    numbers: Mapping[str, Mapping[str, float]] | None = None,
     near_duplicates: int = 0,
     near_examples: Sequence[tuple[str, int, str]] = (),
     contamination: Mapping[str, int] | None = None,
@@ -74,6 +86,7 @@ def build_report(
         near_duplicates: rows in use that differ from another one in case, spaces and punctuation only.
         near_examples: file and number of some of them, and the place of the other row.
         contamination: quarantined rows by benchmark file; unread: rows of benchmarks that give no prompt, by reason.
+        numbers: by column, the distribution of what rows bring (`numbers.described`).
     """
     both = SplitStats.merged([train, validation])
     return {
@@ -114,6 +127,7 @@ def build_report(
         "formats": dict(sorted(formats.items())),
         "files": list(files),
         "ignored_files": list(ignored_files),
+        "numbers": {name: dict(facts) for name, facts in (numbers or {}).items()},
         "quarantine_examples": {reason: list(records) for reason, records in sorted(examples.items())},
         "train": train.model_dump(),
         "validation": validation.model_dump(),
@@ -157,6 +171,9 @@ def render_html(report: Mapping[str, Any]) -> str:
         cards=cards,
         plots=[(title, _histogram(title, bins, unit)) for title, bins, unit in plots if bins],
         checks=_checks(report),
+        numbers=[
+            (name, f"{facts['values']:,}", *(f"{facts[key]:.4g}" for key in NUMBERS_SHOWN)) for name, facts in report["numbers"].items()
+        ],
         sources=[(name, f"{c['train']:,}", f"{c['validation']:,}", f"{c['quarantined']:,}") for name, c in sources[:SOURCES_SHOWN]],
         more_sources=max(0, len(sources) - SOURCES_SHOWN),
         quarantine=[
@@ -165,6 +182,25 @@ def render_html(report: Mapping[str, Any]) -> str:
         ],
         files=[("files read", report["files"]), ("files passed over because of their suffix", report["ignored_files"])],
     )
+
+
+def most_frequent(counts: Mapping[str, int], examples: Examples, passed_over: Sequence[str]) -> str:
+    """Of the most frequent reasons one example each: file, row and what is wrong."""
+    lines = []
+    for reason, count in Counter({reason: count for reason, count in counts.items() if reason not in passed_over}).most_common(3):
+        lines.append(f"{reason} ({count:,}): {MEANING.get(BadRow(reason), 'see docs/data.md')}")
+        lines += [f"  for example row {e['row']} of {e['file']}: {e['detail']}" for e in examples.get(reason, ())[:1]]
+    return "".join(f"\n    {line}" for line in lines)
+
+
+def read_examples(directory: str) -> Examples:
+    """Those of the report beside prepared data; none where it is gone."""
+    filesystem, path = storage.resolve(f"{directory}/report.json")
+    if filesystem.get_file_info(path).type != pafs.FileType.File:
+        return {}
+    with filesystem.open_input_stream(path) as stream:
+        examples: Examples = json.loads(stream.read())["quarantine_examples"]
+    return examples
 
 
 def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -177,20 +213,7 @@ def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("contradictions", f"{report['contradictions']:,}", "same completions, other judgement: none was kept"),
         ("ties quarantined", f"{report['ties_quarantined']:,}", "data.ties: keep trains them towards one half"),
         ("tied pairs kept", f"{report['tied_pairs_kept']:,}", "inside rankings, or by data.ties: keep"),
-        (
-            "near duplicates",
-            f"{report['near_duplicates']:,}",
-            "; ".join(f"row {each['row']} of {each['file']} is like {each['like']}" for each in report["near_duplicate_examples"][:2])
-            or "rows that differ in case, spaces and punctuation only",
-        ),
-        *((f"train rows in {file}", f"{count:,}", "data.contamination: quarantined") for file, count in report["contamination"].items()),
-        *(
-            [("rows of benchmarks that give no prompt", _listed(unread), "data.contamination")]
-            if (unread := report["contamination_unread"])
-            else []
-        ),
-        ("rows with a completion that the template trimmed", f"{report['rows_trimmed']:,}", "white space around it"),
-        *([("rows that the template changed", f"{report['rows_changed']:,}", report["change_example"])] if report["rows_changed"] else []),
+        *_likeness_checks(report),
         ("rows that lost turns", f"{report['rows_truncated']:,}", "oldest turns dropped to fit model.max_tokens"),
         (
             "pairs won by the longer / the shorter / of equal length",
@@ -203,8 +226,21 @@ def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+def _likeness_checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    examples = [f"row {each['row']} of {each['file']} is like {each['like']}" for each in report["near_duplicate_examples"][:2]]
+    note = "; ".join(examples) or "rows that differ in case, spaces and punctuation only"
+    checks = [("near duplicates", f"{report['near_duplicates']:,}", note)]
+    checks += [
+        (f"train rows in {file}", f"{count:,}", "data.contamination: quarantined") for file, count in report["contamination"].items()
+    ]
+    if unread := report["contamination_unread"]:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in unread.items())
+        checks.append(("rows of data.contamination that give no prompt", listed, "nothing is compared with them"))
+    if trimmed := report["rows_trimmed"]:
+        checks.append(("rows with a completion that the template trimmed", f"{trimmed:,}", "white space around it"))
+    if changed := report["rows_changed"]:
+        checks.append(("rows that the template changed", f"{changed:,}", report["change_example"]))
+    return checks
 
 
 def _histogram(title: str, bins: Mapping[int, int], unit: str) -> str:

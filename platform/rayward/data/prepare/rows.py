@@ -14,7 +14,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from rayward.contract.conversation import broken_by_prompt
-from rayward.data.formats.table import FORMATS, SourceOptions
+from rayward.data.formats.table import SourceOptions, columns_of
+from rayward.data.formats.table import adapt as adapt_one
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, Comparison, RowRejected, ranked_by, require, validate
 from rayward.data.sources.read import BATCH_ROWS, RawRow, ReadUnit, read_unit
@@ -51,6 +52,7 @@ KEYED_SCHEMA = pa.schema(
         pa.field("near_content", KEY),
         pa.field("judgement", KEY),
         pa.field("record_key", KEY),
+        pa.field("tied", pa.bool_()),  # all completions are ranked equal
         pa.field("split", pa.string()),  # train | validation; null for rows that are not used
         pa.field("order", pa.string()),  # the position in a split is the rank of this key
         pa.field("beside", pa.string()),  # place of the row that this one is a near duplicate of, or whose prompt it repeats
@@ -143,6 +145,7 @@ def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
 def adapt(table: pa.Table, plan: Adaptation) -> list[Draft]:
     """Parse, adapt and validate the rows of a table of READ_SCHEMA."""
     drafts = []
+    columns = {file: columns_of(*plan.formats[file]) for file in table.column("file").unique().to_pylist()}
     names = ("kind", "role", "file", "raw", "reason", "detail")
     for kind, role, file, raw, reason, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
         name, options = plan.formats[file]
@@ -151,7 +154,7 @@ def adapt(table: pa.Table, plan: Adaptation) -> list[Draft]:
         if kind != "row" or reason is not None:
             continue
         try:
-            comparison = FORMATS[name].adapt(_parse(raw), options)
+            comparison = adapt_one(name, columns[file], _parse(raw), options)
             draft.source = comparison.source
             if role == BENCHMARK:  # only its prompt counts
                 require(broken_by_prompt(comparison.prompt))

@@ -15,12 +15,13 @@ import ray
 import ray.data
 
 from rayward.contract.contract import Contract
-from rayward.data.prepare.combine import combine
+from rayward.data.prepare.combine import settle
 from rayward.data.prepare.encode import Encoders, encode
 from rayward.data.prepare.judge import Policy, Unseen, judge
 from rayward.data.prepare.parts import gather, write_part
 from rayward.data.prepare.rows import ENCODED_SCHEMA, KEY, KEYED_SCHEMA, Adaptation, read
 from rayward.data.prepare.tally import Sources, cut, largest, sources_of
+from rayward.data.prepared import LABELS, Label
 from rayward.data.sources.read import BATCH_ROWS, ReadUnit
 
 if TYPE_CHECKING:
@@ -29,14 +30,20 @@ if TYPE_CHECKING:
 SMALL_ROWS = 200_000
 """Keys of so many rows are judged and sorted by one task, which is quicker than a shuffle; also the size of a bucket."""
 
+
+def _is_number(label: Label) -> bool:
+    return pa.types.is_float32(label.column.type) or label.column.name == "attributes"
+
+
 SLIM_SCHEMA = pa.schema(
     [
         *(pa.field(field.name, pa.int32()) if field.name == "file" else field for field in KEYED_SCHEMA),
+        *(label.column.with_nullable(True) for label in LABELS if _is_number(label)),
         pa.field("part", pa.int64()),
         pa.field("place", pa.int32()),
     ]
 )
-"""KEYED_SCHEMA with files by number, and where the row stands on disk."""
+"""KEYED_SCHEMA with files by number, the numbers that may be outliers, and where the row stands on disk."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +106,24 @@ def _written(table: pa.Table, plan: Plan, *, order_by: str) -> pa.Table:
 
 def judged(keys: ray.data.Dataset, plan: Plan) -> ray.data.Dataset:
     """Decide about every row of `encoded`."""
-    unseen = _unseen(keys) if any(unit.file.role != "train" for unit in plan.units) else Unseen.nothing()
+    # Where rows join, those of validation may leave before they are compared with: it is done among the rows of a prompt.
+    roles = ["contamination"] if plan.policy.joins else ["validation", "contamination"]
+    unseen = _unseen(keys, roles, plan.files) if any(unit.file.role in roles for unit in plan.units) else Unseen.nothing()
     groups = partial(_judge, plan=plan, unseen=[ray.put(unseen) if isinstance(unseen, Unseen) else unseen])
     key = "near_prompt" if plan.policy.joins else "near_content"
     return by_bucket(keys, key, keys.count(), groups).materialize()
 
 
-def _unseen(keys: ray.data.Dataset) -> ray.ObjectRef[Unseen]:
-    names = ["role", "near_prompt", "reason", "file", "number"]
+def _unseen(keys: ray.data.Dataset, roles: list[str], files: Sequence[str]) -> ray.ObjectRef[Unseen]:
+    names = ["kind", "role", "near_prompt", "reason", "file", "number"]
 
     def choose(table: pa.Table) -> pa.Table:
-        return table.filter(pc.not_equal(table.column("role"), "train")).select(names)
+        return table.filter(pc.is_in(table.column("role"), pa.array(roles))).select(names)
 
     @ray.remote
     def collect(*tables: pa.Table) -> Unseen:
-        return Unseen.of(pa.concat_tables([SLIM_SCHEMA.empty_table().select(names), *(t.select(names) for t in tables if t.num_columns)]))
+        known = [table.select(names) for table in tables if table.num_columns]
+        return Unseen.of(pa.concat_tables([SLIM_SCHEMA.empty_table().select(names), *known]), files)
 
     reference: ray.ObjectRef[Unseen] = collect.remote(*keys.map_batches(choose, batch_size=None, batch_format="pyarrow").to_arrow_refs())
     return reference
@@ -126,17 +136,15 @@ def _resolved(reference: ray.ObjectRef[Unseen]) -> Unseen:
 
 
 def _judge(table: pa.Table, plan: Plan, unseen: list[ray.ObjectRef[Unseen]]) -> pa.Table:
-    table = judge(table, plan.policy, _resolved(unseen[0]), plan.files)
+    prompts = _resolved(unseen[0])
     if not plan.policy.joins:
-        return table
+        return judge(table, plan.policy, [prompts], plan.files)
     used = pc.is_valid(table.column("split"))
     chosen, others = table.filter(used), table.filter(pc.invert(used))
     if not chosen.num_rows:
         return others
-    whole = gather(chosen, plan.directory, ENCODED_SCHEMA.names)
-    for name in ("split", "beside"):
-        whole = whole.set_column(whole.schema.get_field_index(name), whole.schema.field(name), chosen.column(name))
-    return pa.concat_tables([others, _written(combine(whole, plan.policy), plan, order_by="order")])
+    settled = settle(gather(chosen, plan.directory, ENCODED_SCHEMA.names), plan.policy, prompts)
+    return pa.concat_tables([others, _written(settled, plan, order_by="order")])
 
 
 def by_bucket(rows: ray.data.Dataset, key: str, num_rows: int, function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:

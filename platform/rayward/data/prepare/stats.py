@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from rayward.data.prepared import LABEL_COLUMNS
+from rayward.data.prepared import LABELS
 
 LENGTH_BIN = 32
 """Width of one histogram bin in tokens; a bin is named by its upper bound, inclusive."""
@@ -27,9 +27,10 @@ class SplitStats(BaseModel):
         longer_wins, shorter_wins, equal_length: pairs with a winner, by which one has more tokens.
         tied_pairs: pairs of equal rank.
         truncated: rows in which at least one conversation lost its oldest turns.
+        missing: by label column, rows in which the label is unknown; num_unrated: rows without a single rating;
+            num_with_shares: rows with shares of votes.
         trimmed: rows in which the template cut white space around a completion; changed: rows of which it changed or left out more, which
             the contract accepts; change: one such change in words.
-        missing: by label column, rows in which the label is unknown; num_unrated: rows without a single rating.
         weakest, strongest: range of the strengths, None without any.
     """
 
@@ -42,6 +43,7 @@ class SplitStats(BaseModel):
     max_completions: int = 0
     missing: dict[str, int] = {}
     num_unrated: int = 0
+    num_with_shares: int = 0
     weakest: float | None = None
     strongest: float | None = None
     lengths: dict[int, int] = {}
@@ -60,7 +62,9 @@ class SplitStats(BaseModel):
     @classmethod
     def of(cls, table: pa.Table) -> Self:
         """Sums over prepared rows; `table` has the columns of PREPARED_SCHEMA and `truncated`."""
-        stats = cls(missing={name: count for name in LABEL_COLUMNS if (count := table.column(name).null_count)})
+        expected = [label.column.name for label in LABELS if not label.rare]
+        stats = cls(missing={name: count for name in expected if (count := table.column(name).null_count)})
+        stats.num_with_shares = table.num_rows - table.column("vote_shares").null_count
         lengths, prompts, completions, sources = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
         columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "source", "truncated")]
         stats.trimmed = pc.sum(table.column("trimmed")).as_py() or 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from rayward.data.prepare.combine import MARK
+from rayward.data.prepare.numbers import Sketch, sketches_of
 from rayward.data.prepare.rows import BENCHMARK
 from rayward.data.record import BadRow
 
@@ -36,6 +37,7 @@ class Tally:
         sources: None where there are more than SOURCES_KEPT.
         damaged: messages about files that could not be read to the end.
         near_examples: places of some near duplicates and of the rows that they are like.
+        numbers: by column, how the numbers of the used rows are distributed.
     """
 
     read: int
@@ -50,6 +52,7 @@ class Tally:
     sources: Sources | None
     damaged: tuple[str, ...]
     near_examples: tuple[tuple[str, int, str], ...]
+    numbers: dict[str, Sketch]
 
     @classmethod
     def of(cls, table: pa.Table, files: Sequence[str] | None = None) -> str:
@@ -58,12 +61,12 @@ class Tally:
         Args:
             files: names, where the column `file` counts them.
         """
-        names = ("kind", "role", "split", "reason", "source", "number", "detail", "file", "beside")
+        names = ("kind", "role", "split", "reason", "number", "detail", "file", "beside")
         read, merged, near, damaged = 0, 0, 0, []
         grouping, splits, quarantined, contaminated, benchmark, unread = (Counter[str]() for _ in range(6))
         examples: list[tuple[str, int, str]] = []
         columns = (table.column(name).to_pylist() for name in names)
-        for kind, role, split, reason, source, number, detail, file, beside in zip(*columns, strict=True):
+        for kind, role, split, reason, number, detail, file, beside in zip(*columns, strict=True):
             if kind == "damaged":
                 damaged.append(detail)
             elif kind == MARK:
@@ -83,10 +86,11 @@ class Tally:
                 quarantined[reason] += 1
                 if reason == BadRow.CONTAMINATED:
                     contaminated[beside.partition(" of ")[2]] += 1
+        numbers = {name: sketch.as_json() for name, sketch in sketches_of(table).items()}
         sources = sources_of(table)
         kept = sources if len(sources) <= SOURCES_KEPT else None
         counts = [grouping, splits, quarantined, contaminated, benchmark, unread]
-        return json.dumps([read, merged, near, *counts, kept, damaged, sorted(examples)[:EXAMPLES]])
+        return json.dumps([read, merged, near, *counts, kept, damaged, sorted(examples)[:EXAMPLES], numbers])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
@@ -96,6 +100,7 @@ class Tally:
         sources: Sources | None = {}
         damaged: set[str] = set()
         examples: list[tuple[str, int, str]] = []
+        numbers: dict[str, Sketch] = {}
         for part in parts:
             found = json.loads(part)
             sums = [mine + more for mine, more in zip(sums, found[:3], strict=True)]
@@ -105,7 +110,10 @@ class Tally:
             sources = None if sources is None or len(sources) > SOURCES_KEPT else sources
             damaged |= set(found[10])
             examples = sorted([*examples, *(tuple(each) for each in found[11])])[:EXAMPLES]
-        return cls(*sums, *counters, sources, tuple(sorted(damaged)), tuple(examples))
+            for name, value in found[12].items():
+                sketch = Sketch.from_json(value)
+                numbers[name] = numbers[name] + sketch if name in numbers else sketch
+        return cls(*sums, *counters, sources, tuple(sorted(damaged)), tuple(examples), numbers)
 
 
 def _name(file: str | int, files: Sequence[str] | None) -> str:
@@ -148,12 +156,9 @@ def largest(parts: Iterable[tuple[Sources, int, Sequence[int]]]) -> Sources:
     return kept | ({f"{number:,} other sources": (rest[0], rest[1], rest[2])} if number else {})
 
 
-def cut(sources: Sources) -> tuple[Sources, int, tuple[int, ...]]:
+def cut(sources: Sources) -> tuple[Sources, int, Sequence[int]]:
     """The largest sources, how many others there are, and their rows."""
     order = sorted(sources, key=lambda source: (-sum(sources[source]), source))
     others = [sources[source] for source in order[SOURCES_KEPT:]]
-    return (
-        {source: sources[source] for source in order[:SOURCES_KEPT]},
-        len(others),
-        tuple(sum(each) for each in zip(*others, strict=True)) or (0, 0, 0),
-    )
+    rest = [sum(each) for each in zip((0, 0, 0), *others, strict=True)]
+    return {source: sources[source] for source in order[:SOURCES_KEPT]}, len(others), rest
