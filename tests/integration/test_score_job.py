@@ -11,13 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.helpers.models import make_export
+from tests.helpers.prepared import prepared_row, write_prepared
 
+from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
 from rayward.scoring.scorer import ScoreItem, Scorer
+from rayward.workflows.mixture_features import features_of
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
@@ -110,3 +114,25 @@ def test_statistics_of_a_reference_set_by_several_scorers_are_those_of_one(expor
     assert two is not None
     assert one.num_rewards == two.num_rewards == 400
     assert (one.mean, one.std) == pytest.approx((two.mean, two.std), abs=1e-6)
+
+
+def test_features_of_two_scorers_come_in_the_order_of_the_rows(export: Path, tmp_path: Path) -> None:
+    rows = [
+        prepared_row(
+            number,
+            prompt_key=f"{number:08x}",
+            prompt_json=json.dumps([{"role": "user", "content": row["prompt"]}]),
+            completions_json=json.dumps(row["completions"]),
+        )
+        for number, row in enumerate(ROWS[:700])
+    ]
+    prepared = write_prepared(str(tmp_path / "prepared"), {"train": [rows[:300], rows[300:310], rows[310:]]})
+    (tmp_path / "features").mkdir()
+    found = features_of(str(export), prepared, tmp_path / "features", placement=Placement(device="cpu", actors=2))
+    assert found.ends.shape == found.gates.shape == (1400, 32)
+    assert found.pairs.tolist() == [[2 * number, 2 * number + 1] for number in range(700)]
+    assert found.held_out.tolist() == [number % 5 == 0 for number in range(700) for _ in range(2)]
+    items = [ScoreItem(({"role": "user", "content": row["prompt"]},), tuple(row["completions"])) for row in ROWS[:700]]
+    for number in (0, 299, 300, 309, 310, 699):
+        (alone,) = Scorer.load(export, device="cpu").features([items[number]])
+        np.testing.assert_allclose(found.ends[2 * number : 2 * number + 2], alone[:, 0], atol=1e-5)  # type: ignore[index]

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -61,15 +61,27 @@ class RewardClient:
         self._sleep = sleep
         self._http = httpx.Client(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 
-    def score(self, prompt: Text, completions: Sequence[Text]) -> list[float]:
+    def score(
+        self,
+        prompt: Text,
+        completions: Sequence[Text],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[float]:
         """Rewards of the completions of one prompt, in order.
+
+        Args:
+            prompt: a text, or turns that end with a user or tool turn, or with one of the assistant that has `prefix: true`.
+            completions: of each a text, or turns that begin and end with the assistant's.
+            tools, chat_template_kwargs: what the chat template is given besides turns.
 
         Raises:
             RequestError: the request breaks a rule of the server.
             TooLongError, ContractError: the conversation cannot be scored under the model's contract.
             OverloadedError, DeadlineError, ServerError: no reward could be had; retry later.
         """
-        return self._run(self._rules.score(prompt, completions))
+        return self._run(self._rules.score(prompt, completions, tools, chat_template_kwargs))
 
     def score_items(self, items: Sequence[Item]) -> Scores:
         """Rewards or an error for each item, in order; errors of the request as a whole are raised as in `score`."""
@@ -148,9 +160,16 @@ class AsyncRewardClient:
         self._sleep = sleep
         self._http = httpx.AsyncClient(base_url=checked_url(base_url), transport=transport, headers=request_headers(headers))
 
-    async def score(self, prompt: Text, completions: Sequence[Text]) -> list[float]:
+    async def score(
+        self,
+        prompt: Text,
+        completions: Sequence[Text],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[float]:
         """As `RewardClient.score`."""
-        return await self._run(self._rules.score(prompt, completions))
+        return await self._run(self._rules.score(prompt, completions, tools, chat_template_kwargs))
 
     async def score_items(self, items: Sequence[Item]) -> Scores:
         """As `RewardClient.score_items`."""

@@ -18,6 +18,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from rayward.errors import (
+    AlreadyTemplatedError,
+    ChangedTextError,
     ConfigError,
     ContractError,
     DeadlineError,
@@ -28,6 +30,7 @@ from rayward.errors import (
     ServerError,
     TokenRangeError,
     TooLongError,
+    UnsupportedMessageError,
 )
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 from rayward.wire.native import ErrorReply, ScoreReply
@@ -35,11 +38,11 @@ from rayward.wire.native import ErrorReply, ScoreReply
 RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
 BACKOFF_BASE_S = 0.1
 BACKOFF_MAX_S = 5.0
-Text: TypeAlias = str | Sequence[Mapping[str, str]]
-"""A text, or turns as {"role", "content"} mappings."""
+Text: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""A text, or turns as {"role", "content"} mappings, with calls of tools and thoughts where they have them."""
 
 Item: TypeAlias = Mapping[str, Any] | ScoreItem
-"""{"prompt": Text, "completions": [Text, ...]}."""
+"""{"prompt": Text, "completions": [Text, ...], "tools"?: [schema, ...], "chat_template_kwargs"?: {name: value}}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +123,20 @@ class Rules:
             model = reply.model
         return Scores(tuple(results), model, tuple(versions))
 
-    def score(self, prompt: Text, completions: Sequence[Text]) -> Steps[list[float]]:
+    def score(
+        self,
+        prompt: Text,
+        completions: Sequence[Text],
+        tools: Sequence[Mapping[str, Any]] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> Steps[list[float]]:
         """One item; its error is raised."""
-        scores = yield from self.score_items([{"prompt": prompt, "completions": completions}])
+        item: dict[str, Any] = {"prompt": prompt, "completions": completions}
+        if tools is not None:
+            item["tools"] = tools
+        if chat_template_kwargs is not None:
+            item["chat_template_kwargs"] = chat_template_kwargs
+        scores = yield from self.score_items([item])
         result = scores.results[0]
         if result.error is not None:
             raise _item_exception(result.error)
@@ -189,18 +203,24 @@ def request_headers(extra: Mapping[str, str] | None) -> dict[str, str]:
 
 def _as_body(item: Item) -> dict[str, Any]:
     if isinstance(item, ScoreItem):
-        if item != ScoreItem(item.prompt, item.completions):
+        if item != ScoreItem(item.prompt, item.completions, tools=item.tools, chat_template_kwargs=item.chat_template_kwargs):
             raise ConfigError(
                 "an item asks for weights, a scale or critiques of its own; a request asks the same for all its items",
                 remedy="give weights, normalise, n_critiques and temperature to the client",
             )
-        return {"prompt": list(item.prompt), "completions": list(item.completions)}
+        given = {"tools": item.tools, "chat_template_kwargs": item.chat_template_kwargs}
+        body = {"prompt": item.prompt, "completions": item.completions, **{name: value for name, value in given.items() if value}}
+        item = body
     # Tuples and other sequences become JSON arrays; keys the schema does not know are refused by the server.
-    body = dict(item)
-    completions = body.get("completions")
-    if isinstance(completions, Sequence) and not isinstance(completions, str):
-        body["completions"] = list(completions)
-    return body
+    return {key: _as_json(value) for key, value in item.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_as_json(entry) for entry in value]
+    return value
 
 
 def _parse(body: bytes, schema: type[M]) -> M:
@@ -226,11 +246,21 @@ def _check_counts(chunk: Sequence[Mapping[str, Any]], reply: ScoreReply) -> tupl
     return tuple(reply.results)
 
 
+_REFUSED_TURNS: dict[str, tuple[type[ContractError], str]] = {
+    "unsupported_message": (UnsupportedMessageError, "leave that part out, or serve a model whose template shows it"),
+    "already_templated": (AlreadyTemplatedError, "send the messages or texts as they were before any template"),
+    "changed_by_template": (ChangedTextError, "serve a model whose template prints completions as they are"),
+}
+
+
 def _item_exception(error: ItemError) -> RaywardError:
     if error.code == "too_long":
         return TooLongError(error.message, remedy="shorten the prompt's last turn or the completion")
     if error.code == "template":
         return ContractError(error.message, remedy="use turns and roles that the model's template knows")
+    if error.code in _REFUSED_TURNS:
+        kind, remedy = _REFUSED_TURNS[error.code]
+        return kind(error.message, remedy=remedy)
     if error.code == "token_out_of_range":
         return TokenRangeError(error.message, remedy="leave that text out, or use the tokenizer that the model was trained with")
     return ServerError(f"no reward ({error.code}): {error.message}", remedy="leave the sample out; check the model if this repeats")

@@ -285,6 +285,10 @@ def broken_by_completion(index: int, completion: Completion) -> BrokenRule | Non
     for turn in turns:
         if (broken := broken_by_role(turn["role"])) is not None:
             return broken
+    if any(turn.get("prefix") for turn in turns):
+        return BrokenRule(
+            "completion_turns", f"completion {index} has a turn with prefix: true; only the last turn of a prompt may have it"
+        )
     roles = [turn["role"] for turn in turns]
     if not roles:
         return BrokenRule("empty_completion", f"completion {index} has no turn")

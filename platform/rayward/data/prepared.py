@@ -74,8 +74,31 @@ class NearDuplicate(Frozen):
     like: str
 
 
+class UnusedColumn(Frozen):
+    """A column of a source that no adapter reads.
+
+    Attributes:
+        type: of its values, in words; num_rows: rows where it says anything; share: the same, of the rows of the source.
+        setting: what would have it read; None: only a mapping.
+    """
+
+    source: str
+    column: str
+    type: str
+    num_rows: int
+    share: float
+    setting: str | None = None
+
+    def __str__(self) -> str:
+        """As the terminal says it."""
+        setting = f"; {self.setting} would have it read" if self.setting else ""
+        return f"{self.column} ({self.type}, {100 * self.share:.3g} % of rows{setting})"
+
+
 class Manifest(Versioned):
-    """Counts of a prepared directory. num_input_rows = num_train + num_validation + num_merged + sum(num_quarantined.values()).
+    """Counts of a prepared directory.
+
+    num_input_rows + num_repeated = num_train + num_validation + num_merged + sum(num_quarantined.values()).
 
     Attributes:
         num_quarantined: rows by reason (values of `BadRow`).
@@ -85,6 +108,8 @@ class Manifest(Versioned):
         length_histogram: train rows by upper bound of tokens (see `stats.LENGTH_BIN`).
         num_merged: rows whose completions stand in another row's comparison (`data.merge_prompts`, `data.group_pairs`).
         grouping: what `data.group_pairs` did, over both splits.
+        num_repeated: training rows beyond the first use of each (`repeat` and `share` of `data.sources`).
+        unused_columns: columns that nothing reads, by source.
         labels: what is known about the labels, over both splits.
         sources: train rows by source; of very many the largest, and the others as one.
         near_duplicates: rows in use that differ from another one in case, spaces and punctuation only, and some of them.
@@ -100,6 +125,8 @@ class Manifest(Versioned):
     num_train: int
     num_validation: int
     num_merged: int = 0
+    num_repeated: int = 0
+    unused_columns: tuple[UnusedColumn, ...] = ()
     grouping: Grouping = Grouping()
     num_quarantined: dict[str, int]
     train_shards: tuple[ShardEntry, ...]
@@ -115,6 +142,16 @@ class Manifest(Versioned):
     near_duplicates: int = 0
     near_duplicate_examples: tuple[NearDuplicate, ...] = ()
     contamination: dict[str, int] = Field(default_factory=dict)
+
+    def told_unused(self, limit: int = 20) -> list[str]:
+        """The unused columns as the terminal says them, a line for each source."""
+        by_source: dict[str, list[UnusedColumn]] = {}
+        for each in self.unused_columns:
+            by_source.setdefault(each.source, []).append(each)
+        return [
+            f"not used of {source}: {', '.join(map(str, listed[:limit]))}" + (f" and {len(listed) - limit} more" if listed[limit:] else "")
+            for source, listed in by_source.items()
+        ]
 
 
 @dataclass(frozen=True, slots=True)

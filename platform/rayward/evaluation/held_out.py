@@ -31,6 +31,7 @@ INPUT_SCHEMA = pa.schema(
         pa.field("ranks", pa.list_(pa.float32())),
         pa.field("prompt_json", pa.string()),
         pa.field("completions_json", pa.string()),
+        pa.field("inputs_json", pa.string()),
     ]
 )
 """What goes through Ray Data: these columns of a prepared directory, or the same made of raw files.
@@ -137,6 +138,7 @@ def _input_row(position: int, comparison: Comparison) -> dict[str, Any]:
         "ranks": comparison.ranks,
         "prompt_json": json.dumps(comparison.prompt, ensure_ascii=False),
         "completions_json": json.dumps(comparison.completions, ensure_ascii=False),
+        "inputs_json": comparison.inputs.to_json(),
     }
 
 

@@ -17,6 +17,7 @@ from rayward.config.data import DataConfig
 from rayward.config.load import parse_config
 from rayward.config.placement import Placement
 from rayward.contract.contract import CONTRACT_FILE, Contract
+from rayward.contract.conversation import text_of
 from rayward.errors import ConfigError, DataError, ModelLoadError, ScoringError
 from rayward.evaluation.held_out import HeldOut, read_prepared, read_raw
 from rayward.evaluation.plots import write_plots
@@ -157,7 +158,7 @@ def to_record(row: dict[str, Any]) -> Record:
         source=row["source"],
         prompt_key=row["prompt_key"],
         ranks=None if row["ranks"] is None else tuple(row["ranks"]),
-        lengths=tuple(len(text) for text in json.loads(row["completions_json"])),
+        lengths=tuple(len(text_of(completion)) for completion in json.loads(row["completions_json"])),
         rewards=None if row["rewards"] is None else tuple(row["rewards"]),
         error_code=error["code"],
         error=error["message"],

@@ -32,7 +32,7 @@ READER_CPUS = 0.1
 """Share of a CPU that a read task reserves beside the actors, which leave so much of theirs."""
 
 BLOCK_BYTES = 64 * 1024
-"""Tasks hand on what they read in blocks of about so much, but never less than one row."""
+"""Of what is read: a part of a scoring job is a block."""
 
 REWARDS_TYPE = pa.list_(pa.float32())
 ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
@@ -63,16 +63,24 @@ def feature_blocks(blocks: Blocks, *, model: str, placement: Placement = Placeme
     return pool(blocks, _features, model=model, placement=placement)
 
 
-def reading(sources: Sequence[T], read: Callable[[T], Iterator[pa.Table]], *, scorers: int, in_order: bool = False) -> ray.data.Dataset:
+def reading(
+    sources: Sequence[T],
+    read: Callable[[T], Iterator[pa.Table]],
+    *,
+    scorers: int,
+    in_order: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+) -> ray.data.Dataset:
     """A data set of what tasks read, for a `pool` of so many scorers: nothing of it passes the driver, and little is read ahead.
 
     Args:
         sources: one read task each; what describes them goes to every task.
         read: tables of a source, each a block; pickled.
         in_order: whether the blocks come back from the pool as they were read.
+        block_bytes: tasks and actors hand on what they made in blocks of about so much, but never less than one row.
     """
     context = DataContext.get_current().copy()
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = block_bytes
     context.execution_options.preserve_order = in_order
     with DataContext.current(context):
         indices = ray.data.from_items([{"index": index} for index in range(len(sources))], override_num_blocks=len(sources))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -18,7 +19,7 @@ from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.isolation import each, settled
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.scorer import Scorer
-from rayward.wire.items import ItemError, ItemResult, ScoreItem
+from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 
 SPREAD = "spread"
 
@@ -66,7 +67,9 @@ class Ensemble:
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item; an item that one member cannot score has that member's error."""
         bare = each(
-            items, lambda item: self.facts.refusal(item.asked) or ScoreItem(item.prompt, item.completions), doing="while it was checked"
+            items,
+            lambda item: self.facts.refusal(item.asked) or replace(item, asked=Asked(), critiques=None, seed=0),
+            doing="while it was checked",
         )
         asked = [item for item in bare if not isinstance(item, ItemError)]
         scored = zip(*(member.score(asked) for member in self._members), strict=True)

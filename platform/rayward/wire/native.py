@@ -1,7 +1,10 @@
 """The native wire schema of `POST /v1/score`.
 
-    request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}, ...], "model"?: str, "weights"?: str,
+    request   {"items": [{"prompt": str | messages, "completions": [str | messages, ...], "tools"?: [schema, ...],
+               "chat_template_kwargs"?: {name: JSON value}}, ...], "model"?: str, "weights"?: str,
                "normalise"?: "raw" | "centred" | "standardised", "n_critiques"?: int, "temperature"?: float}
+    message   {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": str | text parts | null, "tool_calls"?: [...],
+               "tool_call_id"?: str, "name"?: str, "reasoning_content"?: str, "prefix"?: bool}
     reply     {"id", "model", "version", "results": [{"rewards": [float, ...], "outputs"?: [[float, ...], ...],
                "steps"?: [[float, ...], ...], "critiques"?: [[str, ...], ...], "reward_std"?: [float, ...]}
                | {"error": {"code", "message"}}, ...], "usage"}
@@ -22,7 +25,7 @@ Shared by server and client: pydantic and the standard library only. The rules a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -36,10 +39,22 @@ class _Wire(BaseModel):
 
 
 class WireMessage(_Wire):
-    """One turn."""
+    """One turn. What its fields may hold: `rayward.contract.conversation.parse_turn`, which tells images and sounds by name."""
 
     role: str
-    content: str
+    content: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    name: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    thinking: Any = None
+    prefix: Any = None
+    # Of OpenAI's messages: null where there is none, and refused where there is.
+    refusal: Any = None
+    audio: Any = None
+    function_call: Any = None
+    annotations: Any = None
 
 
 def _kind(value: object) -> str | None:
@@ -53,10 +68,16 @@ TextOrMessages = Annotated[
 
 
 class WireItem(_Wire):
-    """A prompt (text, or turns ending with a user or tool turn) and its completions (text, or one assistant turn each)."""
+    """A prompt and its completions, and what their chat template is given besides.
+
+    A prompt is a text, or turns that end with a user or tool turn, or with one of the assistant that has `prefix: true` and goes on in the
+    completion. A completion is a text, or turns that begin and end with the assistant's.
+    """
 
     prompt: TextOrMessages
     completions: list[TextOrMessages]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class ScoreRequest(_Wire):

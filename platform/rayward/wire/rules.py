@@ -6,7 +6,7 @@ Pydantic and the standard library only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,16 +14,23 @@ from pydantic import ValidationError
 
 from rayward.contract.conversation import (
     BrokenRule,
+    Completion,
     Message,
-    RuleCode,
+    RuleBrokenError,
     broken_by_completion,
     broken_by_prompt,
     broken_by_role,
     broken_by_text,
+    completion_of,
+    parse_turn,
+    strings_in,
 )
 from rayward.errors import RuleError
 from rayward.wire.items import Asked, ScoreItem
 from rayward.wire.native import ScoreRequest, WireItem, WireMessage
+
+MAX_DEPTH = 64
+"""Of JSON values inside an item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,7 @@ def check_request(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[li
         _raise_schema_violation(exc)
     asked = request.asked
     _check_critiques(asked, limits)
-    return [_to_item(index, item, asked, limits) for index, item in enumerate(request.items)], request.model
+    return [_to_item(index, item, asked, limits, escapes=escapes) for index, item in enumerate(request.items)], request.model
 
 
 def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
@@ -129,34 +136,21 @@ def _check_sizes(raw: Any, limits: Limits) -> None:
 def _check_characters(raw: Any) -> None:
     items = raw.get("items") if isinstance(raw, dict) else None
     for index, item in enumerate(items if isinstance(items, list) else ()):
-        for text in _strings(item):
+        for text in strings_in(item):
             _require(broken_by_text(text), f"item {index}", index)
-    for text in _strings({k: v for k, v in raw.items() if k != "items"} if isinstance(raw, dict) else raw):
+    for text in strings_in({k: v for k, v in raw.items() if k != "items"} if isinstance(raw, dict) else raw):
         _require(broken_by_text(text), "the request", None)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    # No recursion: the JSON decoder's own depth limit is higher than what is left of the stack here.
-    pending = [value]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, str):
-            yield current
-        elif isinstance(current, dict):
-            pending += [*current.keys(), *current.values()]
-        elif isinstance(current, list):
-            pending += current
-
-
-_REMEDIES: Mapping[RuleCode, str] = {
+_REMEDIES: Mapping[str, str] = {
     "unknown_role": "use one of these roles",
     "nul_byte": "remove it from the text",
     "lone_surrogate": "send a surrogate pair, or remove it",
     "empty_prompt": "send at least one turn with text",
-    "prompt_end": "move the last assistant turn into completions",
+    "prompt_end": "move the last assistant turn into completions, or mark it with prefix: true if they go on with it",
     "empty_completion": "send text, or leave it out",
-    "completion_turns": "move earlier turns into the prompt",
-    "unsupported_message": "send texts only",
+    "completion_turns": "send a text, or turns that begin and end with the assistant's; move earlier turns into the prompt",
+    "unsupported_message": "send texts and calls only",
 }
 
 
@@ -165,6 +159,12 @@ def _require(broken: BrokenRule | None, where: str, item: int | None) -> None:
         raise RuleError(broken.code, f"{where}: {broken.detail}", remedy=_REMEDIES[broken.code], item=item)
 
 
+_FORM = (
+    'the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...], "tools"?: [object, ...], '
+    '"chat_template_kwargs"?: object}], "model"?: str, "weights"?: str, "normalise"?: "raw" | "centred" | "standardised", '
+    '"n_critiques"?: int >= 1, "temperature"?: 0 to 2}; a message has role, content, tool_calls, tool_call_id, name, '
+    "reasoning_content, prefix"
+)
 _SCHEMA_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
 
 
@@ -178,28 +178,27 @@ def _raise_schema_violation(exc: ValidationError) -> NoReturn:
     raise RuleError(
         code,
         f"{where}: {rule}" if rule == first["msg"] else f"{where}: Input should be {rule}",
-        remedy='the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...]}], "model"?: str, '
-        '"weights"?: str, "normalise"?: "raw" | "centred" | "standardised", "n_critiques"?: int >= 1, "temperature"?: 0 to 2}',
+        remedy=_FORM,
         item=item,
     )
 
 
-def _to_item(index: int, item: WireItem, asked: Asked, limits: Limits) -> ScoreItem:
+def _to_item(index: int, item: WireItem, asked: Asked, limits: Limits, *, escapes: bool) -> ScoreItem:
     if not item.completions:
         raise RuleError(
             "empty_completions", f"item {index}: completions is empty; the rule is at least one", remedy="send a completion", item=index
         )
     prompt = _prompt_turns(index, item.prompt)
-    completions = tuple(_completion_text(index, k, completion) for k, completion in enumerate(item.completions))
-    for text in (*(turn["content"] for turn in prompt), *completions):
-        if len(text) > limits.max_chars_per_text:
-            raise RuleError(
-                "text_too_long",
-                f"item {index}: a text has {len(text)} characters; the limit is {limits.max_chars_per_text}",
-                remedy="shorten it; the model's own token limit is lower still",
-                item=index,
-            )
-    return ScoreItem(prompt, completions, asked)
+    completions = tuple(_completion(index, k, completion) for k, completion in enumerate(item.completions))
+    parts: list[tuple[str, Any]] = [(f"turn {number} of the prompt", [turn]) for number, turn in enumerate(prompt)]
+    parts += [(f"completion {k}", completion) for k, completion in enumerate(completions)]
+    for what, value in parts:
+        texts = value if isinstance(value, str) else [[text for name, text in turn.items() if name != "role"] for turn in value]
+        _check_values(index, texts, what, limits, escapes=escapes)
+    for what, value in (("tools", item.tools), ("chat_template_kwargs", item.chat_template_kwargs)):
+        _check_values(index, value, what, limits, escapes=escapes)
+    tools = None if item.tools is None else tuple(item.tools)
+    return ScoreItem(prompt, completions, asked, tools=tools or None, chat_template_kwargs=item.chat_template_kwargs or None)
 
 
 def _check_critiques(asked: Asked, limits: Limits) -> None:
@@ -216,25 +215,71 @@ def _check_critiques(asked: Asked, limits: Limits) -> None:
 
 
 def _prompt_turns(index: int, prompt: str | Sequence[WireMessage]) -> tuple[Message, ...]:
-    turns = (WireMessage(role="user", content=prompt),) if isinstance(prompt, str) else prompt
-    _require(broken_by_prompt([Message(role=turn.role, content=turn.content) for turn in turns]), f"item {index}", index)
-    return tuple(Message(role=turn.role, content=turn.content) for turn in turns)
+    turns = (
+        (Message(role="user", content=prompt),)
+        if isinstance(prompt, str)
+        else tuple(_turn(index, turn, f"turn {number} of the prompt") for number, turn in enumerate(prompt))
+    )
+    _require(broken_by_prompt(turns), f"item {index}", index)
+    return turns
 
 
-def _completion_text(index: int, k: int, completion: str | Sequence[WireMessage]) -> str:
+def _completion(index: int, k: int, completion: str | Sequence[WireMessage]) -> Completion:
     if isinstance(completion, str):
-        text = completion
+        found: Completion = completion
     else:
-        for turn in completion:
-            _require(broken_by_role(turn.role), f"item {index}", index)
-        if [turn.role for turn in completion] != ["assistant"]:
-            raise RuleError(
-                "completion_turns",
-                f"item {index}: completion {k} has turns [{', '.join(turn.role for turn in completion[:8])}]; "
-                "the rule is exactly one assistant turn",
-                remedy="move earlier turns into the prompt",
-                item=index,
-            )
-        text = completion[0].content
-    _require(broken_by_completion(k, text), f"item {index}", index)
-    return text
+        turns = [_turn(index, turn, f"turn {number} of completion {k}") for number, turn in enumerate(completion)]
+        if not turns:
+            _require(BrokenRule("completion_turns", f"completion {k} has no turn"), f"item {index}", index)
+        found = completion_of(turns)
+    _require(broken_by_completion(k, found), f"item {index}", index)
+    return found
+
+
+def _turn(index: int, message: WireMessage, where: str) -> Message:
+    _require(broken_by_role(message.role), f"item {index}: {where}", index)
+    given = {name: value for name in message.model_fields_set if (value := getattr(message, name)) is not None}
+    code, problem = "wrong_type", ""
+    if "content" not in given and not any(given.get(name) for name in _IN_PLACE_OF_CONTENT):
+        code = "wrong_type" if "content" in message.model_fields_set else "missing_field"
+        problem = f"content is {'null' if code == 'wrong_type' else 'missing'}; the rule is a text, unless the turn has calls or a thought"
+    else:
+        try:
+            return parse_turn(given)
+        except RuleBrokenError as exc:
+            code, problem = exc.broken.code, exc.broken.detail
+        except TypeError as exc:
+            problem = str(exc)
+    raise RuleError(
+        code,
+        f"item {index}: {where}: {problem}",
+        remedy=_REMEDIES.get(code, _FORM),
+        item=index,
+    )
+
+
+_IN_PLACE_OF_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+def _check_values(index: int, value: Any, what: str, limits: Limits, *, escapes: bool) -> None:
+    # Of a turn, a completion, or what else the template is given: all texts together, however deep they stand.
+    num_chars, pending = 0, [(value, 0)]
+    while pending:
+        current, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise RuleError("wrong_type", f"item {index}: {what} is nested deeper than {MAX_DEPTH}", remedy="flatten it", item=index)
+        if isinstance(current, str):
+            num_chars += len(current)
+            if escapes:
+                _require(broken_by_text(current), f"item {index}: {what}", index)
+        elif isinstance(current, Mapping):
+            pending += [(each, depth + 1) for pair in current.items() for each in pair]
+        elif isinstance(current, list | tuple):
+            pending += [(each, depth + 1) for each in current]
+    if num_chars > limits.max_chars_per_text:
+        raise RuleError(
+            "text_too_long",
+            f"item {index}: {what} has {num_chars} characters in all its texts; the limit is {limits.max_chars_per_text}",
+            remedy="shorten it; the model's own token limit is lower still",
+            item=index,
+        )

@@ -23,6 +23,7 @@ from rayward.cluster import connect
 from rayward.config.placement import Placement
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
+from rayward.contract.conversation import TemplateInputs
 from rayward.data.prepared import LABEL_COLUMNS
 from rayward.errors import ConfigError, DataError
 from rayward.schema import digest, identity
@@ -39,9 +40,9 @@ ROWS_PER_BLOCK = 16
 CACHE_FOLDER = "cache"
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 
-COLUMNS = ["id", "source", *LABEL_COLUMNS, "prompt_json", "completions_json"]
+COLUMNS = ["id", "source", *LABEL_COLUMNS, "prompt_json", "completions_json", "inputs_json"]
 
-_TASK = pa.schema([("key", pa.string()), ("prompt_json", pa.string()), ("completions_json", pa.string())])
+_TASK = pa.schema([(name, pa.string()) for name in ("key", "prompt_json", "completions_json", "inputs_json")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ def write_critiques(
 
 
 def _keyed(row: dict[str, Any], writer: tuple[str, str]) -> dict[str, Any]:
-    return {**row, "key": digest([*writer, row["id"], row["prompt_json"], row["completions_json"]])}
+    inputs = [row["inputs_json"]] if row.get("inputs_json") else []
+    return {**row, "key": digest([*writer, row["id"], row["prompt_json"], row["completions_json"], *inputs])}
 
 
 def _run(rows: Sequence[Mapping[str, Any]], work: Work, model: str, place: str, placement: Placement) -> None:
@@ -161,6 +163,7 @@ def _line(row: Mapping[str, Any], known: Mapping[str, list[str] | None], attribu
     rated = row["attributes"] and [
         {name: None if math.isnan(value) else value for name, value in zip(attributes, values, strict=True)} for values in row["attributes"]
     ]
+    inputs = TemplateInputs.from_json(row["inputs_json"])
     record = {
         "id": row["id"],
         "source": row["source"],
@@ -168,6 +171,8 @@ def _line(row: Mapping[str, Any], known: Mapping[str, list[str] | None], attribu
         "completions": json.loads(row["completions_json"]),
         "ranks": row["ranks"],
         "critiques": critiques,
+        **({"tools": inputs.tools} if inputs.tools else {}),
+        **({"chat_template_kwargs": dict(inputs.chat_template_kwargs)} if inputs.chat_template_kwargs else {}),
         **{name: row[name] for name in LABEL_COLUMNS if name not in ("ranks", "attributes") and row[name] is not None},
     }
     return json.dumps(record if not rated else {**record, "attributes": rated}) + "\n"

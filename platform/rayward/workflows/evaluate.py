@@ -9,13 +9,19 @@ from rayward import storage
 from rayward.cluster import connect
 from rayward.config.data import DataConfig
 from rayward.config.placement import Placement
-from rayward.errors import ConfigError
 from rayward.wire.items import Asked
 from rayward.workflows.console import console
 
 if TYPE_CHECKING:
     from rayward.evaluation.records import Evaluation
     from rayward.evaluation.suites.base import Suite
+
+
+def prepared_of(data: Sequence[str]) -> str | None:
+    """The one prepared directory that is named, if it is one."""
+    from rayward.data.prepared import MANIFEST_FILE
+
+    return data[0] if len(data) == 1 and storage.exists(*storage.resolve(storage.join(data[0], MANIFEST_FILE))) else None
 
 
 def evaluate_pipeline(
@@ -30,13 +36,10 @@ def evaluate_pipeline(
 ) -> Evaluation:
     """Evaluate a model on raw files or on one prepared directory and print the table."""
     connect()
-    from rayward.data.prepared import MANIFEST_FILE
     from rayward.evaluation.report import print_table
     from rayward.evaluation.run import evaluate
 
-    prepared = data[0] if len(data) == 1 and storage.exists(*storage.resolve(storage.join(data[0], MANIFEST_FILE))) else None
-    if prepared is not None and data_config.sources:
-        raise ConfigError(f"{prepared} is prepared data, whose columns are known; --data maps raw files", remedy="leave --data out")
+    prepared = prepared_of(data)
     result = evaluate(
         model=model,
         output=output,

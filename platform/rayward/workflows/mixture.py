@@ -7,13 +7,12 @@ pairs ─────features (Ray Data)─────────────�
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from rayward import storage
 from rayward.config.load import dump_config, parse_config
@@ -21,6 +20,7 @@ from rayward.config.mixture import MixtureConfig
 from rayward.config.run import Config
 from rayward.contract.contract import Contract
 from rayward.errors import DataError
+from rayward.workflows.mixture_features import Features, features_of, projected
 
 if TYPE_CHECKING:
     import torch
@@ -37,23 +37,6 @@ OTHER_HEADS = ("regression_layer.", "gating.", "reward_transform_matrix")
 """Prefixes of the published layout's tensors that are no backbone."""
 
 
-@dataclass(frozen=True)
-class _Features:
-    """Hidden states and labels of one prepared split, completion by completion.
-
-    Attributes:
-        ends, gates: float32 [N, H]; ratings: float64 [N, A] (NaN missing).
-        pairs: int64 [P, 2], better and worse completion of every pair with a winner.
-        held_out: bool [N], by prompt.
-    """
-
-    ends: npt.NDArray[np.float32]
-    gates: npt.NDArray[np.float32]
-    ratings: npt.NDArray[np.float64]
-    pairs: npt.NDArray[np.int64]
-    held_out: npt.NDArray[np.bool_]
-
-
 def fit_mixture(config: MixtureConfig) -> Path:
     """Fit both stages on the features of `config.model` and write the model to `<storage_path>/<name>/export`.
 
@@ -66,35 +49,38 @@ def fit_mixture(config: MixtureConfig) -> Path:
     from rayward.cluster import connect
     from rayward.evaluation.card import write_model_card
     from rayward.model.gate import Gating
-    from rayward.workflows.mixture_fit import debiasing, fit_gate, ridge
+    from rayward.workflows.mixture_fit import as_tensor, debiasing, fit_gate, ridge
 
     base = Contract.load(Path(config.model))
     connect()
-    rated = _features(config, _prepare(config, "ratings"))
-    compared = _features(config, _prepare(config, "preferences"))
-    if not len(compared.pairs):
-        raise DataError("the preferences hold no pair with a winner", remedy="give pairs or rankings in preferences")
     attributes = config.ratings.attributes
-    found = ridge(rated.ends, rated.ratings, rated.held_out)
-    weights = torch.from_numpy(found.weights).float()
-    gate = Gating(
-        rated.ends.shape[1], len(attributes), width=config.gate_width, depth=config.gate_depth,
-        temperature=config.gate_temperature, dropout=config.gate_dropout,
-    )  # fmt: skip
-    torch.manual_seed(config.run.seed)
-    for layer in gate.layers:
-        cast(torch.nn.Linear, layer).reset_parameters()
-    if config.verbosity_attribute is not None:
-        predicted = rated.ends @ found.weights.T
-        column = attributes.index(config.verbosity_attribute)
-        gate.transform.copy_(torch.from_numpy(debiasing(predicted, column, config.correlation_limit)).float())
-    better, worse = (torch.from_numpy(compared.ends[compared.pairs[:, side]]) @ weights.T for side in (0, 1))
-    losses = fit_gate(
-        gate, torch.from_numpy(compared.gates[compared.pairs[:, 0]]), better, worse,
-        steps=config.gate_steps, batch_size=config.gate_batch_size, learning_rate=config.gate_learning_rate, seed=config.run.seed,
-    )  # fmt: skip
-    output = Path(storage.absolute(config.run.storage_path)) / config.run.name / "export"
-    report = _report(attributes, found, gate, losses, num_pairs=len(compared.pairs))
+    root = Path(storage.absolute(config.run.storage_path)) / config.run.name
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".features-", dir=root) as scratch:
+        rated = _features(config, "ratings", Path(scratch))
+        compared = _features(config, "preferences", Path(scratch))
+        if not len(compared.pairs):
+            raise DataError("the preferences hold no pair with a winner", remedy="give pairs or rankings in preferences")
+        found = ridge(rated.ends, rated.ratings, rated.held_out)
+        weights = torch.from_numpy(found.weights).float()
+        gate = Gating(
+            rated.ends.shape[1], len(attributes), width=config.gate_width, depth=config.gate_depth,
+            temperature=config.gate_temperature, dropout=config.gate_dropout,
+        )  # fmt: skip
+        torch.manual_seed(config.run.seed)
+        for layer in gate.layers:
+            cast(torch.nn.Linear, layer).reset_parameters()
+        if config.verbosity_attribute is not None:
+            predicted = projected(rated.ends, found.weights, Path(scratch, "predicted"))
+            column = attributes.index(config.verbosity_attribute)
+            gate.transform.copy_(torch.from_numpy(debiasing(predicted, column, config.correlation_limit)).float())
+        sides = [projected(compared.ends, weights.numpy(), Path(scratch, f"side{k}"), compared.pairs[:, k]) for k in (0, 1)]
+        losses = fit_gate(
+            gate, as_tensor(compared.gates), as_tensor(sides[0]), as_tensor(sides[1]), rows=as_tensor(compared.pairs)[:, 0],
+            steps=config.gate_steps, batch_size=config.gate_batch_size, learning_rate=config.gate_learning_rate, seed=config.run.seed,
+        )  # fmt: skip
+        report = _report(attributes, found, gate, losses, num_pairs=len(compared.pairs))
+    output = root / "export"
     described = {
         "objective": {"type": "mixture"},
         "model": {"path": config.model},
@@ -108,6 +94,12 @@ def fit_mixture(config: MixtureConfig) -> Path:
         Path(config.model), output, weights, gate, base, attributes, gate_ids=(), report=report, settings=dump_config(config), card=card
     )
     return output
+
+
+def _features(config: MixtureConfig, which: str, scratch: Path) -> Features:
+    directory = scratch / which
+    directory.mkdir()
+    return features_of(config.model, _prepare(config, which), directory, placement=config.placement)
 
 
 def _prepare(config: MixtureConfig, which: str) -> PreparedData:
@@ -127,41 +119,6 @@ def _prepare(config: MixtureConfig, which: str) -> PreparedData:
         "training": {"tokens_per_microbatch": max(4096, base.max_tokens)},
     }
     return prepare(parse_config(values, Config))
-
-
-def _features(config: MixtureConfig, prepared: PreparedData) -> _Features:
-    """Features of the train split; every row must have them."""
-    from rayward.scoring.batch import ROWS_PER_CALL, feature_blocks
-
-    columns = ["row", "prompt_key", "ranks", "attributes", "prompt_json", "completions_json"]
-    tables = list(prepared.tables("train", columns, max_rows=ROWS_PER_CALL))
-    blocks = feature_blocks(tables, model=str(Path(config.model).resolve()), placement=config.placement)
-    rows = [row for block in blocks for row in block.to_pylist()]
-    rows.sort(key=lambda row: row["row"])
-    failed = [row for row in rows if row["error"] is not None]
-    if failed:
-        first = failed[0]["error"]["message"]
-        raise DataError(f"{len(failed)} prepared rows give no features, for example: {first}", remedy="quarantine or correct them")
-    num_attributes = len(prepared.manifest.labels.attributes)
-    ends, gates, ratings, pairs, held_out = [], [], [], [], []
-    offset = 0
-    for row in rows:
-        size = len(json.loads(row["completions_json"]))
-        ends.append(np.asarray(row["end_hidden"], dtype=np.float32).reshape(size, -1))
-        gates.append(np.asarray(row["gate_hidden"], dtype=np.float32).reshape(size, -1))
-        given = row["attributes"]
-        rated = np.full((size, num_attributes), np.nan) if given is None else np.array([list(r) for r in given], dtype=np.float64)
-        ratings.append(rated)
-        if row["ranks"] is not None:
-            ranks = np.asarray(row["ranks"])
-            pairs.append(np.argwhere(ranks[:, None] < ranks[None, :]) + offset)
-        # One in five prompts chooses the penalty, by their hash.
-        held_out += [int(row["prompt_key"][:8], 16) % 5 == 0] * size
-        offset += size
-    return _Features(
-        np.concatenate(ends), np.concatenate(gates), np.concatenate(ratings),
-        np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64), np.array(held_out, dtype=bool),
-    )  # fmt: skip
 
 
 def _report(attributes: tuple[str, ...], found: RidgeFit, gate: Gating, losses: list[float], *, num_pairs: int) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,9 @@ from torch.nn.functional import softplus
 from rayward.errors import ConfigError
 from rayward.evaluation.statistics import spearman
 from rayward.model.gate import Gating
+
+SLICE = 8192
+"""Rows that are in memory at once."""
 
 Floats = npt.NDArray[np.float64]
 ALPHAS = tuple(10.0**power for power in range(-4, 5))
@@ -51,7 +56,8 @@ def ridge(features: npt.ArrayLike, ratings: npt.ArrayLike, held_out: npt.ArrayLi
     Raises:
         ConfigError: an objective has no rating on one of the two sides.
     """
-    x, y, out = np.asarray(features, dtype=np.float64), np.asarray(ratings, dtype=np.float64), np.asarray(held_out, dtype=bool)
+    # Features may be mapped from a file: a slice of them is in memory at a time.
+    x, y, out = np.asarray(features), np.asarray(ratings, dtype=np.float64), np.asarray(held_out, dtype=bool)
     weights, chosen, errors, counts = [], [], [], []
     for column in range(y.shape[1]):
         known = ~np.isnan(y[:, column])
@@ -61,16 +67,37 @@ def ridge(features: npt.ArrayLike, ratings: npt.ArrayLike, held_out: npt.ArrayLi
                 f"objective {column} has {train.sum()} ratings to fit and {test.sum()} to choose the penalty by; the rule is one of each",
                 remedy="leave it out, or give more rated rows",
             )
-        values, vectors = np.linalg.eigh(x[train].T @ x[train])
-        projected = vectors.T @ (x[train].T @ y[train, column])
-        candidates = [vectors @ (projected / (np.maximum(values, 0.0) + alpha)) for alpha in alphas]
-        mse = [float(np.mean((x[test] @ w - y[test, column]) ** 2)) for w in candidates]
+        gram, moment = np.zeros((x.shape[1], x.shape[1])), np.zeros(x.shape[1])
+        for part, target in _slices(x, y[:, column], train):
+            gram += part.T @ part
+            moment += part.T @ target
+        values, vectors = np.linalg.eigh(gram)
+        projected = vectors.T @ moment
+        candidates = np.stack([vectors @ (projected / (np.maximum(values, 0.0) + alpha)) for alpha in alphas])
+        squares = np.zeros(len(alphas))
+        for part, target in _slices(x, y[:, column], test):
+            squares += ((part @ candidates.T - target[:, None]) ** 2).sum(axis=0)
+        mse = [float(value) for value in squares / int(test.sum())]
         best = int(np.argmin(mse))
         weights.append(candidates[best])
         chosen.append(float(alphas[best]))
         errors.append(mse[best])
         counts.append(int(known.sum()))
     return RidgeFit(np.stack(weights), tuple(chosen), tuple(errors), tuple(counts))
+
+
+def _slices(x: npt.NDArray[Any], y: Floats, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Floats, Floats]]:
+    for start in range(0, len(x), SLICE):
+        kept = wanted[start : start + SLICE]
+        if kept.any():
+            yield np.asarray(x[start : start + SLICE][kept], dtype=np.float64), y[start : start + SLICE][kept]
+
+
+def as_tensor(values: npt.NDArray[Any]) -> Tensor:
+    """A tensor over the memory of an array that is only read, mapped or not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)
 
 
 def debiasing(rewards: npt.ArrayLike, verbosity: int, limit: float = 0.03) -> Floats:
@@ -103,14 +130,16 @@ def fit_gate(
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    rows: Tensor | None = None,
 ) -> list[float]:
     """Train the gate with the Bradley-Terry loss of the debiased score; returns the loss of every step.
 
     AdamW without decay, cosine to zero. The transform is applied in training as in scoring (the released script leaves it out in training).
 
     Args:
-        prompts: [P, H] hidden state of the prompt of each pair.
+        prompts: hidden state of the prompt of each pair, [P, H]; or [N, H], with `rows`.
         better, worse: [P, A] rewards of the objectives.
+        rows: [P], where the prompt of each pair stands in `prompts`, which may be mapped from a file; None: at its own place.
     """
     optimizer = torch.optim.AdamW(gate.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -120,9 +149,9 @@ def fit_gate(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout draws from the global generator
         for _ in range(steps):
-            chosen = torch.randint(len(prompts), (min(batch_size, len(prompts)),), generator=generator)
+            chosen = torch.randint(len(better), (min(batch_size, len(better)),), generator=generator)
             # One forward for both: the same prompt must see the same dropout.
-            weights = gate.coefficients(prompts[chosen])
+            weights = gate.coefficients(prompts[chosen if rows is None else rows[chosen]])
             gap = (weights * ((better[chosen] - worse[chosen]) @ gate.transform)).sum(dim=-1)
             loss = softplus(-gap).mean()
             optimizer.zero_grad()

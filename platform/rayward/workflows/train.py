@@ -29,6 +29,8 @@ def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) 
     connect()
     manifest = prepared.manifest
     console.print(f"data: {manifest.num_train} train, {manifest.num_validation} validation rows; report {prepared.directory}/report.html")
+    for line in manifest.told_unused():
+        console.print(line, markup=False)
     result = train(config, prepared)
     export_result(config, result, output)
     if evaluation and manifest.num_validation:

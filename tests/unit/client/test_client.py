@@ -10,8 +10,20 @@ import pytest
 
 from rayward.client.client import AsyncRewardClient, RewardClient
 from rayward.contract.conversation import Message
-from rayward.errors import ConfigError, ContractError, DeadlineError, OverloadedError, RequestError, ServerError, TooLongError
+from rayward.errors import (
+    AlreadyTemplatedError,
+    ChangedTextError,
+    ConfigError,
+    ContractError,
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    ServerError,
+    TooLongError,
+    UnsupportedMessageError,
+)
 from rayward.wire.items import Asked, ScoreItem
+from rayward.wire.rules import Limits, parse_request
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -43,15 +55,15 @@ def clock() -> Clock:
 def call(request: pytest.FixtureRequest, clock: Clock) -> Callable[..., Any]:
     """Call one method of either client: call(handler, "score", prompt, completions, deadline_s=…)."""
 
-    def run(handler: Handler, method: str, *args: Any, **settings: Any) -> Any:
+    def run(handler: Handler, method: str, *args: Any, more: dict[str, Any] | None = None, **settings: Any) -> Any:
         common = {"transport": httpx.MockTransport(handler), "clock": clock, "jitter": lambda: 1.0, **settings}
         if request.param == "sync":
             with RewardClient("http://server", sleep=clock.sleep, **common) as client:
-                return getattr(client, method)(*args)
+                return getattr(client, method)(*args, **(more or {}))
 
         async def run_async() -> Any:
             async with AsyncRewardClient("http://server", sleep=clock.sleep_async, **common) as client:
-                return await getattr(client, method)(*args)
+                return await getattr(client, method)(*args, **(more or {}))
 
         return asyncio.run(run_async())
 
@@ -103,6 +115,33 @@ def test_model_and_messages_are_sent(call: Callable[..., Any]) -> None:
     assert seen[0].url == "http://server/v1/score"
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": [1, 2]}}}
+TURNS: tuple[Message, ...] = (
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "Hm."},
+    {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"},
+    {"role": "assistant", "content": "It is 42."},
+)
+PROMPT: tuple[Message, ...] = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "It", "prefix": True})
+RICH = ScoreItem(PROMPT, (TURNS, "plain"), tools=({"name": "f"},), chat_template_kwargs={"enable_thinking": True})
+
+
+def test_turns_tools_and_variables_arrive_as_they_were(call: Callable[..., Any]) -> None:
+    by_hand = {
+        "prompt": PROMPT,
+        "completions": (TURNS, "plain"),
+        "tools": ({"name": "f"},),
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
+    for item in (RICH, by_hand):
+        handle, seen = sequence(reply([{"rewards": [1.0, 2.0]}]))
+        call(handle, "score_items", [item])
+        assert parse_request(seen[0].content, Limits())[0] == [RICH]
+    handle, seen = sequence(reply([{"rewards": [1.0, 2.0]}]))
+    more = {"tools": RICH.tools, "chat_template_kwargs": RICH.chat_template_kwargs}
+    assert call(handle, "score", PROMPT, RICH.completions, more=more) == [1.0, 2.0]
+    assert parse_request(seen[0].content, Limits())[0] == [RICH]
+
+
 @pytest.mark.parametrize(
     "own", [{"asked": Asked(weights="w")}, {"seed": 1}, {"critiques": (("c",),)}], ids=["weights", "seed", "critiques"]
 )
@@ -136,7 +175,17 @@ def test_item_errors_stay_with_their_items(call: Callable[..., Any]) -> None:
     assert second.error.code == "too_long"
 
 
-@pytest.mark.parametrize(("code", "kind"), [("too_long", TooLongError), ("template", ContractError), ("non_finite", ServerError)])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("too_long", TooLongError),
+        ("template", ContractError),
+        ("unsupported_message", UnsupportedMessageError),
+        ("already_templated", AlreadyTemplatedError),
+        ("changed_by_template", ChangedTextError),
+        ("non_finite", ServerError),
+    ],
+)
 def test_score_raises_the_items_error(call: Callable[..., Any], code: str, kind: type[Exception]) -> None:
     handle, _ = sequence(reply([{"error": {"code": code, "message": "what happened"}}]))
     with pytest.raises(kind, match="what happened"):

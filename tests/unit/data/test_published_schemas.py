@@ -20,6 +20,11 @@ NOTE = {"system": "Be brief."}
 CALL = {"name": "divide", "arguments": {"a": 7, "b": 2}}
 CALLED = {"type": "function", "function": CALL}
 
+
+def _parts(turn: dict[str, str]) -> dict[str, Any]:
+    return turn | {"content": [{"type": "text", "text": turn["content"], "image": None, "mimeType": None}]}
+
+
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl, explicit, with tools and margin": (
         "trl",
@@ -133,8 +138,8 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "arena",
         {
             "id": "aa", "model_a": "m", "model_b": "n", "winner": "model_a", "evaluation_session_id": "s", "evaluation_order": 1,
-            "conversation_a": [{"role": "user", "content": "Name a prime."}, SEVEN],
-            "conversation_b": [{"role": "user", "content": "Name a prime."}, EIGHT],
+            "conversation_a": [_parts(ASK), _parts(SEVEN)],
+            "conversation_b": [_parts(ASK), _parts(EIGHT)],
             "full_conversation": [], "conv_metadata": {"sum_user_tokens": 3}, "category_tag": {}, "language": "en", "is_code": False,
             "timestamp": "2025-06-01",
         },
@@ -292,6 +297,14 @@ SINGLES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "prompt": "Name a prime.", "response": "Seven.", "helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 1,
             "verbosity": 0,
+        },
+    ),
+    "RewardBench 2": (
+        "rm_bench",
+        {
+            "id": "7", "prompt": "Name a prime.", "chosen": ["Seven."], "rejected": ["Eight.", "Nine.", "Ten."], "num_correct": 1,
+            "num_incorrect": 3, "total_completions": 4, "models": ["m", "n", "o", "p"], "subset": "Math",
+            "additional_metadata": {"category": None, "correct": "7"},
         },
     ),
     "RM-Bench": (
@@ -526,6 +539,15 @@ def test_arena_conversations_of_several_rounds_are_branches() -> None:
     ]
 
 
+def test_judgements_of_the_first_round_of_two_leave_the_second_out() -> None:
+    more = {"role": "user", "content": "Another."}
+    row = PAIRS["Chatbot Arena conversations"][1] | {
+        "question_id": 81, "conversation_a": [ASK, SEVEN, more, EIGHT], "conversation_b": [ASK, EIGHT, more, EIGHT], "turn": 1,
+    }  # fmt: skip
+    assert read(row)[1].completions == ("Seven.", "Eight.")
+    assert len(read(row | {"turn": 2})[1].completions[0]) == 3
+
+
 def test_what_turns_say_about_themselves_does_not_decide() -> None:
     about = {"num_tokens": 4, "language": "English", "toxic": False, "country": "x", "turn_identifier": 7, "timestamp": "t", "id": 3}
     assert [dict(turn) for turn in read({"prompt": [ASK | about], "chosen": [SEVEN | about], "rejected": [EIGHT]})[1].prompt] == [ASK]
@@ -642,6 +664,20 @@ def test_turns_kept_as_json_text_are_parsed() -> None:
     assert [dict(turn) for turn in read(row)[1].prompt] == [ASK]
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '{"answer": 7}', "[not json]", "[]", '[{"role": "user"}]'])
+def test_turns_as_python_prints_them_are_parsed_and_what_cannot_be_is_refused() -> None:
+    row = {"prompt": "Name a prime.", "chosen": str([ASK, SEVEN]), "rejected": str([ASK, EIGHT])}
+    assert read(row)[1].completions == ("Seven.", "Eight.")
+    table = f"[{ASK}\n {SEVEN}]"  # an array of objects, printed without commas
+    with pytest.raises(RowRejected, match="looks like messages") as caught:
+        FORMATS["trl"].adapt(PAIR | {"chosen": table}, SourceOptions("f", prompt_key="prompt"))
+    assert caught.value.reason is BadRow.WRONG_TYPE
+
+
+def test_one_turn_may_stand_without_a_list() -> None:
+    assert read({"prompt": ASK, "chosen": SEVEN, "rejected": EIGHT})[1].completions == ("Seven.", "Eight.")
+    assert read({"prompt": "Name a prime.", "chosen": json.dumps(SEVEN), "rejected": "Eight."})[1].completions == ("Seven.", "Eight.")
+
+
+@pytest.mark.parametrize("text", ["{'answer': 7}", "[1, 2]", '{"answer": 7}', "[not json]", "[]", '[{"role": "user"}]'])
 def test_other_json_text_stays_an_answer(text: str) -> None:
     assert read(PAIR | {"chosen": text})[1].completions[0] == text

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rayward.contract.conversation import TemplateInputs
 from rayward.errors import RequestError, RuleError
 from rayward.wire.items import Asked, ItemError, ItemResult
 from rayward.wire.native import ScoreReply, build_reply, error_reply
@@ -15,6 +16,20 @@ LIMITS = Limits(max_items=100, max_completions_per_item=4, max_chars_per_text=10
 GOOD = {"prompt": "Hi", "completions": ["Hello"]}
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
+RESULT = {"role": "tool", "content": "42", "tool_call_id": "c1"}
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    """An assistant's turn that calls a function, in OpenAI's form."""
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
 
 
 def items(bad: Any, *, position: int = 1) -> bytes:
@@ -76,8 +91,52 @@ BAD_REQUESTS: list[tuple[str, bytes, str, int, int | None]] = [
     ("prompt ends with a system turn", prompt([USER, {"role": "system", "content": "x"}]), "prompt_end", 422, 1),
     ("prompt with unknown role", prompt([{"role": "human", "content": "Hi"}]), "unknown_role", 422, 1),
     ("turn without content", prompt([{"role": "user"}]), "missing_field", 422, 1),
-    ("turn with unknown key", prompt([{**USER, "name": "Ann"}]), "unknown_field", 422, 1),
-    ("turn content in parts", prompt([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]), "wrong_type", 422, 1),
+    ("turn without content but null", prompt([{"role": "user", "content": None}]), "wrong_type", 422, 1),
+    ("turn with unknown key", prompt([{**USER, "image": "x"}]), "unknown_field", 422, 1),
+    ("turn with a name that is none", prompt([{**USER, "name": 7}]), "wrong_type", 422, 1),
+    ("turn content is a number", prompt([{"role": "user", "content": 7}]), "wrong_type", 422, 1),
+    ("an image", prompt([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]), "unsupported_message", 422, 1),
+    ("a sound", prompt([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]), "unsupported_message", 422, 1),
+    ("a sound beside the text", prompt([{**USER, "audio": {"id": "a"}}]), "unsupported_message", 422, 1),
+    ("a refusal", completions([[{**ASSISTANT, "refusal": "No."}]]), "unsupported_message", 422, 1),
+    ("a text part that is a number", prompt([{"role": "user", "content": [{"type": "text", "text": 7}]}]), "wrong_type", 422, 1),
+    ("two thoughts that differ", completions([[{**ASSISTANT, "reasoning": "a", "thinking": "b"}]]), "unsupported_message", 422, 1),
+    ("calls are a mapping", completions([[{**ASSISTANT, "tool_calls": {}}, ASSISTANT]]), "completion_turns", 422, 1),
+    ("a call is a text", completions([[{**ASSISTANT, "tool_calls": ["f"]}]]), "wrong_type", 422, 1),
+    ("a call without a function", completions([[{**ASSISTANT, "tool_calls": [{"id": "1"}]}]]), "wrong_type", 422, 1),
+    ("a prefix before the end", prompt([{**ASSISTANT, "prefix": True}, USER]), "prompt_end", 422, 1),
+    ("a prefix in a completion", completions([[{**ASSISTANT, "prefix": True}]]), "completion_turns", 422, 1),
+    ("a prefix that is a text", prompt([USER, {**ASSISTANT, "prefix": "yes"}]), "wrong_type", 422, 1),
+    ("a completion that ends with a result", completions([[ASSISTANT, {"role": "tool", "content": "4"}]]), "completion_turns", 422, 1),
+    ("tools are a mapping", items({**GOOD, "tools": {}}), "wrong_type", 422, 1),
+    ("a tool is a text", items({**GOOD, "tools": ["f"]}), "wrong_type", 422, 1),
+    ("variables are a list", items({**GOOD, "chat_template_kwargs": []}), "wrong_type", 422, 1),
+    ("images beside the texts", items({**GOOD, "images": ["x"]}), "unknown_field", 422, 1),
+    ("NUL in a tool", items({**GOOD, "tools": [{"name": "a", "description": {"deep": ["\x00"]}}]}), "nul_byte", 422, 1),
+    ("surrogate in a variable's name", items({**GOOD, "chat_template_kwargs": {"\ud800": 1}}), "lone_surrogate", 422, 1),
+    ("NUL in arguments that are JSON in a text", completions([[call('{"a": "\\u0000"}')]]), "nul_byte", 422, 1),
+    ("surrogate in arguments that are JSON in a text", completions([[call('{"\\ud83d": 1}')]]), "lone_surrogate", 422, 1),
+    ("long arguments", completions([[call({"a": ["x" * 600, "y" * 500]})]]), "text_too_long", 413, 1),
+    (
+        "long thoughts and text",
+        completions([[{**ASSISTANT, "content": "x" * 600, "reasoning_content": "y" * 500}]]),
+        "text_too_long",
+        413,
+        1,
+    ),
+    ("a long text in parts", prompt([{"role": "user", "content": [{"type": "text", "text": "x" * 600}] * 2}]), "text_too_long", 413, 1),
+    (
+        "long turns of a completion",
+        completions([[call({"a": "x" * 600}), RESULT, {**ASSISTANT, "content": "y" * 500}]]),
+        "text_too_long",
+        413,
+        1,
+    ),
+    ("long tools", items({**GOOD, "tools": [{"name": "x" * 600}, {"name": "y" * 500}]}), "text_too_long", 413, 1),
+    ("long names of variables", items({**GOOD, "chat_template_kwargs": {"x" * 1001: 1}}), "text_too_long", 413, 1),
+    ("deep arguments", completions([[call(nested(70))]]), "wrong_type", 422, 1),
+    ("deep arguments in a text", completions([[call(json.dumps(nested(70)))]]), "wrong_type", 422, 1),
+    ("deep tools", items({**GOOD, "tools": [nested(70)]}), "wrong_type", 422, 1),
     ("turn is a string", prompt(["Hi"]), "wrong_type", 422, 1),
     ("completions is a string", completions("Hello"), "wrong_type", 422, 1),
     ("completions is null", completions(None), "wrong_type", 422, 1),
@@ -144,6 +203,47 @@ def test_good_request_becomes_items() -> None:
     assert parsed[0].completions == ("a", "b", "a")
     assert parsed[1].prompt == tuple(body["items"][1]["prompt"])  # type: ignore[index]
     assert parsed[1].completions == (" padded ",)
+
+
+def test_turns_in_their_usual_forms_become_the_one_form() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    item = {
+        "prompt": [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": parts, "name": "Ann"},
+            call('{"a": 1}'),
+            RESULT,
+            {"role": "assistant", "content": "It is", "prefix": True, "refusal": None, "annotations": []},
+        ],
+        "completions": [" 42.", [{**ASSISTANT, "thinking": "Hm."}], [call({"b": [1, 2]}), RESULT, ASSISTANT]],
+        "tools": tools,
+        "chat_template_kwargs": {"enable_thinking": False, "date": "1 May 2025"},
+    }
+    (parsed,), _ = parse_request(json.dumps({"items": [item]}).encode(), LIMITS)
+    called = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert parsed.prompt == (
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hi there", "name": "Ann"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        RESULT,
+        {"role": "assistant", "content": "It is", "prefix": True},
+    )
+    plain, thought, trajectory = parsed.completions
+    assert plain == " 42."
+    assert thought == ({"role": "assistant", "content": "Hello", "reasoning_content": "Hm."},)
+    assert [turn["role"] for turn in trajectory] == ["assistant", "tool", "assistant"]  # type: ignore[index]
+    assert parsed.inputs == TemplateInputs.of(tools, {"enable_thinking": False, "date": "1 May 2025"})
+    (bare,), _ = parse_request(json.dumps({"items": [{**GOOD, "tools": None, "chat_template_kwargs": {}}]}).encode(), LIMITS)
+    assert (bare.tools, bare.chat_template_kwargs) == (None, None)
+
+
+def test_the_refusal_names_turn_and_part() -> None:
+    image = {"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "u"}}]}
+    with pytest.raises(RuleError, match=r"item 1: turn 1 of the prompt: part 1 of the content is of type 'image_url'.*no images"):
+        parse_request(prompt([{"role": "system", "content": "x"}, image]), LIMITS)
+    with pytest.raises(RuleError, match=r"item 1: turn 0 of completion 0: tool_calls\[0\] names no function"):
+        parse_request(completions([[{**ASSISTANT, "tool_calls": [{}]}]]), LIMITS)
 
 
 def test_request_at_every_limit_is_accepted() -> None:

@@ -64,10 +64,10 @@ def ms_swift(row: Row, options: SourceOptions) -> Comparison:
         prompt, answers = shared_turns([as_messages(required(row, key), key) for key in keys], keys)
     elif row.get("messages") is not None:
         prompt, better = _last_answer(row["messages"], "messages")
-        answers = [better, _answer(required(row, "rejected_response"), "rejected_response", prompt)]
+        answers = [better, as_completion(required(row, "rejected_response"), "rejected_response", prompt)]
     else:
         prompt = (*_history(row), *as_prompt(as_text(required(row, "query"), "query"), "query"))
-        answers = [_answer(required(row, key), key, prompt) for key in ("response", "rejected_response")]
+        answers = [as_completion(required(row, key), key, prompt) for key in ("response", "rejected_response")]
     margin, strength = optional(row, "margin"), optional(row, "strength")
     return build_comparison(with_tools(row), options, prompt, answers, ranks=(0.0, 1.0), margin=margin, strength=strength)
 
@@ -78,7 +78,7 @@ def nemo_rl(row: Row, options: SourceOptions) -> Comparison:
     given = [as_object(value, f"completions[{i}]") for i, value in enumerate(as_list(required(row, "completions"), "completions"))]
     if not given:
         raise RowRejected(BadRow.EMPTY_COMPLETION, "completions is an empty list")
-    answers = [_answer(required(each, "completion"), f"completions[{i}].completion", prompt) for i, each in enumerate(given)]
+    answers = [as_completion(required(each, "completion"), f"completions[{i}].completion", prompt) for i, each in enumerate(given)]
     for i, each in enumerate(given):
         if each.get("rank") is None:
             raise RowRejected(BadRow.BAD_RANKING, f"completions[{i}] has no rank")
@@ -101,13 +101,13 @@ def kto(row: Row, options: SourceOptions) -> Comparison:
         else:
             asked = _one_of(row, ("prompt", *QUESTIONS))
             prompt = (*_history(row), *as_prompt(row[asked], asked))
-        answer = _answer(row[key], key, prompt)
+        answer = as_completion(row[key], key, prompt)
     return build_comparison(with_tools(row), options, prompt, [answer], ranks=None, ratings=[{"label": as_rating(row[label], label)}])
 
 
 def _pair(row: Row, options: SourceOptions, prompt: tuple[Message, ...]) -> Comparison:
     better, worse = next((keys for keys in ANSWERS if row.get(keys[0]) is not None or row.get(keys[1]) is not None), ANSWERS[0])
-    answers = [_answer(required(row, key), key, prompt) for key in (better, worse)]
+    answers = [as_completion(required(row, key), key, prompt) for key in (better, worse)]
     critiques = [row.get("chosen_feedback"), row.get("rejected_feedback")]
     return build_comparison(row, options, prompt, answers, critiques=critiques, **judged(row, options, better, worse))
 
@@ -119,12 +119,6 @@ def _last_answer(value: Any, key: str) -> tuple[tuple[Message, ...], Any]:
         raise RowRejected(BadRow.EMPTY_COMPLETION, f"{key!r} does not end with an assistant's turn, so there is no completion")
     prompt = require_user_last(turns[:-1], key)
     return prompt, as_completion([*turns[-1:]], key, prompt)
-
-
-def _answer(value: Any, key: str, prompt: tuple[Message, ...]) -> Any:
-    """A text, one turn, or turns."""
-    value = parsed(value)
-    return as_completion([value] if isinstance(value, dict) else value, key, prompt)
 
 
 def _instructed(row: Row) -> tuple[Message, ...]:

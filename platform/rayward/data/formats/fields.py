@@ -115,13 +115,18 @@ def as_messages(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def as_prompt(value: Any, key: str) -> tuple[Message, ...]:
-    """A text as one user turn, or the turns themselves."""
-    value = parsed(value)
+    """A text as one user turn, one turn, or the turns themselves."""
+    value = _listed(parsed(value))
     if isinstance(value, str):
         return (Message(role="user", content=value),)
     if not isinstance(value, list):
         raise RowRejected(BadRow.WRONG_TYPE, f"field {key!r} is {kind_of(value)}; the rule is a text or a list of messages")
     return require_user_last(as_messages(value, key), key)
+
+
+def _listed(value: Any) -> Any:
+    # One turn may stand without a list around it.
+    return [value] if isinstance(value, dict) else value
 
 
 def require_user_last(turns: tuple[Message, ...], key: str) -> tuple[Message, ...]:
@@ -132,7 +137,7 @@ def require_user_last(turns: tuple[Message, ...], key: str) -> tuple[Message, ..
 
 def as_completion(value: Any, key: str, prompt: tuple[Message, ...]) -> Completion:
     """Text, one assistant message, several turns from an assistant's on, or the whole conversation with the prompt repeated."""
-    value = parsed(value)
+    value = _listed(parsed(value))
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

@@ -23,7 +23,7 @@ _DISTILABEL = frozenset(
 
 _ARENA = frozenset(
     {
-        "model_a", "model_b", "judge", "turn", "anony", "language", "tstamp", "timestamp", "openai_moderation", "toxic_chat_tag",
+        "model_a", "model_b", "judge", "anony", "language", "tstamp", "timestamp", "openai_moderation", "toxic_chat_tag",
         "evaluation_session_id", "evaluation_order", "full_conversation", "conv_metadata", "category_tag", "is_code", "is_refusal",
         "dedup_tag", "judge_hash", "hard_prompt", "easy_prompt", "if_prompt", "math_prompt",
     }
@@ -133,7 +133,7 @@ PUBLISHED: dict[str, Format] = {
         "winner, conversation_a, conversation_b (or prompt, response_a, response_b)",
         _fits_arena,
         verdicts.arena,
-        consumed=frozenset({"question_id", "winner", "prompt", *verdicts.FLAGS})
+        consumed=frozenset({"question_id", "winner", "prompt", "turn", *verdicts.FLAGS})
         | {name for names in verdicts.ARENA_ANSWERS for name in names},
         metadata=_ARENA,
     ),
@@ -165,7 +165,10 @@ PUBLISHED: dict[str, Format] = {
         _fits_rm_bench,
         verdicts.rm_bench,
         consumed=frozenset({"prompt", "chosen", "rejected", "domain", "subset"}),
-        metadata=frozenset({"error", "error_key", "file", "language", "task_id"}),
+        metadata=frozenset(
+            {"error", "error_key", "file", "language", "task_id", "num_correct", "num_incorrect", "total_completions", "models"}
+            | {"additional_metadata"}
+        ),
     ),
     "rmb": Format(
         "conversation_input, bon_best, loser_list (or chosen, reject)",

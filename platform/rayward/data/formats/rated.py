@@ -37,7 +37,8 @@ _ROLE_MARK = "<extra_id_1>"
 def ranking(row: Row, options: SourceOptions) -> Comparison:
     """`ranks` (lower is better), or `attributes` (per completion a mapping, or a list in the order of `data.attributes`), or both.
 
-    Besides, per completion: `step_labels` (a list; read where `data.step_separator` is set) and `critiques` (a text).
+    Besides, per completion: `step_labels` (a list; read where `data.step_separator` is set) and `critiques` (a text); per pair, in the
+    order (0, 1), (0, 2), …: `vote_shares`, the share of the votes for its first one.
     """
     prompt = as_prompt(required(row, "prompt"), "prompt")
     given = as_list(required(row, "completions"), "completions")
@@ -61,7 +62,14 @@ def ranking(row: Row, options: SourceOptions) -> Comparison:
         ratings=ratings,
         step_labels=_steps_of(row, texts, options.step_separator),
         critiques=None if row.get("critiques") is None else as_list(row["critiques"], "critiques"),
+        vote_shares=_shares(row),
     )
+
+
+def _shares(row: Row) -> tuple[float, ...] | None:
+    if row.get("vote_shares") is None:
+        return None
+    return tuple(as_number(share, f"vote_shares[{i}]") for i, share in enumerate(as_list(row["vote_shares"], "vote_shares")))
 
 
 def _steps_of(row: Row, texts: Sequence[Completion], separator: str | None) -> tuple[tuple[float, ...], ...] | None:

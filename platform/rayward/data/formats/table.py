@@ -38,12 +38,14 @@ def _fits_trl(row: Row, options: SourceOptions) -> bool:
     if (options.chosen_key, options.rejected_key) != ("chosen", "rejected") or options.prompt_key not in (None, "prompt"):
         return False
     answers = [row.get(key) for key in ("chosen", "rejected")]
-    if not all(isinstance(answer, str | list) for answer in answers) or _fits_hh_rlhf(row, options):
+    if not all(isinstance(answer, str | list | dict) for answer in answers) or _fits_hh_rlhf(row, options):
         return False
-    if isinstance(row.get("prompt"), str | list):
+    if isinstance(row.get("prompt"), str | list | dict):
         return True
     # Without a prompt it stands in both; in two texts only where no other text column may hold it.
-    return type(answers[0]) is type(answers[1]) and not (isinstance(answers[0], str) and _READS_PAIR.other_texts(row))
+    if type(answers[0]) is not type(answers[1]) or isinstance(answers[0], dict):
+        return False
+    return not (isinstance(answers[0], str) and _READS_PAIR.other_texts(row))
 
 
 def _fits_openrlhf(row: Row, options: SourceOptions) -> bool:
@@ -125,7 +127,7 @@ FORMATS: dict[str, Format] = {
         "prompt, completions, ranks[, attributes]",
         lambda row, options: isinstance(row.get("completions"), list) and ("ranks" in row or "attributes" in row),
         rated.ranking,
-        consumed=frozenset({"prompt", "completions", "ranks", "margin", "strength"}),
+        consumed=frozenset({"prompt", "completions", "ranks", "margin", "strength", "vote_shares"}),
         settings={"attributes": "data.attributes", "step_labels": "data.step_separator", "critiques": "data.critique_lead_in"},
     ),
     "nectar": Format(

@@ -5,6 +5,7 @@ A number may be written as a text; metadata may be anything and becomes a text. 
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from rayward.data.record import BadRow, RowRejected
 Row = Mapping[str, Any]
 FLOAT32_MAX = 3.4028234663852886e38
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LIKE_TURNS = re.compile(r"""\[?\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
 _WORDS = {"true": 1.0, "false": 0.0}
 
 
@@ -114,15 +116,30 @@ def as_name(value: Any) -> str:
 
 
 def parsed(value: Any) -> Any:
-    """Turns that a table keeps as JSON text, parsed; any other value as it is."""
+    """Turns that a table keeps as text, as JSON or as Python prints them, parsed; any other value as it is.
+
+    Raises:
+        RowRejected: a text looks like turns and cannot be parsed, so that it would be read as an answer.
+    """
     if not (isinstance(value, str) and (text := value.strip()) and text[0] + text[-1] in ("[]", "{}")):
         return value
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return value
+        if _LIKE_TURNS.match(text) is None:
+            return value
+        found = _printed(text)
     turns = found if isinstance(found, list) else [found]
     return found if turns and all(_is_turn(turn) for turn in turns) else value
+
+
+def _printed(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as exc:
+        raise RowRejected(
+            BadRow.WRONG_TYPE, f"the text {text[:40]!r} looks like messages and is neither their JSON nor what Python prints of them"
+        ) from exc
 
 
 def _is_turn(value: Any) -> bool:

@@ -40,7 +40,8 @@ def arena(row: Row, options: SourceOptions) -> Comparison:
     ranks = _winner(row)
     first, second = next((keys for keys in ARENA_ANSWERS if row.get(keys[0]) is not None), ARENA_ANSWERS[0])
     if first == "conversation_a":
-        prompt, answers = shared_turns([as_messages(required(row, key), key) for key in (first, second)], (first, second))
+        conversations = [_judged_rounds(row, as_messages(required(row, key), key)) for key in (first, second)]
+        prompt, answers = shared_turns(conversations, (first, second))
     elif any(key in row for key in FLAGS):
         prompt, answers = shared_turns([_rounds(row, first), _rounds(row, second)], (first, second))
     else:
@@ -66,6 +67,13 @@ def _winner(row: Row) -> tuple[float, float]:
             BadRow.BAD_RANKING, f"{', '.join(FLAGS)} are {', '.join(f'{flag:g}' for flag in flags)}; the rule is that one is 1"
         )
     return WINNERS[("model_a", "model_b", "tie")[flags.index(1.0)]]
+
+
+def _judged_rounds(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The conversation up to the round that was judged: MT-Bench's judgements of its first round stand beside both."""
+    judged = row.get("turn")
+    ends = [index + 1 for index, turn in enumerate(turns) if turn["role"] == "assistant" and not turn.get("tool_calls")]
+    return turns[: ends[judged - 1]] if type(judged) is int and 0 < judged < len(ends) else turns
 
 
 def _rounds(row: Row, key: str) -> tuple[Message, ...]:

@@ -15,6 +15,7 @@ from rayward.contract.encoder import Encoder, Encoding
 from rayward.contract.rendering import Conversation
 from rayward.data.prepare.identity import identify, near_prompt_key
 from rayward.data.prepare.judge import Policy, order_of, side_of
+from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepare.rows import BENCHMARK, ENCODED_SCHEMA, RAW_LIMIT, READ_SCHEMA, Adaptation, Draft, adapt
 from rayward.data.prepared import label_columns
 from rayward.data.record import BadRow, Comparison, RowRejected, dump_record
@@ -54,14 +55,15 @@ class Encoders(NamedTuple):
         return cls(Encoder(contract, tokenizer), Encoder(bare, tokenizer), tokenizer.unk_token_id)
 
 
-def encode(table: pa.Table, plan: Adaptation, encoders: Encoders, policy: Policy) -> pa.Table:
+def encode(table: pa.Table, plan: Adaptation, encoders: Encoders, policy: Policy, leftovers: Leftovers | None = None) -> pa.Table:
     """Adapt and tokenize the rows of a table; READ_SCHEMA -> ENCODED_SCHEMA.
 
     Args:
         plan: how rows are adapted.
         policy: seed and policies.
+        leftovers: counts the columns that nothing reads.
     """
-    drafts = adapt(table, plan)
+    drafts = adapt(table, plan, leftovers)
     roles = table.column("role").to_pylist()
     rows: list[dict[str, Any]] = [{} for _ in drafts]
     for separator in (None, policy.step_separator):
@@ -120,7 +122,12 @@ def _row(draft: Draft, role: str, found: Sequence[Found], bare: Sequence[Found],
     sequences = [encoding.ids for encoding in encodings]
     if len({tuple(ids) for ids in sequences}) != len(sequences):
         raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions have the same token ids")
-    identity = identify(comparison, _checked(bare), unknown_id=encoders.unknown_id)
+    texts = {
+        "prompt_json": json.dumps(comparison.prompt),
+        "completions_json": json.dumps(comparison.completions),
+        "critiques_json": None if comparison.critiques is None else json.dumps(comparison.critiques),
+    }
+    identity = identify(comparison, _checked(bare), "\n".join(map(str, texts.values())), unknown_id=encoders.unknown_id)
     side = side_of(role, identity.near_prompt, policy)
     shared = shared_prefix_length(sequences)
     return {
@@ -131,9 +138,7 @@ def _row(draft: Draft, role: str, found: Sequence[Found], bare: Sequence[Found],
         "text_starts": [encoding.text_start for encoding in encodings],
         "step_ends": None if comparison.step_labels is None else [encoding.step_ends for encoding in encodings],
         **label_columns(comparison),
-        "prompt_json": json.dumps(comparison.prompt),
-        "completions_json": json.dumps(comparison.completions),
-        "critiques_json": None if comparison.critiques is None else json.dumps(comparison.critiques),
+        **texts,
         "inputs_json": comparison.inputs.to_json(),
         "near_prompt": identity.near_prompt,
         "content": identity.content,

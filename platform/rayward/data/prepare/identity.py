@@ -17,20 +17,33 @@ from rayward.data.record import Comparison, dump_record
 OPERATORS = "-*/%.,"
 """Punctuation that tells `3-2` from `3/2` and `3.5` from `35`: kept before a digit."""
 _LONE = re.compile(r"[-*/%](?! ?\d)|[.,](?!\d)")
+_BEFORE_DIGIT = re.compile(r"[-*/%.,] ?\d")
+_NO_OPERATORS = str.maketrans(dict.fromkeys(OPERATORS, " "))
+_APART = str.maketrans({operator: f" {operator} " for operator in OPERATORS})
 KEY_BYTES = 16
 
 
 @lru_cache(maxsize=1)
-def _noise() -> dict[int, str]:
-    categories = ((code, unicodedata.category(chr(code))) for code in range(sys.maxunicode + 1))
-    return {code: " " for code, name in categories if (name[0] in "PZ" or name in ("Cc", "Cf")) and chr(code) not in OPERATORS}
+def _spaces() -> dict[int, str]:
+    # Punctuation and white space become spaces; a symbol is a word of its own.
+    table: dict[int, str] = {}
+    for code in range(sys.maxunicode + 1):
+        char, category = chr(code), unicodedata.category(chr(code))
+        if category[0] == "S":
+            table[code] = f" {char} "
+        elif (category[0] in "PZ" or category in ("Cc", "Cf")) and char not in OPERATORS:
+            table[code] = " "
+    return table
 
 
 def normalised(text: str) -> str:
     """The text without case, punctuation and repeated spaces, in compatibility form; of a text of punctuation alone the text itself."""
     # ASCII needs no compatibility form, and is most of the data.
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return " ".join(_LONE.sub(" ", plain.casefold().translate(_noise())).split()) or text
+    plain = plain.casefold().translate(_spaces())
+    if _BEFORE_DIGIT.search(plain) is None:  # mostly, and quicker to see than the place of each operator
+        return " ".join(plain.translate(_NO_OPERATORS).split()) or text
+    return " ".join(_LONE.sub(" ", plain).translate(_APART).split()) or text
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +67,12 @@ class Identity:
     completions: tuple[str, ...]
 
 
-def identify(comparison: Comparison, encodings: Sequence[Encoding], *, unknown_id: int | None = None) -> Identity:
+def identify(comparison: Comparison, encodings: Sequence[Encoding], texts: str, *, unknown_id: int | None = None) -> Identity:
     """The keys of a comparison.
 
     Args:
         encodings: of each completion, with no turn gone and no critique.
+        texts: all of its texts.
         unknown_id: the token that different characters may become.
     """
     prompt = encodings[0].prompt_key
@@ -74,7 +88,7 @@ def identify(comparison: Comparison, encodings: Sequence[Encoding], *, unknown_i
         _hash(*(key.encode() for key in sorted(completions))),
         _hash(near_key, *(text.encode("utf-8", "surrogatepass") for text in near)),
         bytes.fromhex(keyed.judgement_key()),
-        _hash(dump_record(comparison).encode()),
+        _hash(texts.encode(), dump_record(replace(comparison, prompt=(), completions=(), critiques=None)).encode()),
         completions,
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from rayward.data.formats.table import SourceOptions, choose_format
 from rayward.data.record import BadRow
 from rayward.data.sources.find import Role, SourceFile, find_files
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
-from rayward.data.sources.read import ReadUnit, content_hash, plan_units, sample_rows
+from rayward.data.sources.read import ReadUnit, content_hash, plan_units, read_unit, sample_rows
 from rayward.errors import DataError, DataFormatError
 from rayward.schema import digest, identity
 
@@ -164,7 +165,25 @@ def plan_reads(
         formats[file.uri] = name, replace(options, source=file.source)
     if not any(file.role == "train" and file.uri in formats for file in files):
         raise DataError(f"{_names(files, 'train')}: no usable row, the data is empty", remedy="check data.train")
-    return formats, [unit for unit in units if unit.file.uri in formats]
+    last = _last_rows(files, sources)
+    kept = [unit for unit in units if unit.file.uri in formats]
+    return formats, [replace(unit, last_number=last[unit.file.uri]) if unit.file.uri in last else unit for unit in kept]
+
+
+def _last_rows(files: Sequence[SourceFile], sources: Mapping[str, SourceConfig]) -> dict[str, int]:
+    """Number of the last row that is used, by file, for sources with a limit; 0: none."""
+    left: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for file in sorted(files, key=lambda file: file.uri):
+        source = sources[file.uri]
+        if source.limit is None:
+            continue
+        key = digest(source.model_dump(mode="json"))
+        numbers = (raw.number for unit in plan_units(file) for raw in read_unit(unit))
+        taken = list(islice(numbers, left.setdefault(key, source.limit)))
+        left[key] -= len(taken)
+        last[file.uri] = taken[-1] if taken else 0
+    return last
 
 
 def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config, mapping: SourceConfig) -> tuple[str, SourceOptions]:

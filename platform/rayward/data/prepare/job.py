@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+import ray.data
 from pyarrow import fs as pafs
 from ray.data import DataContext
 
@@ -30,17 +31,19 @@ from rayward import storage
 from rayward.cluster import connect
 from rayward.config.run import Config
 from rayward.contract.reading import DEFAULT_SEPARATOR
-from rayward.data.formats.table import SourceOptions
+from rayward.data.formats.table import SourceOptions, columns_of
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy
+from rayward.data.prepare.leftover import unused_columns
 from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.repeats import repeats_of, train_rows_by_file
 from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation
-from rayward.data.prepare.stages import Plan, all_sources, encoded, judged, overlap, sorted_keys
+from rayward.data.prepare.stages import Plan, encoded, judged, overlap, sorted_keys, source_counts
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepare.tally import Tally
 from rayward.data.prepare.write import check_shared, open_workspace, publish, scratch, summaries, write_file, write_quarantine, write_split
-from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, NearDuplicate, PreparedData, ShardEntry
+from rayward.data.prepared import MANIFEST_FILE, Grouping, Manifest, NearDuplicate, PreparedData, ShardEntry, UnusedColumn
 from rayward.data.record import BadRow
 from rayward.data.sources.read import ReadUnit
 from rayward.errors import DataError, TooManyBadRowsError
@@ -66,6 +69,7 @@ class _Outcome:
     stats: dict[str, SplitStats]
     quarantined_sources: dict[str, int]
     overlap: int
+    unused: tuple[UnusedColumn, ...]
     numbers: dict[str, dict[str, float]]
 
 
@@ -146,17 +150,32 @@ def _run(
     used, quarantined = tally.splits.total(), tally.quarantined.total()
     counted = f"{tally.read} rows were read, {used} used, {tally.num_merged} merged into them and {quarantined} quarantined"
     assert tally.read == used + tally.num_merged + quarantined, counted
-    sources = all_sources(keys, tally.read) if tally.sources is None else tally.sources
     examples = write_quarantine(keys, tally.quarantined, workspace, parts, files)
-    ordered = sorted_keys(keys, used)
+    repeats = _repeats(inputs, keys, files)
+    ordered = sorted_keys(keys, used, repeats)
+    num_used = Counter(tally.splits)
+    if repeats:
+        num_used["train"] = ordered.count() - num_used["validation"]
+    sources = source_counts(keys, tally.read, tally.sources)
+    trained = source_counts(ordered, ordered.count()) if repeats else sources
     shards: dict[str, tuple[ShardEntry, ...]] = {}
     stats: dict[str, SplitStats] = {}
     for place, split in enumerate(SPLITS):
-        shards[split], found = write_split(ordered, split, tally.splits[split], config.data.rows_per_shard, workspace, parts)
-        of_split = {source: counts[place] for source, counts in sorted(sources.items()) if counts[place]}
+        shards[split], found = write_split(ordered, split, num_used[split], config.data.rows_per_shard, workspace, parts)
+        of_split = {source: counts[place] for source, counts in sorted(trained.items()) if counts[place]}
         stats[split] = found.model_copy(update={"sources": of_split})
     out = {source: counts[2] for source, counts in sources.items() if counts[2]}
-    return _Outcome(tally, examples, shards, stats, out, overlap(keys), described(numbers, bounds, config.data.attributes))
+    unused = unused_columns(tally.columns, {options.source: columns_of(name, options).settings or {} for name, options in formats.values()})
+    described_numbers = described(numbers, bounds, config.data.attributes)
+    return _Outcome(tally, examples, shards, stats, out, overlap(keys), unused, described_numbers)
+
+
+def _repeats(inputs: Inputs, keys: ray.data.Dataset, files: Sequence[str]) -> dict[int, float]:
+    rows: Counter[str] = Counter()
+    if any(source.share is not None for source in inputs.sources.values()):
+        for part in summaries(keys, lambda table: json.dumps(train_rows_by_file(table))):
+            rows.update({files[int(number)]: count for number, count in json.loads(part).items()})
+    return {files.index(file): times for file, times in repeats_of(inputs.sources, rows).items()}
 
 
 def _policy(config: Config) -> Policy:
@@ -180,9 +199,11 @@ def _manifest(fingerprint: str, config: Config, outcome: _Outcome) -> Manifest:
     return Manifest(
         fingerprint=fingerprint,
         num_input_rows=outcome.tally.read,
-        num_train=outcome.tally.splits["train"],
+        num_train=train.num_rows,
         num_validation=outcome.tally.splits["validation"],
         num_merged=outcome.tally.num_merged,
+        num_repeated=train.num_rows - outcome.tally.splits["train"],
+        unused_columns=outcome.unused,
         grouping=Grouping(**outcome.tally.grouping),
         num_quarantined=dict(sorted(outcome.tally.quarantined.items())),
         train_shards=outcome.shards["train"],
@@ -257,6 +278,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         num_merged=outcome.tally.num_merged,
         grouping=Grouping(**outcome.tally.grouping),
         numbers=outcome.numbers,
+        unused=outcome.unused,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs.tokenizer.save_pretrained(f"{scratch}/tokenizer")

@@ -181,7 +181,8 @@ def judge(table: pa.Table, policy: Policy, unseen: Sequence[Unseen] | None = Non
 def _keep_unseen(verdicts: _Verdicts, unseen: Unseen) -> None:
     table = verdicts.table
     in_use = np.array([split is not None for split in verdicts.splits], dtype=bool)
-    candidates = np.flatnonzero(pc.equal(table["role"], "train").to_numpy(zero_copy_only=False) & in_use)
+    of_train = np.array([role == "train" for role in table["role"].to_pylist()], dtype=bool)
+    candidates = np.flatnonzero(of_train & in_use)
     found = unseen.find(table["near_prompt"].take(pa.array(candidates)).to_pylist())
     for index, place in zip(candidates[found >= 0].tolist(), found[found >= 0].tolist(), strict=True):
         other = f"row {unseen.numbers[place]} of {unseen.files[place]}"

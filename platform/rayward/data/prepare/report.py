@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from rayward import storage
 from rayward.data.page import render
 from rayward.data.prepare.stats import SplitStats
-from rayward.data.prepared import Grouping
+from rayward.data.prepared import Grouping, UnusedColumn
 from rayward.data.record import BadRow
 
 EXAMPLES_PER_REASON = 3
@@ -74,6 +74,7 @@ def build_report(
     near_examples: Sequence[tuple[str, int, str]] = (),
     contamination: Mapping[str, int] | None = None,
     unread: Mapping[str, int] | None = None,
+    unused: Sequence[UnusedColumn] = (),
 ) -> dict[str, Any]:
     """Collect what `report.json` says.
 
@@ -83,9 +84,9 @@ def build_report(
         overlap: train rows whose prompt stands in validation.
         num_merged: rows whose completions stand in another row's comparison.
         grouping: what `data.group_pairs` did.
-        near_duplicates: rows in use that differ from another one in case, spaces and punctuation only.
-        near_examples: file and number of some of them, and the place of the other row.
+        near_duplicates: see `tally.Tally`; near_examples: of some of them file and number, and the place of the other row.
         contamination: quarantined rows by benchmark file; unread: rows of benchmarks that give no prompt, by reason.
+        unused: columns that nothing reads.
         numbers: by column, the distribution of what rows bring (`numbers.described`).
     """
     both = SplitStats.merged([train, validation])
@@ -95,6 +96,7 @@ def build_report(
         "num_train": train.num_rows,
         "num_validation": validation.num_rows,
         "num_merged": num_merged,
+        "unused_columns": [column.model_dump() for column in unused],
         "grouping": (grouping or Grouping()).model_dump(),
         "num_quarantined": dict(sorted(quarantined.items())),
         "unranked": both.missing.get("ranks", 0),
@@ -173,6 +175,10 @@ def render_html(report: Mapping[str, Any]) -> str:
         checks=_checks(report),
         numbers=[
             (name, f"{facts['values']:,}", *(f"{facts[key]:.4g}" for key in NUMBERS_SHOWN)) for name, facts in report["numbers"].items()
+        ],
+        unused=[
+            (c.source, c.column, c.type, f"{c.num_rows:,}", f"{c.share:.1%}", c.setting or "")
+            for c in (UnusedColumn.model_validate(column) for column in report["unused_columns"])
         ],
         sources=[(name, f"{c['train']:,}", f"{c['validation']:,}", f"{c['quarantined']:,}") for name, c in sources[:SOURCES_SHOWN]],
         more_sources=max(0, len(sources) - SOURCES_SHOWN),

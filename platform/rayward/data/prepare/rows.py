@@ -16,6 +16,7 @@ import pyarrow as pa
 from rayward.contract.conversation import broken_by_prompt
 from rayward.data.formats.table import SourceOptions, columns_of
 from rayward.data.formats.table import adapt as adapt_one
+from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, Comparison, RowRejected, ranked_by, require, validate
 from rayward.data.sources.read import BATCH_ROWS, RawRow, ReadUnit, read_unit
@@ -30,7 +31,8 @@ BENCHMARK = "contamination"
 READ_SCHEMA = pa.schema(
     [
         # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
-        # file) | grouping (number = rows or groups of what detail says)
+        # file) | columns (number = rows of a source, or with one of its columns, that detail says) | grouping (number = rows or groups of
+        # what detail says)
         pa.field("kind", pa.string()),
         pa.field("role", pa.string()),  # train | validation | contamination
         pa.field("file", pa.string()),
@@ -110,6 +112,8 @@ def read(unit: ReadUnit) -> Iterator[pa.Table]:
     damage: str | None = None
     try:
         for raw in read_unit(unit):
+            if unit.last_number is not None and raw.number > unit.last_number:
+                break
             batch.append(raw)
             if len(batch) == BATCH_ROWS:
                 total += len(batch)
@@ -142,8 +146,8 @@ def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
     )
 
 
-def adapt(table: pa.Table, plan: Adaptation) -> list[Draft]:
-    """Parse, adapt and validate the rows of a table of READ_SCHEMA."""
+def adapt(table: pa.Table, plan: Adaptation, leftovers: Leftovers | None = None) -> list[Draft]:
+    """Parse, adapt and validate the rows of a table of READ_SCHEMA; `leftovers` counts the columns that nothing reads."""
     drafts = []
     columns = {file: columns_of(*plan.formats[file]) for file in table.column("file").unique().to_pylist()}
     names = ("kind", "role", "file", "raw", "reason", "detail")
@@ -154,7 +158,10 @@ def adapt(table: pa.Table, plan: Adaptation) -> list[Draft]:
         if kind != "row" or reason is not None:
             continue
         try:
-            comparison = adapt_one(name, columns[file], _parse(raw), options)
+            given = _parse(raw)
+            if leftovers is not None and role != BENCHMARK:
+                leftovers.add(file, options.source, columns[file], given)
+            comparison = adapt_one(name, columns[file], given, options)
             draft.source = comparison.source
             if role == BENCHMARK:  # only its prompt counts
                 require(broken_by_prompt(comparison.prompt))

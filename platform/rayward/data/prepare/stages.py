@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from rayward.contract.contract import Contract
 from rayward.data.prepare.combine import settle
 from rayward.data.prepare.encode import Encoders, encode
 from rayward.data.prepare.judge import Policy, Unseen, judge
+from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepare.parts import gather, write_part
+from rayward.data.prepare.repeats import repeated
 from rayward.data.prepare.rows import ENCODED_SCHEMA, KEY, KEYED_SCHEMA, Adaptation, read
-from rayward.data.prepare.tally import Sources, cut, largest, sources_of
+from rayward.data.prepare.tally import Sources, Tally, cut, largest, sources_of
 from rayward.data.prepared import LABELS, Label
-from rayward.data.sources.read import BATCH_ROWS, ReadUnit
+from rayward.data.sources.read import ReadUnit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +37,9 @@ SMALL_ROWS = 200_000
 def _is_number(label: Label) -> bool:
     return pa.types.is_float32(label.column.type) or label.column.name == "attributes"
 
+
+ENCODE_ROWS = 256
+"""Rows that are tokenized in one call."""
 
 SLIM_SCHEMA = pa.schema(
     [
@@ -85,11 +91,19 @@ def _read(batch: dict[str, Any], units: Sequence[ReadUnit]) -> Iterator[pa.Table
 
 def _encode(table: pa.Table, plan: Plan) -> pa.Table:
     encoders = _encoders(plan.encoders[0])
-    parts = [
-        encode(table.slice(start, BATCH_ROWS), plan.adaptation, encoders, plan.policy) for start in range(0, table.num_rows, BATCH_ROWS)
-    ]
+    leftovers = Leftovers()
+    # Collecting garbage walks all lists of token ids again and again; they hold no circles.
+    gc.disable()
+    try:
+        parts = [
+            encode(table.slice(start, ENCODE_ROWS), plan.adaptation, encoders, plan.policy, leftovers)
+            for start in range(0, table.num_rows, ENCODE_ROWS)
+        ]
+    finally:
+        gc.enable()
     if not parts:
         return SLIM_SCHEMA.empty_table()
+    parts.append(pa.Table.from_pylist([{"role": "train", **line} for line in leftovers.lines()], schema=ENCODED_SCHEMA))
     return _written(pa.concat_tables(parts), plan, order_by="near_prompt" if plan.policy.joins else "order")
 
 
@@ -204,13 +218,30 @@ def all_sources(keys: ray.data.Dataset, num_rows: int) -> Sources:
     return largest(json.loads(row["counts"]) for row in by_bucket(chosen, "source", num_rows, count).take_all())
 
 
-def sorted_keys(rows: ray.data.Dataset, num_rows: int) -> ray.data.Dataset:
-    """Rows in use in their order, with their places on disk."""
+def source_counts(rows: ray.data.Dataset, num_rows: int, known: Sources | None = None) -> Sources:
+    """Rows by source and split: the known counts, or those of the largest sources and of the others as one."""
+    if known is not None:
+        return known
+    few = Tally.merged(row["tally"] for row in rows.map_batches(_counted, batch_size=None, batch_format="pyarrow").take_all()).sources
+    return all_sources(rows, num_rows) if few is None else few
+
+
+def _counted(table: pa.Table) -> pa.Table:
+    return pa.table({"tally": [Tally.of(table)]})
+
+
+def sorted_keys(keys: ray.data.Dataset, num_rows: int, repeats: Mapping[int, float]) -> ray.data.Dataset:
+    """Rows in use in their order, with their places on disk.
+
+    Args:
+        repeats: by number of the file, how often each of its training rows is used.
+    """
+    names = SLIM_SCHEMA.names if repeats else ["order", "split", "part", "place"]
 
     def choose(table: pa.Table) -> pa.Table:
-        return table.filter(pc.is_valid(table.column("split"))).select(["order", "split", "part", "place"])
+        return repeated(table, repeats).select(names)
 
-    chosen = rows.map_batches(choose, batch_size=None, batch_format="pyarrow")
+    chosen = keys.map_batches(choose, batch_size=None, batch_format="pyarrow")
     if num_rows <= SMALL_ROWS:
         ordered = chosen.repartition(1).map_batches(lambda table: table.sort_by("order"), batch_size=None, batch_format="pyarrow")
     else:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from rayward.data.prepare.combine import MARK
+from rayward.data.prepare.leftover import COLUMNS
 from rayward.data.prepare.numbers import Sketch, sketches_of
 from rayward.data.prepare.rows import BENCHMARK
 from rayward.data.record import BadRow
@@ -36,6 +37,7 @@ class Tally:
         benchmark: usable rows of benchmarks by file; unread: the others by reason.
         sources: None where there are more than SOURCES_KEPT.
         damaged: messages about files that could not be read to the end.
+        columns: rows by source and column that nothing reads (`leftover`).
         near_examples: places of some near duplicates and of the rows that they are like.
         numbers: by column, how the numbers of the used rows are distributed.
     """
@@ -49,6 +51,7 @@ class Tally:
     contaminated: Counter[str]
     benchmark: Counter[str]
     unread: Counter[str]
+    columns: Counter[str]
     sources: Sources | None
     damaged: tuple[str, ...]
     near_examples: tuple[tuple[str, int, str], ...]
@@ -63,7 +66,7 @@ class Tally:
         """
         names = ("kind", "role", "split", "reason", "number", "detail", "file", "beside")
         read, merged, near, damaged = 0, 0, 0, []
-        grouping, splits, quarantined, contaminated, benchmark, unread = (Counter[str]() for _ in range(6))
+        grouping, splits, quarantined, contaminated, benchmark, unread, unused = (Counter[str]() for _ in range(7))
         examples: list[tuple[str, int, str]] = []
         columns = (table.column(name).to_pylist() for name in names)
         for kind, role, split, reason, number, detail, file, beside in zip(*columns, strict=True):
@@ -71,6 +74,8 @@ class Tally:
                 damaged.append(detail)
             elif kind == MARK:
                 grouping[detail] += number
+            elif kind == COLUMNS:
+                unused[detail] += number
             elif kind == "total":
                 read += number if role != BENCHMARK else 0
             elif role == BENCHMARK:
@@ -89,14 +94,14 @@ class Tally:
         numbers = {name: sketch.as_json() for name, sketch in sketches_of(table).items()}
         sources = sources_of(table)
         kept = sources if len(sources) <= SOURCES_KEPT else None
-        counts = [grouping, splits, quarantined, contaminated, benchmark, unread]
+        counts = [grouping, splits, quarantined, contaminated, benchmark, unread, unused]
         return json.dumps([read, merged, near, *counts, kept, damaged, sorted(examples)[:EXAMPLES], numbers])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
         sums = [0, 0, 0]
-        counters = tuple(Counter[str]() for _ in range(6))
+        counters = tuple(Counter[str]() for _ in range(7))
         sources: Sources | None = {}
         damaged: set[str] = set()
         examples: list[tuple[str, int, str]] = []
@@ -104,13 +109,13 @@ class Tally:
         for part in parts:
             found = json.loads(part)
             sums = [mine + more for mine, more in zip(sums, found[:3], strict=True)]
-            for counter, count in zip(counters, found[3:9], strict=True):
+            for counter, count in zip(counters, found[3:10], strict=True):
                 counter.update(count)
-            sources = None if sources is None or found[9] is None else added(sources, found[9])
+            sources = None if sources is None or found[10] is None else added(sources, found[10])
             sources = None if sources is None or len(sources) > SOURCES_KEPT else sources
-            damaged |= set(found[10])
-            examples = sorted([*examples, *(tuple(each) for each in found[11])])[:EXAMPLES]
-            for name, value in found[12].items():
+            damaged |= set(found[11])
+            examples = sorted([*examples, *(tuple(each) for each in found[12])])[:EXAMPLES]
+            for name, value in found[13].items():
                 sketch = Sketch.from_json(value)
                 numbers[name] = numbers[name] + sketch if name in numbers else sketch
         return cls(*sums, *counters, sources, tuple(sorted(damaged)), tuple(examples), numbers)

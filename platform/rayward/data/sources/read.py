@@ -31,11 +31,12 @@ SAMPLE_SCAN = 2000
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """The part of a file that one task reads: a whole JSON file, or some row groups of a Parquet file."""
+    """The part of a file that one task reads: a whole JSON file, or some row groups of a Parquet file; no row after `last_number`."""
 
     file: SourceFile
     row_groups: tuple[int, ...] = ()
     first_number: int = 1
+    last_number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

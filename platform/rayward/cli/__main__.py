@@ -1,0 +1,5 @@
+"""`python -m rayward.cli`."""
+
+from rayward.cli import main
+
+main()
