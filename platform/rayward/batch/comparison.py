@@ -100,7 +100,8 @@ def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
         return len(sequences[0]) - 1
     limit = min(len(sequence) for sequence in sequences) - 1
     # What the first and the last in order have in common, all have.
-    first, last = min(sequences), max(sequences)
+    ordered = sorted(map(list, sequences))
+    first, last = ordered[0], ordered[-1]
     if first[:limit] == last[:limit]:
         return limit
     low, high = 0, limit

@@ -98,8 +98,9 @@ def prepare(config: Config) -> PreparedData:
         return existing
     formats, units = plan_reads(inputs.files, config, inputs.sources)
     connect()
-    with open_workspace(directory) as workspace, scratch(workspace) as parts, _data_context(units):
-        outcome = _run(config, inputs, formats, units, workspace, parts)
+    with open_workspace(directory) as workspace, _data_context(units):
+        with scratch(workspace) as parts:
+            outcome = _run(config, inputs, formats, units, workspace, parts)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory, outcome.examples)

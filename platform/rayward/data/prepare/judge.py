@@ -134,7 +134,9 @@ class _Verdicts:
         return self.table.column(name)[int(index)].as_py()
 
     def smallest(self, indices: Indices) -> int:
-        return min(indices.tolist(), key=lambda index: tuple(self.value(name, index) for name in ("record_key", "file", "number")))
+        names = ("record_key", "file", "number")
+        found: int = min(indices.tolist(), key=lambda index: tuple(self.value(name, index) for name in names))
+        return found
 
     def reject(self, indices: Indices, reason: BadRow, detail: str) -> None:
         for index in indices.tolist():

@@ -35,7 +35,7 @@ SMALL_ROWS = 200_000
 
 
 def _is_number(label: Label) -> bool:
-    return pa.types.is_float32(label.column.type) or label.column.name == "attributes"
+    return bool(pa.types.is_float32(label.column.type)) or label.column.name == "attributes"
 
 
 ENCODE_ROWS = 256
@@ -134,7 +134,7 @@ def _unseen(keys: ray.data.Dataset, roles: list[str], files: Sequence[str]) -> r
     def choose(table: pa.Table) -> pa.Table:
         return table.filter(pc.is_in(table.column("role"), pa.array(roles))).select(names)
 
-    @ray.remote
+    @ray.remote  # type: ignore[untyped-decorator]
     def collect(*tables: pa.Table) -> Unseen:
         known = [table.select(names) for table in tables if table.num_columns]
         return Unseen.of(pa.concat_tables([SLIM_SCHEMA.empty_table().select(names), *known]), files)
@@ -192,7 +192,7 @@ def overlap(keys: ray.data.Dataset) -> int:
     def held_out(table: pa.Table) -> pa.Table:
         return table.filter(pc.equal(table.column("split"), "validation")).select(["near_prompt"])
 
-    @ray.remote
+    @ray.remote  # type: ignore[untyped-decorator]
     def distinct(*tables: pa.Table) -> pa.Array:
         return pc.unique(pa.chunked_array([chunk for t in tables if t.num_columns for chunk in t.column("near_prompt").chunks], KEY))
 

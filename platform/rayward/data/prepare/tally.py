@@ -100,7 +100,7 @@ class Tally:
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
-        sums = [0, 0, 0]
+        read, merged, near = 0, 0, 0
         counters = tuple(Counter[str]() for _ in range(7))
         sources: Sources | None = {}
         damaged: set[str] = set()
@@ -108,7 +108,7 @@ class Tally:
         numbers: dict[str, Sketch] = {}
         for part in parts:
             found = json.loads(part)
-            sums = [mine + more for mine, more in zip(sums, found[:3], strict=True)]
+            read, merged, near = read + found[0], merged + found[1], near + found[2]
             for counter, count in zip(counters, found[3:10], strict=True):
                 counter.update(count)
             sources = None if sources is None or found[10] is None else added(sources, found[10])
@@ -118,7 +118,23 @@ class Tally:
             for name, value in found[13].items():
                 sketch = Sketch.from_json(value)
                 numbers[name] = numbers[name] + sketch if name in numbers else sketch
-        return cls(*sums, *counters, sources, tuple(sorted(damaged)), tuple(examples), numbers)
+        grouping, splits, quarantined, contaminated, benchmark, unread, unused = counters
+        return cls(
+            read,
+            merged,
+            near,
+            grouping,
+            splits,
+            quarantined,
+            contaminated,
+            benchmark,
+            unread,
+            unused,
+            sources,
+            tuple(sorted(damaged)),
+            tuple(examples),
+            numbers,
+        )
 
 
 def _name(file: str | int, files: Sequence[str] | None) -> str:
