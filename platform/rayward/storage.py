@@ -84,6 +84,17 @@ def exists(filesystem: pafs.FileSystem, path: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def version(filesystem: pafs.FileSystem, path: str) -> str:
+    """What changes when the file does, by the filesystem's own word: the time of its last change, or what its store says of the object.
+
+    Raises:
+        OSError: the file is not there, or the filesystem cannot be asked.
+    """
+    if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
+        return str(filesystem.handler.fs.ukey(path))
+    return str(filesystem.get_file_info(path).mtime_ns)
+
+
 def delete_dir(filesystem: pafs.FileSystem, path: str) -> None:
     """Delete a directory if it is there."""
     if exists(filesystem, path):

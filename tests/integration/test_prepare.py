@@ -23,6 +23,7 @@ from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.prepare.job import prepare
 from rayward.data.prepared import MANIFEST_FILE, PREPARED_SCHEMA, PreparedData
 from rayward.data.record import BadRow
+from rayward.data.sources import read
 from rayward.errors import DataError, TooManyBadRowsError
 
 # Ray Data 2.60 warns about its own deprecated settings whenever it copies its context.
@@ -184,6 +185,25 @@ def test_critiques_and_steps_are_prepared_where_they_stand_in_the_ids(tmp_path: 
         ((right, missing),) = row["step_labels"]
         assert right == 1.0
         assert math.isnan(missing)
+
+
+def test_a_large_file_is_read_by_many_tasks_and_its_rows_keep_their_lines(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = [*_good(30), "", "{broken", *_good(30, start=30), "[]"]
+    (tmp_path / "set").mkdir()
+    whole = _write(tmp_path / "set/pairs.jsonl", rows)
+    _write(tmp_path / "set/test-00000-of-00001.jsonl", _good(3, start=90))
+    options = ("data.max_bad_fraction=1.0", "data.validation_fraction=0.2")
+    expected = prepare(_config(tokenizer_path, tmp_path / "a", whole, *options))
+    monkeypatch.setattr(read, "UNIT_BYTES", 150)
+    prepared = prepare(_config(tokenizer_path, tmp_path / "b", tmp_path / "set", *options))
+    assert prepared.manifest == expected.manifest
+    assert [_table(prepared, split) for split in ("train", "validation")] == [_table(expected, split) for split in ("train", "validation")]
+    records = [json.loads(line) for path in Path(prepared.directory, "quarantine").iterdir() for line in path.read_text().splitlines()]
+    assert sorted((record["row"], record["reason"]) for record in records) == [(32, "unparsable"), (63, "wrong_type")]
+    (passed_over,) = json.loads(Path(prepared.directory, "report.json").read_text())["ignored_files"]
+    assert "test-00000-of-00001.jsonl: its name says test" in passed_over
 
 
 def _check_shards(prepared: PreparedData) -> None:

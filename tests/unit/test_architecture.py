@@ -35,6 +35,7 @@ LOOSE = {"errors", "schema", "storage", "cluster"}
 MAY_IMPORT_RAY = {
     "cluster",
     "data.prepare.job",
+    "data.prepare.numbering",
     "data.prepare.stages",
     "data.prepare.write",
     "data.stream.stream",

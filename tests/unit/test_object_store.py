@@ -26,7 +26,8 @@ from rayward.data.prepare import write
 from rayward.data.prepare.rows import ENCODED_SCHEMA
 from rayward.data.prepared import MANIFEST_FILE, PREPARED_SCHEMA, PreparedData, ShardEntry
 from rayward.data.sources.find import find_files
-from rayward.data.sources.read import content_hash, plan_units, read_unit
+from rayward.data.sources.fingerprint import content_hash
+from rayward.data.sources.read import plan_units, read_unit
 from rayward.errors import CheckpointError, DataError, StreamOrderError
 from rayward.evaluation.held_out import read_prepared, read_raw
 from rayward.scoring.scorer import Scorer
@@ -67,7 +68,7 @@ def test_raw_data_is_found_and_read_by_file_folder_and_pattern(bucket: str, tmp_
     assert found(f"{bucket}/set/") == ["/set/a.jsonl", "/set/c.parquet", "/set/deep/b.jsonl.gz"]
     assert found(f"{bucket}/*/?.jsonl") == ["/set/a.jsonl"]
     files, ignored = find_files([f"{bucket}/set"], "train")
-    assert ignored == [f"{bucket}/set/readme.md"]
+    assert [other.uri for other in ignored] == [f"{bucket}/set/readme.md"]
     assert [sum(len(list(read_unit(unit))) for unit in plan_units(file)) for file in files] == [3, 4, 2]
     (tmp_path / "a.jsonl").write_bytes(json_lines(3))
     assert content_hash(files[0]) == content_hash(find_files([str(tmp_path / "a.jsonl")], "train")[0][0])

@@ -32,6 +32,10 @@ JUDGEMENTS: dict[str, frozenset[str]] = {
 """The judgements that columns may express, by the standard names that they need. `ratings` or `critiques` do for answers without one."""
 
 
+ANSWERS = ({"chosen", "rejected"}, {"first", "second"}, {"completions"}, {"completion"}, {"best", "losers"})
+"""The answers that may stand together. Without a judgement they can be scored, but not trained on or evaluated."""
+
+
 def _listed(value: Any) -> Any:
     # One value may stand for a list of one.
     return (value,) if isinstance(value, str | bool | int | float) else value
@@ -93,6 +97,8 @@ class SourceConfig(Frozen):
     """Files, globs, directories, URIs or `hf:` names, as in `data.train`; one or a list."""
     role: Literal["train", "validation", "contamination"] = "train"
     """What the rows are for."""
+    judged: bool = True
+    """false: answers without a judgement, which can be scored and not trained on."""
     format: SourceFormat | None = None
     """Format of the rows after `columns` has renamed them. None: `data.format`, or what `columns` says by standard names."""
     columns: dict[str, str | tuple[str, ...] | None] = Field(default_factory=dict)
@@ -162,6 +168,8 @@ class SourceConfig(Frozen):
                 "correct it, or name the format whose column it is"
             )
         judgement = self.kind
+        if judgement is None and not self.judged:
+            return
         if judgement is None:
             raise ValueError(
                 f"{where}: columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of "
@@ -174,6 +182,14 @@ class SourceConfig(Frozen):
             raise ValueError(
                 f"{where}: it is not said which values of the label mean what; set judgement.first, judgement.second and judgement.tie"
             )
+
+    @property
+    def unjudged(self) -> str:
+        """What is wrong with columns that are no judgement."""
+        return (
+            f"columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of {'; '.join(JUDGEMENTS)}; or "
+            "completions, or completion, with ratings or critiques; add what is missing"
+        )
 
     @property
     def mapped_names(self) -> list[str]:

@@ -14,9 +14,10 @@ from rayward.config.sources import SourceConfig
 from rayward.data.formats.table import SourceOptions, adapt, choose_format, columns_of
 from rayward.data.prepared import PreparedData
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
-from rayward.data.sources.find import SourceFile, find_files
+from rayward.data.sources.find import SourceFile, find_files, report_passed_over
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
-from rayward.data.sources.read import RawRow, plan_units, read_unit, sample_rows
+from rayward.data.sources.read import read_file, sample_rows
+from rayward.data.sources.rows import RawRow
 from rayward.errors import DataError
 from rayward.evaluation.records import Record
 
@@ -90,13 +91,12 @@ def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) 
         sample, _ = sample_rows(file)
         # Without one readable row there is no format to choose, and every row is rejected for its own reason.
         chosen = choose_format(sample, config, where=file.uri, source=file.source, mapping=mapping) if sample else None
-        for unit in plan_units(file):
-            for raw in read_unit(unit):
-                try:
-                    rows.append(_input_row(position, _adapt(raw, chosen)))
-                except RowRejected as exc:
-                    rejected[position] = _rejected(file, raw, exc)
-                position += 1
+        for raw in read_file(file):
+            try:
+                rows.append(_input_row(position, _adapt(raw, chosen)))
+            except RowRejected as exc:
+                rejected[position] = _rejected(file, raw, exc)
+            position += 1
     if position == 0:
         raise DataError(f"{', '.join(locations)}: the files hold no rows", remedy="check the paths")
     starts = range(0, len(rows), ROWS_PER_BLOCK)
@@ -109,9 +109,12 @@ def _files(sources: Sequence[SourceConfig], download_to: str) -> Iterator[tuple[
         local = [location for location in source.path if not location.startswith(HUB_PREFIX)]
         for location in source.path:
             if location.startswith(HUB_PREFIX):
-                yield download(parse_hub_name(location, "validation"), download_to, "validation"), source
+                for file in download(parse_hub_name(location, "validation"), download_to, "validation"):
+                    yield file, source
         if local:
-            yield from ((file, source) for file in find_files(local, "validation")[0])
+            found = find_files(local, "validation")
+            report_passed_over(found.passed_over)
+            yield from ((file, source) for file in found.files)
 
 
 def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:

@@ -111,10 +111,12 @@ def _score_units(
     notify: Callable[[Progress], object],
 ) -> list[str]:
     # Adds to the progress; returns what is damaged.
+    from rayward.data.prepare.numbering import number_units
     from rayward.scoring.batch import pool, reading
 
+    planned = dict(zip(units, number_units(list(units.values())), strict=True))
     damaged: list[str] = []
-    sources = [(name, units[name], frozenset(progress.parts.get(name, ()))) for name in missing]
+    sources = [(name, planned[name], frozenset(progress.parts.get(name, ()))) for name in missing]
     work = partial(score_parts, job=job, versions=frozenset(progress.versions))
     blocks = reading(sources, partial(read_parts, rows_per_part=job.rows_per_part), scorers=placement.actors)
     for block in pool(blocks, work, model=str(Path(model).resolve()), placement=placement, rows_per_call=1):

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from rayward import storage
 from rayward.data.record import BadRow
-from rayward.data.sources.read import RawRow, ReadUnit, read_unit
+from rayward.data.sources.read import ReadUnit, read_unit
+from rayward.data.sources.rows import RawRow
 from rayward.errors import ConfigError, DataError, ScoringError
 from rayward.scoring.lines import together
 from rayward.scoring.moments import Moments

@@ -25,7 +25,8 @@ from pydantic import Field
 
 from rayward import storage
 from rayward.data.sources.find import SourceFile
-from rayward.data.sources.read import ReadUnit, content_hash, plan_units
+from rayward.data.sources.fingerprint import content_hashes
+from rayward.data.sources.read import ReadUnit, plan_units
 from rayward.errors import ConfigError, DataError
 from rayward.schema import Frozen, Versioned, digest, identity, write_atomically
 from rayward.scoring.moments import Moments
@@ -165,7 +166,8 @@ def name_units(files: Sequence[SourceFile]) -> dict[str, ReadUnit]:
     Raises:
         DataError: a file cannot be read.
     """
-    return {digest([content_hash(file), identity(unit)])[:16]: unit for file in files for unit in plan_units(file)}
+    contents = zip(files, content_hashes(files), strict=True)
+    return {digest([content, identity(unit)])[:16]: unit for file, content in contents for unit in plan_units(file)}
 
 
 def part_name(unit: str, file: str, index: int, output_format: OutputFormat) -> str:

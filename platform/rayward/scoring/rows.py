@@ -15,7 +15,7 @@ from rayward.contract.conversation import broken_by_completion, broken_by_prompt
 from rayward.data.formats.columns import Columns, changes_text, ignored, present
 from rayward.data.formats.table import SourceOptions, adapt, columns_of
 from rayward.data.record import BadRow, Comparison, RowRejected, require
-from rayward.data.sources.read import RawRow
+from rayward.data.sources.rows import RawRow
 from rayward.scoring.scored_model import ScoredModel
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 from rayward.wire.lines import FIELDS, OPTIONS, Given, invalid, item_of

@@ -13,9 +13,11 @@ import pytest
 from rayward.config.data import DataConfig
 from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
 from rayward.data.record import BadRow, RowRejected, validate
-from rayward.data.sources.find import SourceFile, find_files, source_name
+from rayward.data.sources.find import SourceFile, find_files
+from rayward.data.sources.fingerprint import content_hash
 from rayward.data.sources.hub import HubName, parse_hub_name
-from rayward.data.sources.read import ReadUnit, content_hash, plan_units, read_unit, sample_rows
+from rayward.data.sources.kinds import source_name
+from rayward.data.sources.read import ReadUnit, plan_units, read_unit, sample_rows
 from rayward.errors import DataError, DataFormatError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -206,7 +208,11 @@ def test_globs_and_directories_find_data_files_once_and_name_what_they_pass_over
     assert names("*.jsonl") == ["a.jsonl"]
     assert names("**/*.json*") == ["a.jsonl", "deep/b.json.gz"]
     assert names("deep/[bc].*") == ["deep/b.json.gz", "deep/c.parquet"]
-    assert find_files([str(tmp_path)], "train")[1] == [str(tmp_path / "deep/README.md")]
+    assert [str(Path(other.uri).relative_to(tmp_path)) for other in find_files([str(tmp_path)], "train").passed_over] == [
+        "deep/.hidden.jsonl",
+        "deep/README.md",
+        "deep/_tmp",
+    ]
     assert [file.uri for file in find_files([f"file://{tmp_path}/a.jsonl"], "train")[0]] == [f"file://{tmp_path}/a.jsonl"]
 
 

@@ -170,7 +170,7 @@ def test_of_very_many_sources_the_largest_are_named() -> None:
     assert (whole["large"], whole["bad"]) == ((50, 3, 1), (0, 0, 40))
     assert whole[f"{2 * SOURCES_KEPT + 2:,} other sources"] == (2 * SOURCES_KEPT + 2, 0, 0)
     rows = [{"kind": "row", "role": "train", "source": f"{i}", "split": "train"} for i in range(SOURCES_KEPT + 1)]
-    empty = {"reason": None, "number": 1, "detail": None, "file": "f", "beside": None}
+    empty = {"reason": None, "number": 1, "detail": None, "file": "f", "beside": None, "leftover": None}
     table = pa.Table.from_pylist([{**row, **empty} for row in rows])
     assert Tally.merged([Tally.of(table)]).sources is None
     assert Tally.merged([Tally.of(table.slice(0, SOURCES_KEPT)), Tally.of(table.slice(SOURCES_KEPT))]).sources is None

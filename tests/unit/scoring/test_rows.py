@@ -15,7 +15,8 @@ from tests.helpers.models import make_export
 from rayward.data.formats.table import SourceOptions
 from rayward.data.record import BadRow
 from rayward.data.sources.find import find_files
-from rayward.data.sources.read import RawRow, plan_units, read_unit
+from rayward.data.sources.read import plan_units, read_unit
+from rayward.data.sources.rows import RawRow
 from rayward.scoring.rows import FileRow, FormatAdapter, RowRules, dump_line, line_of, read_row, result_schema, score_given, table_of
 from rayward.scoring.scorer import Scorer
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem

@@ -165,7 +165,7 @@ def _checked(found: Sequence[Found]) -> list[Encoding]:
     return encodings
 
 
-_COMPUTED = tuple(name for name in ENCODED_SCHEMA.names if name not in {*READ_SCHEMA.names, "source", "beside"})
+_COMPUTED = tuple(name for name in ENCODED_SCHEMA.names if name not in {*READ_SCHEMA.names, "source", "beside", "leftover"})
 
 
 def _table(read: pa.Table, drafts: Sequence[Draft], rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -176,7 +176,7 @@ def _table(read: pa.Table, drafts: Sequence[Draft], rows: Sequence[dict[str, Any
     # Marks bring a detail of their own.
     columns["detail"] = [draft.detail for draft in drafts]
     columns |= {name: [row.get(name) for row in rows] for name in _COMPUTED}
-    columns["beside"] = pa.nulls(len(rows), pa.string())
+    columns["beside"] = columns["leftover"] = pa.nulls(len(rows), pa.string())
     arrays = [
         values if isinstance(values, pa.ChunkedArray | pa.Array) else pa.array(values, field.type)
         for field in ENCODED_SCHEMA

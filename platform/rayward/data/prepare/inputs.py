@@ -17,9 +17,11 @@ from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.data.formats.hook import adapter_fingerprint
 from rayward.data.formats.table import SourceOptions, choose_format
 from rayward.data.record import BadRow
-from rayward.data.sources.find import Role, SourceFile, find_files
+from rayward.data.sources.find import PassedOver, SourceFile, find_files, report_passed_over, without
+from rayward.data.sources.fingerprint import content_hashes
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
-from rayward.data.sources.read import ReadUnit, content_hash, plan_units, read_unit, sample_rows
+from rayward.data.sources.kinds import Role
+from rayward.data.sources.read import ReadUnit, plan_units, read_file, sample_rows
 from rayward.errors import DataError, DataFormatError
 from rayward.schema import digest, identity
 
@@ -40,14 +42,14 @@ class Inputs:
 
     Attributes:
         files: in sorted order, train before validation before benchmarks.
-        ignored: files of directories passed over because of their suffix.
+        ignored: files of directories that were passed over, and why.
         contract, tokenizer: what text is encoded with.
         fingerprint: hash of the files' content, the rules, the seed and the tokenizer.
         sources: by file, the source that names it.
     """
 
     files: list[SourceFile]
-    ignored: list[str]
+    ignored: list[PassedOver]
     contract: Contract
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
@@ -69,7 +71,7 @@ def inspect_inputs(config: Config) -> Inputs:
     if not any(source.role == "train" for source in config.data.all_sources):
         raise DataError("data.train is empty", remedy="set data.train (or data.sources) to files, directories, URIs or hf:owner/name")
     files: list[SourceFile] = []
-    ignored: list[str] = []
+    ignored: list[PassedOver] = []
     sources: dict[str, SourceConfig] = {}
     for source in _grouped(config):
         found, passed_over = _files_of(source, config)
@@ -82,6 +84,8 @@ def inspect_inputs(config: Config) -> Inputs:
             sources[file.uri] = source
         files += found
     files.sort(key=lambda file: ROLES.index(file.role))
+    ignored = without(ignored, files)
+    report_passed_over(ignored)
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.revision)
     contract = Contract.from_tokenizer(
         tokenizer,
@@ -102,11 +106,13 @@ def _grouped(config: Config) -> list[SourceConfig]:
     return [*short, *config.data.sources]
 
 
-def _files_of(source: SourceConfig, config: Config) -> tuple[list[SourceFile], list[str]]:
-    found, passed_over = find_files([name for name in source.path if not name.startswith(HUB_PREFIX)], source.role)
+def _files_of(source: SourceConfig, config: Config) -> tuple[list[SourceFile], list[PassedOver]]:
+    found, passed_over = find_files(
+        [name for name in source.path if not name.startswith(HUB_PREFIX)], source.role, every_split=source.role == "contamination"
+    )
     hubs = [parse_hub_name(name, source.role) for name in source.path if name.startswith(HUB_PREFIX)]
     downloads = storage.join(storage_location(config), "downloads")
-    return found + [download(hub, downloads, source.role) for hub in hubs], passed_over
+    return found + [file for hub in hubs for file in download(hub, downloads, source.role)], passed_over
 
 
 def _fingerprint(
@@ -117,8 +123,7 @@ def _fingerprint(
     sources: Mapping[str, SourceConfig] = MappingProxyType({}),
 ) -> str:
     # Content and not place: a job submitted twice unpacks the same files into two directories.
-    with ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(content_hash, files))
+    hashes = content_hashes(files)
     rules_of = {file.uri: _rules_of(sources[file.uri]) for file in files}
     contents = sorted([file.role, file.source, content, *rules_of[file.uri]] for file, content in zip(files, hashes, strict=True))
     rules = [identity(config.data, exclude={"train", "validation", "contamination", "sources", "max_bad_fraction"})]
@@ -158,7 +163,7 @@ def plan_reads(
         if not formats:
             raise DataError(
                 f"{file.uri}: no usable row; none of the first {seen} rows is a JSON object ({BadRow.UNPARSABLE}: {seen})",
-                remedy="use JSON lines (one object per line), a JSON list of objects, or Parquet",
+                remedy="use JSON lines (one object per line), a JSON list of objects, CSV with a header, Parquet or Arrow",
             )
         # Any format will do for rows that are no objects; read, they are quarantined and counted.
         name, options = next(iter(formats.values()))
@@ -179,7 +184,7 @@ def _last_rows(files: Sequence[SourceFile], sources: Mapping[str, SourceConfig])
         if source.limit is None:
             continue
         key = digest(source.model_dump(mode="json"))
-        numbers = (raw.number for unit in plan_units(file) for raw in read_unit(unit))
+        numbers = (raw.number for raw in read_file(file))
         taken = list(islice(numbers, left.setdefault(key, source.limit)))
         left[key] -= len(taken)
         last[file.uri] = taken[-1] if taken else 0
@@ -194,7 +199,8 @@ def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config, map
             return choose_format(rows, detected, where=file.uri, source=file.source, mapping=mapping)
         except DataFormatError:
             pass
-    return choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping)
+    judged = file.role != "contamination"
+    return choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping, judged=judged)
 
 
 def _names(files: list[SourceFile], role: Role) -> str:

@@ -35,6 +35,7 @@ from rayward.data.formats.table import SourceOptions, columns_of
 from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, storage_location
 from rayward.data.prepare.judge import Policy
 from rayward.data.prepare.leftover import unused_columns
+from rayward.data.prepare.numbering import number_units
 from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
 from rayward.data.prepare.repeats import repeats_of, train_rows_by_file
 from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
@@ -56,7 +57,6 @@ SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 NUM_BLOCKS = 256
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 2 * 1024 * 1024, 48 * 1024 * 1024
 """A task encodes a block of input, and every shard gathers its rows from what every task wrote: so they are few, and not small."""
-GZIP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def prepare(config: Config) -> PreparedData:
     connect()
     with open_workspace(directory) as workspace, _data_context(units):
         with scratch(workspace) as parts:
-            outcome = _run(config, inputs, formats, units, workspace, parts)
+            outcome = _run(config, inputs, formats, number_units(units), workspace, parts)
         manifest = _manifest(inputs.fingerprint, config, outcome)
         _write_small_files(workspace, inputs, formats, outcome)
         problem = _refusal(config, manifest, directory, outcome.examples)
@@ -115,7 +115,7 @@ def prepare(config: Config) -> PreparedData:
 
 @contextmanager
 def _data_context(units: Sequence[ReadUnit]) -> Iterator[None]:
-    size = sum(unit.file.size * (GZIP_RATIO if unit.file.gzip else 1) for unit in units if unit.first_number == 1)
+    size = sum(unit.size for unit in units)
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = min(max(size // NUM_BLOCKS, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
@@ -166,9 +166,17 @@ def _run(
         of_split = {source: counts[place] for source, counts in sorted(trained.items()) if counts[place]}
         stats[split] = found.model_copy(update={"sources": of_split})
     out = {source: counts[2] for source, counts in sources.items() if counts[2]}
-    unused = unused_columns(tally.columns, {options.source: columns_of(name, options).settings or {} for name, options in formats.values()})
+    unused = _unused(tally, formats)
     described_numbers = described(numbers, bounds, config.data.attributes)
     return _Outcome(tally, examples, shards, stats, out, overlap(keys), unused, described_numbers)
+
+
+def _unused(tally: Tally, formats: Mapping[str, tuple[str, SourceOptions]]) -> tuple[UnusedColumn, ...]:
+    settings = {options.source: columns_of(name, options).settings or {} for name, options in formats.values()}
+    rows: Counter[str] = Counter()
+    for file, count in tally.files.items():
+        rows[formats[file][1].source] += count
+    return unused_columns(tally.columns, rows, settings)
 
 
 def _repeats(inputs: Inputs, keys: ray.data.Dataset, files: Sequence[str]) -> dict[int, float]:
@@ -269,7 +277,7 @@ def _write_small_files(workspace: str, inputs: Inputs, formats: Mapping[str, tup
         train=outcome.stats["train"],
         validation=outcome.stats["validation"],
         files=[file.uri for file in inputs.files],
-        ignored_files=inputs.ignored,
+        ignored_files=[str(other) for other in inputs.ignored],
         formats=Counter(name for name, _ in formats.values()),
         overlap=outcome.overlap,
         near_duplicates=outcome.tally.near_duplicates,

@@ -62,7 +62,7 @@ def side_of(role: str, near_prompt: bytes, policy: Policy) -> str:
 
 def order_of(side: str, identifier: str, content: bytes, policy: Policy) -> str:
     """The rank of a row: one sort orders both splits; the content breaks the tie between rows that share an id."""
-    return f"{side[0]}{digest([policy.seed, identifier])[:16]}{content.hex()[:16]}"
+    return f"{side} {digest([policy.seed, identifier])[:16]}{content.hex()[:16]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,6 @@ def repeated(table: pa.Table, repeats: Mapping[Any, float]) -> pa.Table:
         whole += int(digest(["repeat", order])[:13], 16) / 16**13 < times - whole
         for copy in range(whole):
             indices.append(index)
-            orders.append(order if copy == 0 else f"{order[0]}{digest([order, copy])} {copy}")
+            orders.append(order if copy == 0 else f"{split} {digest([order, copy])} {copy}")
     taken = table.take(pa.array(indices, pa.int64()))
     return taken.set_column(taken.schema.get_field_index("order"), taken.schema.field("order"), pa.array(orders, pa.string()))

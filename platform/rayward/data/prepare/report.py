@@ -186,7 +186,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             (reason, f"{count:,}", MEANING.get(BadRow(reason), ""), report["quarantine_examples"].get(reason, ()))
             for reason, count in Counter(report["num_quarantined"]).most_common()
         ],
-        files=[("files read", report["files"]), ("files passed over because of their suffix", report["ignored_files"])],
+        files=[("files read", report["files"]), ("files passed over", report["ignored_files"])],
     )
 
 

@@ -19,7 +19,8 @@ from rayward.data.formats.table import adapt as adapt_one
 from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.record import BadRow, Comparison, RowRejected, ranked_by, require, validate
-from rayward.data.sources.read import BATCH_ROWS, RawRow, ReadUnit, read_unit
+from rayward.data.sources.read import BATCH_ROWS, ReadUnit, read_unit
+from rayward.data.sources.rows import RawRow
 from rayward.errors import DataError
 
 RAW_LIMIT = 2000
@@ -31,8 +32,7 @@ BENCHMARK = "contamination"
 READ_SCHEMA = pa.schema(
     [
         # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
-        # file) | columns (number = rows of a source, or with one of its columns, that detail says) | grouping (number = rows or groups of
-        # what detail says)
+        # file) | grouping (number = rows or groups of what detail says)
         pa.field("kind", pa.string()),
         pa.field("role", pa.string()),  # train | validation | contamination
         pa.field("file", pa.string()),
@@ -40,6 +40,7 @@ READ_SCHEMA = pa.schema(
         pa.field("raw", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
+        pa.field("leftover", pa.string()),  # on one row of a block: its columns that nothing reads, counted
     ]
 )
 
@@ -141,6 +142,7 @@ def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
             pa.array([row.raw for row in rows], pa.string()),
             pa.array([row.reason for row in rows], pa.string()),
             pa.array([row.detail if row.reason else None for row in rows], pa.string()),
+            pa.nulls(size, pa.string()),
         ],
         schema=READ_SCHEMA,
     )
@@ -160,7 +162,7 @@ def adapt(table: pa.Table, plan: Adaptation, leftovers: Leftovers | None = None)
         try:
             given = _parse(raw)
             if leftovers is not None and role != BENCHMARK:
-                leftovers.add(file, options.source, columns[file], given)
+                leftovers.add(options.source, columns[file], given)
             comparison = adapt_one(name, columns[file], given, options)
             draft.source = comparison.source
             if role == BENCHMARK:  # only its prompt counts

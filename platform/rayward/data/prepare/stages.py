@@ -103,8 +103,10 @@ def _encode(table: pa.Table, plan: Plan) -> pa.Table:
         gc.enable()
     if not parts:
         return SLIM_SCHEMA.empty_table()
-    parts.append(pa.Table.from_pylist([{"role": "train", **line} for line in leftovers.lines()], schema=ENCODED_SCHEMA))
-    return _written(pa.concat_tables(parts), plan, order_by="near_prompt" if plan.policy.joins else "order")
+    whole = pa.concat_tables(parts)
+    told = pa.array([leftovers.dump(), *([None] * (whole.num_rows - 1))], pa.string())
+    whole = whole.set_column(whole.schema.get_field_index("leftover"), "leftover", told)
+    return _written(whole, plan, order_by="near_prompt" if plan.policy.joins else "order")
 
 
 def _written(table: pa.Table, plan: Plan, *, order_by: str) -> pa.Table:

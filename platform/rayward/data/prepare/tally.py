@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from rayward.data.prepare.combine import MARK
-from rayward.data.prepare.leftover import COLUMNS
 from rayward.data.prepare.numbers import Sketch, sketches_of
 from rayward.data.prepare.rows import BENCHMARK
 from rayward.data.record import BadRow
@@ -37,7 +36,7 @@ class Tally:
         benchmark: usable rows of benchmarks by file; unread: the others by reason.
         sources: None where there are more than SOURCES_KEPT.
         damaged: messages about files that could not be read to the end.
-        columns: rows by source and column that nothing reads (`leftover`).
+        columns: rows by source and column that nothing reads (`leftover`); files: rows by file.
         near_examples: places of some near duplicates and of the rows that they are like.
         numbers: by column, how the numbers of the used rows are distributed.
     """
@@ -52,6 +51,7 @@ class Tally:
     benchmark: Counter[str]
     unread: Counter[str]
     columns: Counter[str]
+    files: Counter[str]
     sources: Sources | None
     damaged: tuple[str, ...]
     near_examples: tuple[tuple[str, int, str], ...]
@@ -66,18 +66,19 @@ class Tally:
         """
         names = ("kind", "role", "split", "reason", "number", "detail", "file", "beside")
         read, merged, near, damaged = 0, 0, 0, []
-        grouping, splits, quarantined, contaminated, benchmark, unread, unused = (Counter[str]() for _ in range(7))
+        grouping, splits, quarantined, contaminated, benchmark, unread, unused, of_file = (Counter[str]() for _ in range(8))
         examples: list[tuple[str, int, str]] = []
+        for text in table.column("leftover").drop_null().to_pylist():
+            unused.update(json.loads(text))
         columns = (table.column(name).to_pylist() for name in names)
         for kind, role, split, reason, number, detail, file, beside in zip(*columns, strict=True):
             if kind == "damaged":
                 damaged.append(detail)
             elif kind == MARK:
                 grouping[detail] += number
-            elif kind == COLUMNS:
-                unused[detail] += number
             elif kind == "total":
                 read += number if role != BENCHMARK else 0
+                of_file[_name(file, files)] += number
             elif role == BENCHMARK:
                 (benchmark if reason is None else unread)[_name(file, files) if reason is None else reason] += 1
             elif kind == "merged":
@@ -94,14 +95,14 @@ class Tally:
         numbers = {name: sketch.as_json() for name, sketch in sketches_of(table).items()}
         sources = sources_of(table)
         kept = sources if len(sources) <= SOURCES_KEPT else None
-        counts = [grouping, splits, quarantined, contaminated, benchmark, unread, unused]
+        counts = [grouping, splits, quarantined, contaminated, benchmark, unread, unused, of_file]
         return json.dumps([read, merged, near, *counts, kept, damaged, sorted(examples)[:EXAMPLES], numbers])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
         read, merged, near = 0, 0, 0
-        counters = tuple(Counter[str]() for _ in range(7))
+        counters = tuple(Counter[str]() for _ in range(8))
         sources: Sources | None = {}
         damaged: set[str] = set()
         examples: list[tuple[str, int, str]] = []
@@ -109,16 +110,16 @@ class Tally:
         for part in parts:
             found = json.loads(part)
             read, merged, near = read + found[0], merged + found[1], near + found[2]
-            for counter, count in zip(counters, found[3:10], strict=True):
+            for counter, count in zip(counters, found[3:11], strict=True):
                 counter.update(count)
-            sources = None if sources is None or found[10] is None else added(sources, found[10])
+            sources = None if sources is None or found[11] is None else added(sources, found[11])
             sources = None if sources is None or len(sources) > SOURCES_KEPT else sources
-            damaged |= set(found[11])
-            examples = sorted([*examples, *(tuple(each) for each in found[12])])[:EXAMPLES]
-            for name, value in found[13].items():
+            damaged |= set(found[12])
+            examples = sorted([*examples, *(tuple(each) for each in found[13])])[:EXAMPLES]
+            for name, value in found[14].items():
                 sketch = Sketch.from_json(value)
                 numbers[name] = numbers[name] + sketch if name in numbers else sketch
-        grouping, splits, quarantined, contaminated, benchmark, unread, unused = counters
+        grouping, splits, quarantined, contaminated, benchmark, unread, unused, of_file = counters
         return cls(
             read,
             merged,
@@ -130,6 +131,7 @@ class Tally:
             benchmark,
             unread,
             unused,
+            of_file,
             sources,
             tuple(sorted(damaged)),
             tuple(examples),

@@ -1,199 +1,169 @@
-"""Source files: find them (paths, globs, directories, URIs, hub names), sample them, read them row by row.
+"""Source files: split them into parts that tasks read, sample them, read them row by row.
 
-Numbers of rows are 1-based: the line of a JSON-lines file, the element of a JSON list, the row of a Parquet file.
-Blank lines are not rows. No Ray here: `prepare` runs `read_unit` inside its tasks.
+Numbers of rows are 1-based: the line of a JSON-lines file, the element of a JSON list, the row of a Parquet or Arrow file, the record
+behind the header of a CSV file. Blank lines are not rows. No Ray here: `prepare` runs `read_unit` inside its tasks.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from rayward import storage
-from rayward.data.record import BadRow
+from rayward.data.sources import columnar
+from rayward.data.sources.delimited import csv_rows
 from rayward.data.sources.find import READ_ERRORS, SourceFile
-from rayward.errors import DataError
+from rayward.data.sources.kinds import Compression
+from rayward.data.sources.lines import count_lines, is_list, json_rows
+from rayward.data.sources.rows import RawRow
+from rayward.data.sources.streams import damaged
 
 UNIT_BYTES = 64 * 1024 * 1024
-WHOLE_HASH_BYTES = 256 * 1024 * 1024
-BATCH_ROWS = 1000
+BATCH_ROWS = columnar.BATCH_ROWS
 SAMPLE_ROWS = 100
 SAMPLE_SCAN = 2000
+EXPANSION: Mapping[Compression | None, int] = {None: 1, "gzip": 4, "lz4": 3, "zstd": 4, "bz2": 5, "xz": 5}
+"""Bytes of text in a byte of a compressed file, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """The part of a file that one task reads: a whole JSON file, or some row groups of a Parquet file; no row after `last_number`."""
+    """The part of a file that one task reads: a whole file, some row groups or record batches, or the lines that begin in a range of bytes.
+
+    Attributes:
+        row_groups: of a Parquet file, or record batches of an Arrow file; none: all.
+        first_number: number of the first row; None: not counted yet, see `numbered` (`read_unit` counts for itself).
+        start, end: the range of bytes; without an end, to the last line.
+        size: bytes of its rows as text, roughly.
+        last_number: no row after it is of use.
+    """
 
     file: SourceFile
     row_groups: tuple[int, ...] = ()
-    first_number: int = 1
+    first_number: int | None = 1
+    start: int = 0
+    end: int | None = None
+    size: int = 0
     last_number: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as JSON text, or what is wrong with it."""
+def plan_units(file: SourceFile) -> list[ReadUnit]:
+    """Split a file into parts that tasks read in parallel: Parquet, local Arrow files and uncompressed JSON lines; all else is one part.
 
-    number: int
-    raw: str
-    reason: BadRow | None = None
-    detail: str = ""
+    Raises:
+        DataError: a Parquet or Arrow file is damaged.
+    """
+    whole = ReadUnit(file, size=file.size * EXPANSION[file.compression])
+    try:
+        if file.kind == "parquet":
+            return _grouped(file, columnar.parquet_groups(file))
+        if file.kind == "arrow":
+            batches = columnar.arrow_batches(file)
+            return [whole] if batches is None else _grouped(file, batches)
+        if file.kind == "csv" or file.compression or file.size <= UNIT_BYTES or is_list(file):
+            return [whole]
+    except READ_ERRORS as exc:
+        raise damaged(file, exc) from exc
+    edges = [*range(0, file.size, UNIT_BYTES), file.size]
+    return [ReadUnit(file, first_number=None if start else 1, start=start, end=end, size=end - start) for start, end in pairwise(edges)]
 
 
-def content_hash(file: SourceFile) -> str:
-    """Hash of a file's bytes; beyond 256 MiB of its size, modification time and first and last MiB.
+def _grouped(file: SourceFile, groups: Sequence[tuple[int, int]]) -> list[ReadUnit]:
+    units: list[ReadUnit] = []
+    taken: list[int] = []
+    number, size, first = 1, 0, 1
+    for index, (rows, num_bytes) in enumerate(groups):
+        taken.append(index)
+        number, size = number + rows, size + num_bytes
+        if size >= UNIT_BYTES or index == len(groups) - 1:
+            units.append(ReadUnit(file, tuple(taken), first, size=size))
+            taken, size, first = [], 0, number
+    return units
+
+
+def line_counts_needed(units: Sequence[ReadUnit]) -> list[ReadUnit]:
+    """The units whose lines must be counted (`lines_in`) before all can be numbered."""
+    needed = []
+    for unit, following in pairwise(units):
+        if following.first_number is None and following.file == unit.file:
+            needed.append(unit)
+    return needed
+
+
+def lines_in(unit: ReadUnit) -> int:
+    """Lines that begin in the unit's range of bytes: a look for line ends, much faster than reading.
 
     Raises:
         DataError: the file cannot be read.
     """
-    filesystem, path = storage.resolve(file.uri)
-    state = hashlib.blake2b(str(file.size).encode(), digest_size=16)
-    edge = 1024 * 1024
-    try:
-        with filesystem.open_input_file(path) as stream:
-            if file.size <= WHOLE_HASH_BYTES:
-                while chunk := stream.read(8 * edge):
-                    state.update(chunk)
-            else:
-                state.update(str(filesystem.get_file_info(path).mtime_ns).encode())
-                state.update(stream.read(edge))
-                stream.seek(file.size - edge)
-                state.update(stream.read(edge))
-    except READ_ERRORS as exc:
-        raise _damaged(file, exc) from exc
-    return state.hexdigest()
+    return count_lines(unit.file, unit.start, unit.file.size if unit.end is None else unit.end)
 
 
-def plan_units(file: SourceFile) -> list[ReadUnit]:
-    """Split a file into parts that tasks read in parallel.
-
-    Raises:
-        DataError: a Parquet file has no readable footer.
-    """
-    if file.kind == "json":
-        return [ReadUnit(file)]
-    try:
-        with _open(file) as stream:
-            metadata = pq.ParquetFile(stream).metadata
-            units: list[ReadUnit] = []
-            groups: list[int] = []
-            number, size, first = 1, 0, 1
-            for index in range(metadata.num_row_groups):
-                group = metadata.row_group(index)
-                groups.append(index)
-                number, size = number + group.num_rows, size + group.total_byte_size
-                if size >= UNIT_BYTES or index == metadata.num_row_groups - 1:
-                    units.append(ReadUnit(file, tuple(groups), first))
-                    groups, size, first = [], 0, number
-            return units
-    except READ_ERRORS as exc:
-        raise _damaged(file, exc) from exc
+def numbered(units: Sequence[ReadUnit], counts: Mapping[ReadUnit, int]) -> list[ReadUnit]:
+    """The units with the number of their first row, from the lines of those in `line_counts_needed`."""
+    result: list[ReadUnit] = []
+    for _, parts in groupby(units, key=lambda unit: unit.file):
+        number = 1
+        for unit in parts:
+            result.append(unit if unit.first_number is not None else replace(unit, first_number=number))
+            number += counts.get(unit, 0)
+    return result
 
 
 def read_unit(unit: ReadUnit) -> Iterator[RawRow]:
-    """The rows of one unit, in order, in bounded memory (a JSON list is the exception: it is parsed as a whole).
+    """The rows of one unit, in order, in bounded memory.
 
     Raises:
         DataError: the file is truncated or damaged; the rows before the damage may have been yielded.
     """
+    file = unit.file
     try:
-        with _open(unit.file) as stream:
-            yield from _parquet_rows(stream, unit) if unit.file.kind == "parquet" else _json_rows(stream, unit.file)
+        number = unit.first_number
+        if number is None:
+            number = 1 + count_lines(file, 0, unit.start)
+        if file.kind == "parquet":
+            yield from columnar.parquet_rows(file, unit.row_groups, number)
+        elif file.kind == "arrow":
+            yield from columnar.arrow_rows(file, unit.row_groups, number)
+        elif file.kind == "csv":
+            yield from csv_rows(file)
+        else:
+            yield from json_rows(file, unit.start, unit.end, number)
     except READ_ERRORS as exc:
-        raise _damaged(unit.file, exc) from exc
+        raise damaged(file, exc) from exc
+
+
+def read_file(file: SourceFile) -> Iterator[RawRow]:
+    """All rows of a file, one after the other.
+
+    Raises:
+        DataError: the file is truncated or damaged; the rows before the damage may have been yielded.
+    """
+    if file.kind in ("json", "csv"):
+        yield from read_unit(ReadUnit(file))
+        return
+    for unit in plan_units(file):
+        yield from read_unit(unit)
 
 
 def sample_rows(file: SourceFile) -> tuple[list[dict[str, Any]], int]:
-    """The first rows that are JSON objects, for format detection, and how many rows were looked at.
+    """The first rows that are JSON objects, for format detection, and how many rows were looked at; no more is read than these.
 
     Raises:
         DataError: the file is truncated or damaged.
     """
     rows: list[dict[str, Any]] = []
     seen = 0
-    for unit in plan_units(file):
-        for raw in read_unit(unit):
-            seen += 1
-            try:
-                value = json.loads(raw.raw) if raw.reason is None else None
-            except (ValueError, RecursionError):
-                value = None
-            if isinstance(value, dict):
-                rows.append(value)
-            if len(rows) >= SAMPLE_ROWS or seen >= SAMPLE_SCAN:
-                return rows, seen
+    for raw in read_file(file):
+        seen += 1
+        try:
+            value = json.loads(raw.raw) if raw.reason is None else None
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            rows.append(value)
+        if len(rows) >= SAMPLE_ROWS or seen >= SAMPLE_SCAN:
+            break
     return rows, seen
-
-
-def _open(file: SourceFile) -> IO[bytes]:
-    filesystem, path = storage.resolve(file.uri)
-    # pyarrow's file is a readable raw stream in all but its declared type.
-    plain: Any = filesystem.open_input_file(path)
-    if file.kind == "parquet":
-        return plain  # type: ignore[no-any-return]
-    return gzip.open(plain) if file.gzip else io.BufferedReader(plain)  # type: ignore[return-value]
-
-
-def _damaged(file: SourceFile, exc: BaseException) -> DataError:
-    return DataError(f"{file.uri} is damaged or cannot be read: {exc}", remedy="restore the file or remove it from the configuration")
-
-
-def _json_rows(stream: IO[bytes], file: SourceFile) -> Iterator[RawRow]:
-    may_be_list = file.uri.lower().removesuffix(".gz").endswith(".json")
-    for number, line in enumerate(stream, 1):
-        text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
-        if not text:
-            continue
-        if may_be_list and text.startswith(b"["):
-            yield from _json_list(text + b"\n" + stream.read(), file)
-            return
-        may_be_list = False
-        try:
-            yield RawRow(number, text.decode("utf-8"))
-        except UnicodeDecodeError as exc:
-            yield RawRow(number, text.decode("utf-8", "backslashreplace"), BadRow.UNPARSABLE, f"the line is not UTF-8: {exc.reason}")
-
-
-def _json_list(text: bytes, file: SourceFile) -> Iterator[RawRow]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise _damaged(file, exc) from exc
-    for number, value in enumerate(values, 1):
-        yield RawRow(number, json.dumps(value))
-
-
-def _parquet_rows(stream: IO[bytes], unit: ReadUnit) -> Iterator[RawRow]:
-    number = unit.first_number
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS, row_groups=list(unit.row_groups)):
-        try:
-            texts: list[str | Exception] = [json.dumps(row, default=_foreign) for row in batch.to_pylist()]
-        except ValueError:
-            texts = [_parquet_row(batch, index) for index in range(batch.num_rows)]
-        for text in texts:
-            if isinstance(text, str):
-                yield RawRow(number, text)
-            else:
-                yield RawRow(number, "", BadRow.UNPARSABLE, f"a value of the row cannot be read: {text}")
-            number += 1
-
-
-def _parquet_row(batch: pa.RecordBatch, index: int) -> str | Exception:
-    try:
-        return json.dumps(batch.slice(index, 1).to_pylist()[0], default=_foreign)
-    except ValueError as exc:  # text that is not UTF-8, a date out of range
-        return exc
-
-
-def _foreign(value: object) -> dict[str, str]:
-    # Bytes, dates and decimals of columns that nobody uses; a column that is used reports a wrong type.
-    return {"unsupported": type(value).__name__}
