@@ -100,9 +100,6 @@ def score(
     data_config = read_as(items or (), format, settings, ignored)
     from rayward.workflows.score import ScoreOptions, score_pipeline
 
-    data_config = reading_config(settings, items or ["-"]) if settings else None
-    if data_config is not None and format == ITEMS:
-        format = data_config.format
     options = ScoreOptions(
         items=tuple(items or ["-"]),
         output=output,
@@ -111,7 +108,6 @@ def score(
         keep_columns=keep_columns,
         ignore=ignored,
         rows_per_part=rows_per_part,
-        data_config=data_config,
     )
     counts = score_pipeline(model, options, asked=wanted, placement=placement)
     if counts.errors:

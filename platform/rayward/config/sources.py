@@ -32,10 +32,6 @@ JUDGEMENTS: dict[str, frozenset[str]] = {
 """The judgements that columns may express, by the standard names that they need. `ratings` or `critiques` do for answers without one."""
 
 
-ANSWERS = ({"chosen", "rejected"}, {"first", "second"}, {"completions"}, {"completion"}, {"best", "losers"})
-"""The answers that may stand together. Without a judgement they can be scored, but not trained on or evaluated."""
-
-
 def _listed(value: Any) -> Any:
     # One value may stand for a list of one.
     return (value,) if isinstance(value, str | bool | int | float) else value
@@ -182,14 +178,6 @@ class SourceConfig(Frozen):
             raise ValueError(
                 f"{where}: it is not said which values of the label mean what; set judgement.first, judgement.second and judgement.tie"
             )
-
-    @property
-    def unjudged(self) -> str:
-        """What is wrong with columns that are no judgement."""
-        return (
-            f"columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of {'; '.join(JUDGEMENTS)}; or "
-            "completions, or completion, with ratings or critiques; add what is missing"
-        )
 
     @property
     def mapped_names(self) -> list[str]:

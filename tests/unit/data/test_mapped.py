@@ -314,10 +314,11 @@ def test_a_column_that_the_mapping_leaves_out_is_an_error() -> None:
 
 
 def test_answers_without_a_judgement_are_for_scoring_alone() -> None:
-    config = config_of({"columns": {"prompt": "q", "completions": ["a", "b"]}})
+    columns = {"prompt": "q", "completions": ["a", "b"]}
     with pytest.raises(ConfigError, match="no judgement"):
-        choose_format([ROW], config, where="f", source="f", mapping=config.sources[0])
-    name, options = choose_format([ROW], config, where="f", source="f", mapping=config.sources[0], judged=False)
+        config_of({"columns": columns})
+    config = config_of({"columns": columns, "judged": False})
+    name, options = choose_format([ROW], config, where="f", source="f", mapping=config.sources[0])
     found = adapt(name, columns_of(name, options), ROW, options)
     assert (found.prompt, found.completions, found.ranks) == ((USER,), ("4", "5"), None)
 
@@ -326,7 +327,7 @@ def test_answers_without_a_judgement_are_for_scoring_alone() -> None:
     ("source", "message"),
     [
         ({"columns": {"chosen": "a"}}, "no judgement"),
-        ({"columns": {"first": "a", "second": "b", "scores": "s", "ranks": "r"}}, "no judgement"),
+        ({"columns": {"first": "a", "second": "b"}}, "no judgement"),
         ({"columns": {"first": "a", "second": "b", "label": "l"}}, "which values of the label"),
         ({"columns": {"chosen": "a", "rejected": "b", "promt": "q"}}, "promt is no standard name"),
         ({"columns": {"prompt": "a", "chosen": "a", "rejected": "b"}, "prompt_template": "x"}, "both set"),

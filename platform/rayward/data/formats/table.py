@@ -23,7 +23,7 @@ from rayward.data.formats.pairs import TRANSCRIPT
 from rayward.data.formats.published import PUBLISHED
 from rayward.data.formats.scores import SCORE_COLUMNS
 from rayward.data.record import BadRow, Comparison, RowRejected
-from rayward.errors import ConfigError, DataFormatError
+from rayward.errors import DataFormatError
 
 __all__ = ["FORMATS", "Format", "SourceOptions", "adapt", "choose_format", "columns_of"]
 
@@ -193,7 +193,7 @@ FORMATS: dict[str, Format] = {
 
 
 def choose_format(
-    rows: Sequence[Row], config: DataConfig, *, where: str, source: str, mapping: SourceConfig | None = None, judged: bool = True
+    rows: Sequence[Row], config: DataConfig, *, where: str, source: str, mapping: SourceConfig | None = None
 ) -> tuple[str, SourceOptions]:
     """Decide the format of one file from its first rows, and whether the prompt has a column of its own.
 
@@ -202,7 +202,6 @@ def choose_format(
         config: `format` other than `auto` is taken as given.
         where: the file, for messages.
         source: default value of `Comparison.source`.
-        judged: whether a mapping must say which answer is better.
         mapping: the source that the file belongs to; None: one without settings of its own.
 
     Returns:
@@ -216,8 +215,6 @@ def choose_format(
     chosen = options.mapping
     if chosen is not None:
         require_known(chosen, rows, where)
-        if chosen.is_mapped and chosen.kind is None and judged:
-            raise ConfigError(f"{where}: {chosen.unjudged}", remedy="correct data.sources[].columns")
         if chosen.is_mapped:
             require_read(columns_of(MAPPED, options), rows, lambda row: mapped(row, options), name=MAPPED, where=where)
             return MAPPED, options
