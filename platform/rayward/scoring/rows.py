@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -170,6 +171,11 @@ def _tidied(item: dict[str, Any]) -> dict[str, Any]:
                 del item[name]
             elif value.is_integer() and name in ("n_critiques", "id"):
                 item[name] = int(value)
+    for name in ("tools", "chat_template_kwargs"):
+        # Tables hold values of changing shape as the JSON of them.
+        if isinstance(text := item.get(name), str):
+            with suppress(ValueError, RecursionError):  # the rules refuse a text
+                item[name] = json.loads(text) if text else None
     if isinstance(item.get("prompt"), list):
         item["prompt"] = _turns(item["prompt"])
     for name in ("completion", "completions"):
