@@ -91,7 +91,7 @@ class JudgementConfig(Frozen):
 class SourceConfig(Frozen):
     path: Names = Field(min_length=1)
     """Files, globs, directories, URIs or `hf:` names, as in `data.train`; one or a list."""
-    role: Literal["train", "validation"] = "train"
+    role: Literal["train", "validation", "contamination"] = "train"
     """What the rows are for."""
     judged: bool = True
     """false: answers without a judgement, which can be scored and not trained on."""
