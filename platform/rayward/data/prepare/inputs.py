@@ -199,8 +199,7 @@ def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config, map
             return choose_format(rows, detected, where=file.uri, source=file.source, mapping=mapping)
         except DataFormatError:
             pass
-    judged = file.role != "contamination"
-    return choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping, judged=judged)
+    return choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping)
 
 
 def _names(files: list[SourceFile], role: Role) -> str:
