@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from rayward.cli.options import Settings, app, load
+from rayward.cli.options import ReadAs, Settings, app, load
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared.")
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -37,6 +40,23 @@ def prepare(settings: Settings = None) -> None:
     for line in manifest.told_unused():
         typer.echo(line)
     typer.echo(f"prepared data: {prepared.directory}\nreport: {prepared.directory}/report.html")
+
+
+@data_app.command()
+def describe(
+    path: Annotated[str, typer.Argument(help="File, glob, directory or URI.")],
+    settings: ReadAs = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Directory or hub name: rows are shown as tokens, too.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest conversation.")] = 2048,
+) -> None:
+    """Columns, detected format or why there is none, three rows as they would be trained, and a block for data.sources."""
+    from rayward.config.reading import reading_config
+
+    config = reading_config(settings or (), [path])
+    from rayward.workflows.describe import describe as run
+
+    for line in run(path, config, tokenizer=tokenizer, max_tokens=max_tokens):
+        typer.echo(line)
 
 
 @app.command("demo-data")

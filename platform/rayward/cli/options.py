@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from rayward.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rayward.config.data import DataConfig
     from rayward.config.placement import Placement
     from rayward.config.run import Config
     from rayward.wire.items import Asked
@@ -32,6 +34,9 @@ ReadAs = Annotated[
     list[str] | None,
     typer.Option("--data", help="YAML file or key=value of the data: block or of one of its sources; repeat it for more."),
 ]
+RowFormat = Annotated[
+    str | None, typer.Option(help="A format of data.format (auto): the completions of its rows are scored [default: rows are items].")
+]
 Weights = Annotated[str | None, typer.Option(help="Weight set for a model with several outputs, by name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TokensPerBatch = Annotated[int, typer.Option(help="Token budget of one forward.")]
@@ -52,6 +57,13 @@ def load(settings: list[str] | None) -> Config:
         return resolved
     typer.echo(f"note: in a submitted job, run.storage_path {path!r} is {moved}", err=True)
     return resolved.model_copy(update={"run": resolved.run.model_copy(update={"storage_path": moved})})
+
+
+def read_as(items: Sequence[str], format: str | None, settings: list[str] | None, ignore: tuple[str, ...]) -> DataConfig | None:
+    """How rows become comparisons whose completions are scored; None: they are items."""
+    from rayward.config.reading import reading_config
+
+    return reading_config(settings or (), items, judged=False, format=format, ignore=ignore or None) if format or settings else None
 
 
 def placed(**options: Any) -> Placement:

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from rayward.cli.options import Device, NumCritiques, ReadAs, Temperature, TokensPerBatch, Verify, Weights, app, asked, placed
+from rayward.cli.options import (
+    Device,
+    NumCritiques,
+    ReadAs,
+    RowFormat,
+    Temperature,
+    TokensPerBatch,
+    Verify,
+    Weights,
+    app,
+    asked,
+    placed,
+    read_as,
+)
 from rayward.errors import ConfigError
 
 
@@ -65,7 +78,8 @@ def score(
         str | None, typer.Option(help="Directory, .jsonl or .parquet file to write, by a job on Ray that is continued [default: stdout].")
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="Of a directory: parquet or jsonl [default: parquet].")] = None,
-    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    format: RowFormat = None,
+    settings: ReadAs = None,
     keep_columns: Annotated[bool, typer.Option("--keep-columns", help="Keep the columns of the input beside the results.")] = False,
     ignore: Annotated[str | None, typer.Option(help="Columns to pass over although they could change the text, comma-separated.")] = None,
     device: Device = "auto",
@@ -82,15 +96,17 @@ def score(
     """Score items: rewards or an error for each. The same command with --output continues an interrupted one."""
     placement = placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch, verify=verify)
     wanted = asked(weights=weights, normalise=normalise, n_critiques=n_critiques, temperature=temperature)
+    ignored = tuple(ignore.split(",")) if ignore else ()
+    data_config = read_as(items or (), format, settings, ignored)
     from rayward.workflows.score import ScoreOptions, score_pipeline
 
     options = ScoreOptions(
         items=tuple(items or ["-"]),
         output=output,
         output_format=output_format,
-        format=format,
+        data_config=data_config,
         keep_columns=keep_columns,
-        ignore=tuple(ignore.split(",")) if ignore else (),
+        ignore=ignored,
         rows_per_part=rows_per_part,
     )
     counts = score_pipeline(model, options, asked=wanted, placement=placement)
@@ -107,7 +123,8 @@ def normalise(
         typer.Argument(help='Reference set: files, globs, directories, URIs as for score; "-" reads JSON lines [default: -].'),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write [default: <MODEL>-normalised].")] = None,
-    format: Annotated[str, typer.Option(help="items, or a format of data.format (auto): its completions are scored.")] = "items",
+    format: RowFormat = None,
+    settings: ReadAs = None,
     device: Device = "auto",
     scorers: Annotated[int, typer.Option(min=1, help="Scorers side by side; several run on Ray.")] = 1,
     gpus_per_scorer: Annotated[float, typer.Option(min=0, help="GPUs that each scorer reserves on Ray.")] = 0.0,
@@ -115,10 +132,13 @@ def normalise(
 ) -> None:
     """Write a model again with mean and deviation of a reference set's rewards, for centred and standardised scores."""
     placement = placed(device=device, actors=scorers, gpus_per_actor=gpus_per_scorer, tokens_per_batch=tokens_per_batch)
+    data_config = read_as(items or (), format, settings, ())
     from rayward.workflows.normalise import default_output, normalise_files
+    from rayward.workflows.score import ScoreOptions
 
     target = output or default_output(model)
-    found = normalise_files(model, tuple(items or ["-"]), output=target, format=format, placement=placement)
+    options = ScoreOptions(items=tuple(items or ["-"]), data_config=data_config)
+    found = normalise_files(model, options, output=target, placement=placement)
     typer.echo(
         f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
     )

@@ -14,7 +14,7 @@ _NOT_HERE = ("train", "validation", "sources")
 _OF_SOURCE = set(SourceConfig.model_fields) - set(DataConfig.model_fields) - {"path", "role"}
 
 
-def reading_config(settings: Sequence[str], locations: Sequence[str], **flags: Any) -> DataConfig:
+def reading_config(settings: Sequence[str], locations: Sequence[str], judged: bool = True, **flags: Any) -> DataConfig:
     """The `data:` block with which files are read for evaluation.
 
     Args:
@@ -22,6 +22,7 @@ def reading_config(settings: Sequence[str], locations: Sequence[str], **flags: A
             (`columns.prompt=question`); a whole training configuration does too. Of several `sources` each location takes the one that
             names it; a single one is taken for all.
         locations: the files to read.
+        judged: whether a mapping must say what the judgement is.
         flags: keys of the block that win, where they are not None.
 
     Raises:
@@ -36,7 +37,10 @@ def reading_config(settings: Sequence[str], locations: Sequence[str], **flags: A
     kept = {key: value for key, value in block.items() if key not in _NOT_HERE}
     if not own and not listed:
         return parse_config(kept, DataConfig)
-    sources = [{**_named(listed, location), **own, "path": location, "role": "validation"} for location in locations]
+    sources = [
+        {**_named(listed, location), **own, "path": location, "role": "validation", **({} if judged else {"judged": False})}
+        for location in locations
+    ]
     return parse_config({**kept, "sources": sources}, DataConfig)
 
 

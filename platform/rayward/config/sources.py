@@ -93,6 +93,8 @@ class SourceConfig(Frozen):
     """Files, globs, directories, URIs or `hf:` names, as in `data.train`; one or a list."""
     role: Literal["train", "validation"] = "train"
     """What the rows are for."""
+    judged: bool = True
+    """false: answers without a judgement, which can be scored and not trained on."""
     format: SourceFormat | None = None
     """Format of the rows after `columns` has renamed them. None: `data.format`, or what `columns` says by standard names."""
     columns: dict[str, str | tuple[str, ...] | None] = Field(default_factory=dict)
@@ -162,6 +164,8 @@ class SourceConfig(Frozen):
                 "correct it, or name the format whose column it is"
             )
         judgement = self.kind
+        if judgement is None and not self.judged:
+            return
         if judgement is None:
             raise ValueError(
                 f"{where}: columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of "

@@ -132,7 +132,8 @@ def _votes_of(row: Comparison, i: int, j: int, place: int) -> Fraction:
     # For the first of the pair: 0, 1/2 or 1, or the share of the votes that the row itself counted.
     assert row.ranks is not None
     if row.vote_shares is not None:
-        return Fraction(row.vote_shares[place])
+        # 3 of 5 and 2 of 5 are even; as floats they are not.
+        return Fraction(row.vote_shares[place]).limit_denominator(1_000_000)
     return Fraction((row.ranks[i] < row.ranks[j]) + (row.ranks[i] <= row.ranks[j]), 2)
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
 
@@ -25,7 +26,7 @@ from pydantic import Field
 
 from rayward import storage
 from rayward.data.sources.find import SourceFile
-from rayward.data.sources.fingerprint import content_hashes
+from rayward.data.sources.fingerprint import content_hash
 from rayward.data.sources.read import ReadUnit, plan_units
 from rayward.errors import ConfigError, DataError
 from rayward.schema import Frozen, Versioned, digest, identity, write_atomically
@@ -166,7 +167,9 @@ def name_units(files: Sequence[SourceFile]) -> dict[str, ReadUnit]:
     Raises:
         DataError: a file cannot be read.
     """
-    contents = zip(files, content_hashes(files), strict=True)
+    with ThreadPoolExecutor(PARALLEL_READS) as threads:
+        # Not by all bytes while they are few: what a file is called must not change when others come.
+        contents = list(zip(files, threads.map(partial(content_hash, whole=False), files), strict=True))
     return {digest([content, identity(unit)])[:16]: unit for file, content in contents for unit in plan_units(file)}
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from rayward.contract.conversation import broken_by_completion, broken_by_prompt, broken_by_text, strings_in
 from rayward.data.formats.columns import Columns, changes_text, ignored, present
 from rayward.data.formats.table import SourceOptions, adapt, columns_of
+from rayward.data.formats.values import parsed, parsed_list
 from rayward.data.record import BadRow, Comparison, RowRejected, require
 from rayward.data.sources.rows import RawRow
 from rayward.scoring.scored_model import ScoredModel
@@ -126,7 +127,10 @@ def read_row(raw: RawRow, file: str, rules: RowRules) -> FileRow:
         problem = f"nothing reads the column {changing[0][:80]!r}, which would change the score; write it into the prompt, or --ignore it"
         return FileRow(raw.number, Given(invalid("unknown_field", problem), _echo(value)), kept, unused)
     item = {name: content for name, content in value.items() if name in FIELDS}
-    found = item_of(_tidied(item), rules.limits, rules.asked, escapes=has_escapes(raw.raw.encode("utf-8", "replace")))
+    try:
+        found = item_of(_tidied(item), rules.limits, rules.asked, escapes=has_escapes(raw.raw.encode("utf-8", "replace")))
+    except RowRejected as exc:
+        found = Given(ItemError(exc.reason.value, exc.detail), _echo(value))
     return FileRow(raw.number, found, kept, unused)
 
 
@@ -161,8 +165,8 @@ def _echo(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tidied(item: dict[str, Any]) -> dict[str, Any]:
-    # Tables write what is not there as null or NaN, whole numbers of a column with such as decimals, and in the turns of one row the keys
-    # that the turns of another have.
+    # Tables write what is not there as null or NaN, whole numbers of a column with such as decimals, in the turns of one row the keys that
+    # the turns of another have, and lists and turns as text. Raises RowRejected.
     for name in (*OPTIONS, "id"):
         value = item.get(name)
         if isinstance(value, float):
@@ -170,16 +174,27 @@ def _tidied(item: dict[str, Any]) -> dict[str, Any]:
                 del item[name]
             elif value.is_integer() and name in ("n_critiques", "id"):
                 item[name] = int(value)
-    if isinstance(item.get("prompt"), list):
-        item["prompt"] = _turns(item["prompt"])
-    for name in ("completion", "completions"):
-        value = item.get(name)
-        if isinstance(value, list):
-            item[name] = [_turns(each) if isinstance(each, list) else each for each in _turns(value)]
-    return item
+    for name in ("tools", "chat_template_kwargs"):
+        if isinstance(item.get(name), str):
+            item[name] = _decoded(item[name])
+    item["prompt"] = _turns(parsed(item.get("prompt")))
+    if item.get("completion") is not None:
+        item["completion"] = _turns(parsed(item["completion"]))
+    if item.get("completions") is not None:
+        item["completions"] = [_turns(parsed(each)) for each in parsed_list(item["completions"], "completions")]
+    return {name: value for name, value in item.items() if name != "prompt" or value is not None}
 
 
-def _turns(values: list[Any]) -> list[Any]:
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _turns(values: Any) -> Any:
+    if not isinstance(values, list):
+        return [values] if isinstance(values, dict) else values
     return [
         {key: content for key, content in turn.items() if content is not None or key == "content"} if isinstance(turn, dict) else turn
         for turn in values

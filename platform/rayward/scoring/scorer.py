@@ -250,14 +250,16 @@ class Scorer:
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
         """What a head reads: for each item float32 [K, 2, hidden] (end of the completion, gate position), or why there is none."""
         encoded = each(items, partial(self._comparisons, gated=True, plain=True), doing=ENCODING)
+        parts = [comparison for found in encoded if not isinstance(found, ItemError) for comparison in found]
+        hidden = iter(self._forward(parts, lambda batch: torch.stack(self._model.features(batch), dim=1)))
         results: list[torch.Tensor | ItemError] = []
         for comparisons in encoded:
             if isinstance(comparisons, ItemError):
                 results.append(comparisons)
                 continue
-            found = self._forward(comparisons, lambda batch: torch.stack(self._model.features(batch), dim=1))
-            failed = next((value for value in found if isinstance(value, ItemError)), None)
-            results.append(failed or torch.cat(cast(list[torch.Tensor], found)))
+            values = [next(hidden) for _ in comparisons]
+            failed = next((value for value in values if isinstance(value, ItemError)), None)
+            results.append(failed or torch.cat(cast(list[torch.Tensor], values)))
         return results
 
     def _comparisons(self, item: ScoreItem, *, gated: bool | None = None, plain: bool = False) -> list[EncodedComparison]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from rayward.errors import DataError
 from rayward.scoring.lines import chunks, numbered, read_lines
 from rayward.scoring.moments import Moments
 from rayward.wire.items import ItemResult
-from rayward.workflows.score import ITEMS, STREAM, Inputs, ScoreOptions, find_inputs, run_scores, scored_files, scored_lines
+from rayward.workflows.score import STREAM, Inputs, ScoreOptions, check, find_inputs, run_scores, scored_files, scored_lines
 
 if TYPE_CHECKING:
     from rayward.contract.contract import Normaliser
@@ -27,16 +27,18 @@ def default_output(model: str) -> Path:
     return path.with_name(f"{path.name}-normalised")
 
 
-def normalise_files(
-    model: str, items: Sequence[str], *, output: Path, format: str = ITEMS, placement: Placement = Placement()
-) -> Normaliser:
+def normalise_files(model: str, options: ScoreOptions, *, output: Path, placement: Placement = Placement()) -> Normaliser:
     """As `normalise_pipeline`, for files (or `-`, JSON lines of standard input). Several scorers are a job on Ray, which the same call
     continues.
 
+    Args:
+        options: the items and how they are read.
+
     Raises: as `normalise_pipeline`, and as `workflows.score.score_pipeline`.
     """
-    options = ScoreOptions(items=tuple(items), format=format)
-    if options.items == (STREAM,):
+    items = options.items
+    check(options, Placement())
+    if items == (STREAM,):
         lines = read_lines(sys.stdin.buffer, ScoringConfig().max_body_bytes)
         return normalise_pipeline(model, lines, output=output, reference="standard input", placement=placement)
     reference = ", ".join(Path(name).name for name in items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

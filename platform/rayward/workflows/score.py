@@ -14,23 +14,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast, get_args
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rayward import storage
 from rayward.cluster import connect, lasting
-from rayward.config.data import DataConfig, SourceFormat
-from rayward.config.load import parse_config
 from rayward.config.placement import Placement
 from rayward.config.scoring import ScoringConfig
+from rayward.config.sources import SourceConfig
+from rayward.data.formats.hook import adapter_fingerprint
 from rayward.data.sources.hub import HUB_PREFIX
 from rayward.errors import ConfigError, DataError
-from rayward.schema import identity
+from rayward.schema import digest, identity
 from rayward.scoring.lines import chunks, numbered, read_lines, ready_chunks, together
 from rayward.wire.items import Asked, ItemError, ItemResult
 from rayward.wire.lines import Given, parse_line
 from rayward.workflows.console import console
 
 if TYPE_CHECKING:
+    from rayward.config.data import DataConfig
     from rayward.data.sources.find import SourceFile
     from rayward.scoring.parts import Done, OutputFormat, Progress
     from rayward.scoring.rows import FileRow, RowRules
@@ -42,9 +43,6 @@ NOTIFY_SECONDS = 10.0
 _PATTERN = re.compile(r"[*?\[{]")
 
 STREAM = "-"
-
-ITEMS = "items"
-"""Format of rows that are items themselves, beside those of `data.format`."""
 
 
 @dataclass
@@ -151,17 +149,15 @@ class ScoreOptions:
         items: locations of files, or `-` alone.
         output: directory for parts, or one file that ends with .jsonl or .parquet; None: standard output.
         output_format: of a directory's parts; None: Parquet.
-        format: `items` or one of `data.format`.
         keep_columns: the columns of the input stand beside the results.
         ignore: columns that are passed over although they could change the text.
         rows_per_part: of one result file; None: as many as is usual.
-        data_config: names of columns, for a `format` of preference data.
+        data_config: how rows become comparisons whose completions are scored; None: they are items themselves.
     """
 
     items: tuple[str, ...] = (STREAM,)
     output: str | None = None
     output_format: str | None = None
-    format: str = ITEMS
     keep_columns: bool = False
     ignore: tuple[str, ...] = ()
     rows_per_part: int | None = None
@@ -187,32 +183,47 @@ def find_inputs(options: ScoreOptions, *, asked: Asked = Asked(), download_to: s
         DataFormatError: the format of a file cannot be decided.
     """
     from rayward.data.formats.table import choose_format
-    from rayward.data.sources.find import find_files, report_passed_over
-    from rayward.data.sources.hub import download, parse_hub_name
     from rayward.data.sources.read import sample_rows
     from rayward.scoring.rows import Adapter, FormatAdapter, RowRules
 
-    _check_paths(options.items)
-    hub = [location for location in options.items if location.startswith(HUB_PREFIX)]
-    files = [file for location in hub for file in download(parse_hub_name(location, "train"), download_to, "train")]
-    if len(hub) < len(options.items):
-        found = find_files([location for location in options.items if location not in hub], "validation", every_split=True)
-        report_passed_over(found.passed_over)
-        files += found.files
+    config = options.data_config
+    sources = (SourceConfig(path=options.items),) if config is None or not config.sources else config.sources
+    for source in sources:
+        if source.limit is not None:
+            raise ConfigError(f"limit is {source.limit}; every row is scored", remedy="leave it out, or give a smaller file")
+        _check_paths(source.path)
+    found = [(file, source) for source in sources for file in _files(source.path, download_to)]
     adapters: dict[str, Adapter] = {}
-    reading = ""
-    if options.format != ITEMS:
-        config = parse_config(
-            {**(options.data_config or DataConfig()).model_dump(), "format": options.format, "ignore": options.ignore}, DataConfig
-        )
-        reading = identity(config)
-        for file in files:
-            sample, _ = sample_rows(file)
-            # Without one readable row there is no format to choose, and every row has an error of its own.
-            if sample:
-                adapters[file.uri] = FormatAdapter(*choose_format(sample, config, where=file.uri, source=file.source))
+    for file, source in found if config is not None else ():
+        assert config is not None
+        sample, _ = sample_rows(file)
+        # Without one readable row there is no format to choose, and every row has an error of its own.
+        if sample:
+            chosen = choose_format(sample, config, where=file.uri, source=file.source, mapping=source)
+            adapters[file.uri] = FormatAdapter(*chosen)
+    reading = "" if config is None else digest([identity(config, exclude={"sources"}), *map(_reading, sources)])
     rules = RowRules(asked, ScoringConfig().limits, adapters, reading, options.ignore, options.keep_columns)
-    return Inputs(tuple(files), rules)
+    return Inputs(tuple(file for file, _ in found), rules)
+
+
+def _files(locations: Sequence[str], download_to: str) -> Iterator[SourceFile]:
+    from rayward.data.sources.find import find_files, report_passed_over
+    from rayward.data.sources.hub import download, parse_hub_name
+
+    local = [location for location in locations if not location.startswith(HUB_PREFIX)]
+    for location in locations:
+        if location.startswith(HUB_PREFIX):
+            yield from download(parse_hub_name(location, "train"), download_to, "train")
+    if local:
+        found = find_files(local, "validation", every_split=True)
+        report_passed_over(found.passed_over)
+        yield from found.files
+
+
+def _reading(source: SourceConfig) -> str:
+    # Of a user's own function, what it does counts.
+    own = () if source.adapter is None else (adapter_fingerprint(source.adapter),)
+    return digest([identity(source, exclude={"path"}), *own])
 
 
 def _check_paths(locations: Sequence[str]) -> None:
@@ -269,7 +280,7 @@ def score_pipeline(model: str, options: ScoreOptions, *, asked: Asked = Asked(),
         ModelLoadError, ContractError: the model cannot be loaded.
         ScoringError: an actor died, rows were lost, or the model was replaced meanwhile.
     """
-    _check(options, placement)
+    check(options, placement)
     if options.items == (STREAM,):
         counts = score_stream(model, sys.stdin.buffer, _write, asked=asked, placement=placement)
         if counts.errors:
@@ -295,11 +306,13 @@ def score_pipeline(model: str, options: ScoreOptions, *, asked: Asked = Asked(),
     return counts
 
 
-def _check(options: ScoreOptions, placement: Placement) -> None:
+def check(options: ScoreOptions, placement: Placement) -> None:
+    """Raises ConfigError: the options contradict each other."""
     if STREAM in options.items and len(options.items) > 1:
         raise ConfigError(f"the items are {', '.join(options.items)}; the rule is - alone, or files", remedy="leave one of them out")
-    if options.items == (STREAM,) and (options.output is not None or options.keep_columns or options.format != ITEMS or options.ignore):
-        raise ConfigError("--output, --format, --keep-columns and --ignore are for files, and the items are -", remedy="give a file")
+    if options.items == (STREAM,) and (options.output is not None or options.keep_columns or options.data_config or options.ignore):
+        problem = "--output, --format, --data, --keep-columns and --ignore are for files, and the items are -"
+        raise ConfigError(problem, remedy="give a file")
     if options.output is None and (placement.actors > 1 or placement.gpus_per_actor > 0 or options.output_format or options.rows_per_part):
         raise ConfigError(
             "--scorers, --gpus-per-scorer, --output-format and --rows-per-part are for --output, which is not given",
@@ -307,9 +320,6 @@ def _check(options: ScoreOptions, placement: Placement) -> None:
         )
     if options.output_format not in (None, "jsonl", "parquet"):
         raise ConfigError(f"--output-format is {options.output_format!r}; the rule is parquet or jsonl", remedy="use one of these")
-    known = (ITEMS, *get_args(SourceFormat))
-    if options.format not in known:
-        raise ConfigError(f"--format is {options.format!r}; the rule is one of {', '.join(known)}", remedy="use one of these")
 
 
 def _write(data: bytes) -> None:

@@ -88,6 +88,22 @@ ROWS: dict[str, dict[str, Any]] = {
         "pair_id": "p", "original_id": 3, "source": "mmlu-pro-math", "question": "Name a prime.", "response_model": "m",
         "response_A": "Eight.", "response_B": "Seven.", "label": "B>A",
     },
+    "Lists with scores": {
+        "id": "x/1", "source": "x", "human": True, "split": "train", "prompt": [{"role": "user", "content": "Name a prime."}],
+        "candidates": [{"text": "Eight.", "score": 0.5}, {"text": "Seven.", "score": 2.0}], "score_kind": "wins",
+    },
+    "Answers with ratings": {
+        "id": "x/2", "source": "x", "human": True, "split": "train", "prompt": [{"role": "user", "content": "Name a prime."}],
+        "response": "Seven.", "attributes": {"overall": 4.0}, "error_types": ["NONE"],
+    },
+    "Answers with critiques": {
+        "id": "x/3", "source": "x", "human": True, "prompt": [{"role": "user", "content": "Name a prime."}], "response": "Seven.",
+        "critique": "Right.", "score": 3.0,
+    },
+    "Benchmarks in one file": {
+        "bench": "x", "subset": "easy", "id": "x/4", "prompt": [{"role": "user", "content": "Name a prime."}], "chosen": "Seven.",
+        "rejected": "Eight.", "style_pair": "00", "difficulty": "normal",
+    },
 }  # fmt: skip
 
 

@@ -118,6 +118,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ms-swift": ("ms_swift", {"messages": [ASK, SEVEN], "rejected_response": "Eight.", "margin": 0.5}),
     "ms-swift, two conversations": ("ms_swift", {"messages": [ASK, SEVEN], "rejected_messages": [ASK, EIGHT], "images": []}),
+    "ms-swift, rounds": (
+        "ms_swift",
+        {"conversation": [{"human": "Name a prime.", "assistant": "Seven."}], "rejected_response": "Eight."},
+    ),
     "ms-swift, query and response": ("ms_swift", {"query": "Name a prime.", "response": "Seven.", "rejected_response": "Eight."}),
     "NeMo-RL": (
         "nemo_rl",
@@ -331,6 +335,12 @@ def test_other_published_rows_are_found_and_read(case: str) -> None:
         assert (comparison.completions, comparison.attributes, comparison.ranks) == (("Seven.",), ((1.0,),), None)
 
 
+def test_two_prompts_of_kto_are_refused() -> None:
+    row = SINGLES["LLaMA-Factory alpaca KTO"][1] | {"question": "Another."}
+    with pytest.raises(RowRejected, match="instruction and question"):
+        FORMATS["kto"].adapt(row, SourceOptions("f", attributes=("label",)))
+
+
 def test_a_rejected_completion_of_kto_has_the_label_zero() -> None:
     comparison = FORMATS["kto"].adapt({"messages": [ASK, EIGHT], "label": False}, SourceOptions("f", attributes=("label",)))
     assert comparison.attributes == ((0.0,),)
@@ -382,6 +392,11 @@ def test_flags_of_the_competitions_table(flags: tuple[Any, ...], ranks: tuple[fl
         ("RMB best of n", {"loser_list": []}, BadRow.BAD_RANKING),
         ("LLaMA-Factory alpaca", {"instruction": None}, BadRow.MISSING_FIELD),
         ("axolotl chatml.intel", {"query": "Another."}, BadRow.WRONG_TYPE),
+        ("axolotl chat_template.default", {"question": "Another."}, BadRow.WRONG_TYPE),
+        ("ms-swift", {"query": "Another."}, BadRow.WRONG_TYPE),
+        ("ms-swift", {"rejected_messages": [ASK, EIGHT]}, BadRow.WRONG_TYPE),
+        ("distilabel's ratings", {"prompt": "Another."}, BadRow.WRONG_TYPE),
+        ("Chatbot Arena conversations", {"prompt": "Another."}, BadRow.NO_SHARED_PROMPT),
     ],
 )
 def test_a_published_row_that_is_broken_is_rejected(case: str, change: dict[str, Any], reason: BadRow) -> None:

@@ -208,6 +208,6 @@ def test_counts_add_up_with_merged_rows() -> None:
     table = pa.Table.from_pylist([*raw, {"kind": "total", "role": "train", "file": "f", "number": 4, "raw": ""}], schema=READ_SCHEMA)
     adapted = adapt(table, Adaptation({"f": ("helpsteer2", TWO)}, "quarantine", 1))
     judged_rows = judge(adapted, Policy(0, 0.0, "truncate", merge_prompts=True))
-    columns = judged_rows.select(["kind", "split", "reason", "source", "number", "detail"])
+    columns = judged_rows.select(["kind", "split", "reason", "source", "number", "detail", "file", "leftover"])
     tally = Tally.merged([Tally.of(columns)])
     assert (tally.read, tally.num_merged, tally.splits.total(), tally.quarantined.total()) == (4, 1, 2, 1)

@@ -106,6 +106,14 @@ def test_completions_in_another_order_are_the_same_votes() -> None:
     assert whole.vote_shares == pytest.approx((2 / 3,))
 
 
+@pytest.mark.parametrize("share", [0.6, 0.7, 2 / 3, 0.1])
+def test_opposite_shares_of_two_rows_are_a_tie(share: float) -> None:
+    rows = [replace(FOR_A, vote_shares=(share,)), replace(FOR_B, vote_shares=(1 - share,))]
+    _, whole, _ = merged(rows, "soft")
+    assert (whole.ranks, whole.vote_shares) == ((0.0, 0.0), None)
+    validate(whole, ties="keep")
+
+
 def test_of_more_than_two_the_mean_orders_and_every_pair_has_its_share() -> None:
     rows = [vote((0, 1, 2), "abc"), vote((0, 1, 2), "abc"), vote((1, 0, 2), "abc"), vote((2, 1, 0), "abc")]
     whole = merged(rows, "soft")[1]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from tests.helpers.models import make_export, make_model
 from tests.helpers.tokenizer import make_tokenizer
 
+from rayward import storage
 from rayward.config.placement import Placement
 from rayward.data.sources.find import SourceFile, find_files
 from rayward.errors import ConfigError, DataError, ModelLoadError, ScoringError
@@ -292,3 +294,28 @@ def test_a_model_is_told_from_any_other_one_without_loading_it(model: Path, tmp_
     assert model_identity(tmp_path / "foreign1") != model_identity(tmp_path / "foreign2")
     with pytest.raises(ModelLoadError):
         model_identity(tmp_path / "absent")
+
+
+def test_results_may_lie_wherever_a_filesystem_is_known(model: Path, here: list[int], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", 9)
+    files = files_of(tmp_path / "a.jsonl")
+    for output in ("memory://scores/dir", "memory://scores/one.jsonl"):
+        here.clear()
+        to = Job.of(output, RowRules(), output_format="jsonl", rows_per_part=4)
+
+        def kill(progress: Any) -> None:
+            raise Killed
+
+        with pytest.raises(Killed):
+            run(model, files, to, notify=kill)
+        done = run(model, files, to)
+        assert (here, run(model, files, to)) == ([4, 4, 1], done)
+        filesystem, path = storage.resolve(to.target or to.place)
+        names = [path] if to.target else [f"{path}/{name}" for name in done.files]
+        found = [json.loads(line) for name in names for line in storage.read_text(filesystem, name).splitlines()]
+        assert [row["id"] for row in found] == [row["id"] for row in rows]
+        _, place = storage.resolve(to.place)
+        left = [
+            info.base_name for info in filesystem.get_file_info(pafs.FileSelector(place, recursive=True)) if info.base_name.startswith(".")
+        ]
+        assert left == []

@@ -91,11 +91,24 @@ def test_what_a_table_writes_for_nothing_is_nothing(tmp_path: Path) -> None:
     assert first.given.item == ScoreItem(ITEM.prompt, ("Hello",))
     assert first.given.echo == {"id": 1}
     assert second.given.echo == {}
-    # A name is no part of a turn here yet, or it is: it never goes without a word.
-    if isinstance(second.given.item, ScoreItem):
-        assert "x" in str(second.given.item)
-    else:
-        assert "name" in second.given.item.message
+    assert isinstance(second.given.item, ScoreItem)
+    assert second.given.item.completions == (({"role": "assistant", "content": "Hey", "name": "x"},),)
+
+
+def test_turns_lists_and_tools_that_a_table_keeps_as_text_are_read() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completions": [[call], "Hello"], "tools": tools}
+    texts = {"prompt": json.dumps(row["prompt"]), "completions": json.dumps([json.dumps([call]), "Hello"]), "tools": json.dumps(tools)}
+    for given in (row, texts):
+        found = read({**given, "chat_template_kwargs": None}).given.item
+        assert isinstance(found, ScoreItem), found
+        assert found.prompt == ITEM.prompt
+        assert found.completions[1] == "Hello"
+        assert "tool_calls" in found.completions[0][0]
+        assert found.tools == tuple(tools)
+    assert error({"prompt": "Hi", "completion": '[{"role": broken]'}).startswith("wrong_type")
+    assert read({"prompt": "[1, 2]", "completion": "{x}"}).given.item == ScoreItem(({"role": "user", "content": "[1, 2]"},), ("{x}",))
 
 
 def test_a_row_asks_for_itself() -> None:

@@ -93,7 +93,8 @@ def changes_text(name: str) -> bool:
 def is_metadata(name: str) -> bool:
     """Whether the name is one that speaks about a row and is not part of it: `id`, `language`, `chosen_model`, `num_turns`."""
     tokens = [token.lower() for token in _TOKEN.findall(name)]
-    while tokens and tokens[-1].isdigit():
+    # `model_a` and `model_2` speak about models like `model` does.
+    while len(tokens) > 1 and (tokens[-1].isdigit() or len(tokens[-1]) == 1):
         tokens.pop()
     if not tokens or any(token in _MEDIA for token in tokens):
         return False

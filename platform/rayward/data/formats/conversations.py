@@ -24,6 +24,8 @@ QUESTIONS = ("input", "question", "query")
 """Columns of a prompt that stands in a single text, besides `instruction` and `prompt`."""
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """Columns of the better and the worse answer."""
+MESSAGES = ("messages", "conversations", "conversation")
+"""Columns of a conversation that ends with an answer."""
 MEDIA = ("images", "videos", "audios", "rejected_images", "rejected_videos", "rejected_audios", "objects")
 
 
@@ -38,9 +40,9 @@ def alpaca(row: Row, options: SourceOptions) -> Comparison:
 
 def axolotl(row: Row, options: SourceOptions) -> Comparison:
     """axolotl: [`system`,] `input`, `question` or `query`, `chosen`, `rejected`; or `messages` with a chosen and a rejected turn."""
-    if row.get("messages") is not None:
-        return _pair(row, options, as_prompt(row["messages"], "messages"))
-    key = _one_of(row, QUESTIONS)
+    key = one_of(row, ("messages", *QUESTIONS))
+    if key == "messages":
+        return _pair(row, options, as_prompt(row[key], key))
     return _pair(row, options, (*_history(row), *as_prompt(as_text(row[key], key), key)))
 
 
@@ -59,11 +61,12 @@ def ms_swift(row: Row, options: SourceOptions) -> Comparison:
             raise RowRejected(BadRow.UNSUPPORTED_MESSAGE, f"field {key!r} is not empty; only texts are supported, no images or sounds")
     if row.get("rejected_tools") not in (None, [], "", row.get("tools")):
         raise RowRejected(BadRow.WRONG_TYPE, "rejected_tools are not tools; the rule is one list of tools for both")
-    if row.get("rejected_messages") is not None:
-        keys = ("messages", "rejected_messages")
+    asked, rejected = one_of(row, (*MESSAGES, "query")), one_of(row, ("rejected_messages", "rejected_response"))
+    if rejected == "rejected_messages":
+        keys = (asked, rejected)
         prompt, answers = shared_turns([as_messages(required(row, key), key) for key in keys], keys)
-    elif row.get("messages") is not None:
-        prompt, better = _last_answer(row["messages"], "messages")
+    elif asked in MESSAGES:
+        prompt, better = _last_answer(row[asked], asked)
         answers = [better, as_completion(required(row, "rejected_response"), "rejected_response", prompt)]
     else:
         prompt = (*_history(row), *as_prompt(as_text(required(row, "query"), "query"), "query"))
@@ -91,16 +94,15 @@ def kto(row: Row, options: SourceOptions) -> Comparison:
 
     The answer is the last turn of `messages` or `conversations`, or stands in `completion`, `output` or `response`.
     """
-    label = _one_of(row, ("label", "kto_tag"))
-    if (turns := next((key for key in ("messages", "conversations") if row.get(key) is not None), None)) is not None:
-        prompt, answer = _last_answer(row[turns], turns)
+    label = one_of(row, ("label", "kto_tag"))
+    # The input of an instruction is part of it.
+    inputs = () if row.get("instruction") is not None else ("input",)
+    asked = one_of(row, (*MESSAGES, "instruction", "prompt", "question", "query", *inputs))
+    if asked in MESSAGES:
+        prompt, answer = _last_answer(row[asked], asked)
     else:
-        key = _one_of(row, ("completion", "output", "response"))
-        if row.get("instruction") is not None:
-            prompt = _instructed(row)
-        else:
-            asked = _one_of(row, ("prompt", *QUESTIONS))
-            prompt = (*_history(row), *as_prompt(row[asked], asked))
+        key = one_of(row, ("completion", "output", "response"))
+        prompt = _instructed(row) if asked == "instruction" else (*_history(row), *as_prompt(row[asked], asked))
         answer = as_completion(row[key], key, prompt)
     return build_comparison(with_tools(row), options, prompt, [answer], ranks=None, ratings=[{"label": as_rating(row[label], label)}])
 
@@ -145,7 +147,7 @@ def _history(row: Row) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _one_of(row: Row, keys: tuple[str, ...]) -> str:
+def one_of(row: Row, keys: tuple[str, ...]) -> str:
     """The one of these columns that the row has."""
     found = [key for key in keys if row.get(key) is not None]
     if not found:

@@ -50,7 +50,8 @@ def _fits_axolotl(row: Row, options: SourceOptions) -> bool:
 
 
 def _fits_ms_swift(row: Row, options: SourceOptions) -> bool:
-    return ("messages" in row or {"query", "response"} <= row.keys()) and ("rejected_response" in row or "rejected_messages" in row)
+    chosen = any(key in row for key in conversations.MESSAGES) or {"query", "response"} <= row.keys()
+    return chosen and ("rejected_response" in row or "rejected_messages" in row)
 
 
 def _fits_kto(row: Row, options: SourceOptions) -> bool:
@@ -58,7 +59,7 @@ def _fits_kto(row: Row, options: SourceOptions) -> bool:
         return False
     asked = any(key in row for key in ("instruction", "prompt", *conversations.QUESTIONS))
     answered = any(isinstance(row.get(key), str | list) for key in ("completion", "output", "response"))
-    return any(isinstance(row.get(key), str | list) for key in ("messages", "conversations")) or (asked and answered)
+    return any(isinstance(row.get(key), str | list) for key in conversations.MESSAGES) or (asked and answered)
 
 
 def _fits_arena(row: Row, options: SourceOptions) -> bool:
@@ -113,7 +114,8 @@ PUBLISHED: dict[str, Format] = {
         conversations.ms_swift,
         consumed=_JUDGED
         | set(conversations.MEDIA)
-        | {"messages", "rejected_response", "rejected_messages", "rejected_tools", "query", "response", "history"},
+        | set(conversations.MESSAGES)
+        | {"rejected_response", "rejected_messages", "rejected_tools", "query", "response", "history"},
     ),
     "nemo_rl": Format(
         "context, completions: [{rank, completion}]",
@@ -127,7 +129,8 @@ PUBLISHED: dict[str, Format] = {
         _fits_kto,
         conversations.kto,
         consumed=_QUESTIONS
-        | {"messages", "conversations", "label", "kto_tag", "instruction", "prompt", "history", "completion", "output", "response"},
+        | set(conversations.MESSAGES)
+        | {"label", "kto_tag", "instruction", "prompt", "history", "completion", "output", "response"},
     ),
     "arena": Format(
         "winner, conversation_a, conversation_b (or prompt, response_a, response_b)",

@@ -21,6 +21,17 @@ def score_columns(chosen_key: str, rejected_key: str) -> tuple[tuple[str, str], 
     return tuple(named)
 
 
+@lru_cache(maxsize=256)
+def _pairs(chosen_key: str, rejected_key: str) -> tuple[tuple[str, str], ...]:
+    own = score_columns(chosen_key, rejected_key)
+    return own if chosen_key == "chosen" else own + score_columns("chosen", "rejected")
+
+
+@lru_cache(maxsize=256)
+def _names(chosen_key: str, rejected_key: str) -> frozenset[str]:
+    return frozenset(name for pair in _pairs(chosen_key, rejected_key) for name in pair)
+
+
 SCORE_COLUMNS = frozenset(name for names in score_columns("chosen", "rejected") for name in names)
 """All the names, for completions called chosen and rejected."""
 
@@ -41,10 +52,9 @@ def judged(row: Row, options: SourceOptions, chosen_key: str = "chosen", rejecte
 
 
 def _gap(row: Row, options: SourceOptions, chosen_key: str, rejected_key: str) -> float | None:
-    listed = score_columns(chosen_key, rejected_key)
-    if chosen_key != "chosen":
-        listed += score_columns("chosen", "rejected")
-    kept = [(a, b) for a, b in listed if not (ignored(a, options.ignore) or ignored(b, options.ignore))]
+    if "generations" not in row and row.keys().isdisjoint(_names(chosen_key, rejected_key)):
+        return None
+    kept = [(a, b) for a, b in _pairs(chosen_key, rejected_key) if not (ignored(a, options.ignore) or ignored(b, options.ignore))]
     found = [(a, b) for a, b in kept if not missing(row.get(a)) and not missing(row.get(b))]
     if len(found) > 1:
         told = " and ".join(f"{a}, {b}" for a, b in found)

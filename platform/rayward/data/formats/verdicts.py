@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayward.contract.conversation import Message
+from rayward.data.formats.conversations import one_of
 from rayward.data.formats.fields import SourceOptions, as_completion, as_messages, as_prompt, build_comparison, shared_turns
 from rayward.data.formats.values import (
     Row,
@@ -42,6 +43,8 @@ def arena(row: Row, options: SourceOptions) -> Comparison:
     if first == "conversation_a":
         conversations = [_judged_rounds(row, as_messages(required(row, key), key)) for key in (first, second)]
         prompt, answers = shared_turns(conversations, (first, second))
+        if row.get("prompt") is not None and as_prompt(row["prompt"], "prompt")[-1:] not in (prompt[:1], prompt[-1:]):
+            raise RowRejected(BadRow.NO_SHARED_PROMPT, "prompt is not what the conversations begin with")
     elif any(key in row for key in FLAGS):
         prompt, answers = shared_turns([_rounds(row, first), _rounds(row, second)], (first, second))
     else:
@@ -143,8 +146,8 @@ def _written(value: Any, key: str) -> Any:
 
 def distilabel(row: Row, options: SourceOptions) -> Comparison:
     """distilabel: an instruction, its `generations` and their `ratings` (higher is better; attribute `rating`)."""
-    key = next((key for key in ("instruction", "prompt", "input") if row.get(key) is not None), "instruction")
-    prompt = as_prompt(required(row, key), key)
+    key = one_of(row, ("instruction", "prompt", "input"))
+    prompt = as_prompt(row[key], key)
     generations = as_list(required(row, "generations"), "generations")
     answers = [as_completion(value, f"generations[{i}]", prompt) for i, value in enumerate(generations)]
     name = next((name for name in ("ratings", "rating") if row.get(name) is not None), "ratings")

@@ -187,7 +187,7 @@ def _run(
         num_used["train"] = ordered.count() - num_used["validation"]
     for split in ("train", "validation"):
         shards[split], stats[split] = write_split(ordered, split, num_used[split], config.data.rows_per_shard, workspace)
-    unused = unused_columns(tally.columns, {options.source: columns_of(name, options).settings or {} for name, options in formats.values()})
+    unused = _unused(tally, formats)
     return _Outcome(tally, examples, shards, stats, unused, described(numbers, bounds, config.data.attributes))
 
 
@@ -203,6 +203,14 @@ def _encoder(reference: ray.ObjectRef[tuple[Contract, PreTrainedTokenizerBase]])
 
 def _encode(table: pa.Table, reference: list[ray.ObjectRef[Any]], policy: Policy) -> pa.Table:
     return encode(table, _encoder(reference[0]), policy)
+
+
+def _unused(tally: Tally, formats: Mapping[str, tuple[str, SourceOptions]]) -> tuple[UnusedColumn, ...]:
+    settings = {options.source: columns_of(name, options).settings or {} for name, options in formats.values()}
+    rows: Counter[str] = Counter()
+    for file, count in tally.files.items():
+        rows[formats[file][1].source] += count
+    return unused_columns(tally.columns, rows, settings)
 
 
 def _repeats(sources: Mapping[str, SourceConfig], encoded: ray.data.Dataset) -> dict[str, float]:

@@ -29,8 +29,7 @@ RAW_LIMIT = 2000
 READ_SCHEMA = pa.schema(
     [
         # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
-        # file) | columns (number = rows of a source, or with one of its columns, that detail says) | overlap (number = prompts in both
-        # splits) | grouping (number = rows or groups of what detail says)
+        # file) | overlap (number = prompts in both splits) | grouping (number = rows or groups of what detail says)
         pa.field("kind", pa.string()),
         pa.field("role", pa.string()),
         pa.field("file", pa.string()),
@@ -38,6 +37,7 @@ READ_SCHEMA = pa.schema(
         pa.field("raw", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
+        pa.field("leftover", pa.string()),  # on one row of a block: its columns that nothing reads, counted
     ]
 )
 
@@ -117,6 +117,7 @@ def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
             pa.array([row.raw for row in rows], pa.string()),
             pa.array([row.reason for row in rows], pa.string()),
             pa.array([row.detail if row.reason else None for row in rows], pa.string()),
+            pa.nulls(size, pa.string()),
         ],
         schema=READ_SCHEMA,
     )
@@ -133,7 +134,7 @@ def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
         if row["kind"] == "row" and row["reason"] is None:
             try:
                 given = _parse(row["raw"])
-                leftovers.add(row["file"], options.source, columns[row["file"]], given)
+                leftovers.add(options.source, columns[row["file"]], given)
                 comparison = adapt_one(name, columns[row["file"]], given, options)
                 row["source"] = comparison.source
                 validate(comparison, ties=plan.ties)
@@ -148,7 +149,8 @@ def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
         key = row.get("prompt_key") or digest([row["file"], row["number"]])
         row["bucket"] = int(key[:15], 16) % plan.num_buckets
         row["raw"] = row["raw"][:RAW_LIMIT]
-    rows += [{**line, "bucket": int(digest(line["detail"])[:15], 16) % plan.num_buckets} for line in leftovers.lines()]
+    if rows:
+        rows[0]["leftover"] = leftovers.dump()
     return pa.Table.from_pylist(rows, schema=ADAPTED_SCHEMA)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from rayward.data.prepare.join import MARK
-from rayward.data.prepare.leftover import COLUMNS
 from rayward.data.prepare.numbers import Sketch, sketches_of
 
 
@@ -26,6 +25,7 @@ class Tally:
         splits: rows by split; quarantined: rows by reason; sources: quarantined rows by source.
         damaged: messages about files that could not be read to the end.
         columns: rows by source and column that nothing reads (`leftover`).
+        files: rows by file.
         numbers: by column, how the numbers of the used rows are distributed.
     """
 
@@ -38,24 +38,26 @@ class Tally:
     sources: Counter[str]
     damaged: tuple[str, ...]
     columns: Counter[str]
+    files: Counter[str]
     numbers: dict[str, Sketch]
 
     @classmethod
     def of(cls, table: pa.Table) -> str:
         """Count a block; JSON for the way to the driver."""
-        names = ("kind", "split", "reason", "source", "number", "detail")
+        names = ("kind", "split", "reason", "source", "number", "detail", "file")
         read, overlap, merged, damaged = 0, 0, 0, []
         grouping, splits, quarantined, sources = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-        columns = Counter[str]()
-        for kind, split, reason, source, number, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        columns, files = Counter[str](), Counter[str]()
+        for text in table.column("leftover").drop_null().to_pylist():
+            columns.update(json.loads(text))
+        for kind, split, reason, source, number, detail, file in zip(*(table.column(name).to_pylist() for name in names), strict=True):
             if kind == "total":
                 read += number
+                files[file] += number
             elif kind == "overlap":
                 overlap += number
             elif kind == MARK:
                 grouping[detail] += number
-            elif kind == COLUMNS:
-                columns[detail] += number
             elif kind == "damaged":
                 damaged.append(detail)
             elif kind == "merged":
@@ -66,13 +68,13 @@ class Tally:
                 quarantined[reason] += 1
                 sources[source] += 1
         numbers = {name: sketch.as_json() for name, sketch in sketches_of(table).items()}
-        return json.dumps([read, overlap, merged, grouping, splits, quarantined, sources, columns, damaged, numbers])
+        return json.dumps([read, overlap, merged, grouping, splits, quarantined, sources, columns, files, damaged, numbers])
 
     @classmethod
     def merged(cls, parts: Iterable[str]) -> Tally:
         """Sum of the blocks."""
         read, overlap, merged, damaged = 0, 0, 0, list[str]()
-        counters = Counter[str](), Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+        counters = [Counter[str]() for _ in range(6)]
         numbers: dict[str, Sketch] = {}
         for part in parts:
             rows, shared, joined_rows, *counts, messages, sketches = json.loads(part)
@@ -83,4 +85,6 @@ class Tally:
             for name, value in sketches.items():
                 sketch = Sketch.from_json(value)
                 numbers[name] = numbers[name] + sketch if name in numbers else sketch
-        return cls(read, overlap, merged, *counters[:4], tuple(sorted(set(damaged))), counters[4], numbers)
+        grouping, splits, quarantined, sources, columns, files = counters
+        told = tuple(sorted(set(damaged)))
+        return cls(read, overlap, merged, grouping, splits, quarantined, sources, told, columns, files, numbers)
