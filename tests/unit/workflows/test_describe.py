@@ -48,7 +48,7 @@ def test_rows_are_shown_as_they_would_be_trained(arena: Path, tmp_path: Path) ->
     assert "not used: magnitude (number)" in text
     assert 'completion 1 (rank 0): "five"' in text  # row 2
     assert "<|im_start|>user\\n0?<|im_end|>" in text
-    assert 'branch 0, 5 tokens, its text from position 21, judged at position 25 (token "<|im_end|>"): "four<|im_end|>"' in text
+    assert 'branch 0, 4 tokens, its text from position 21, judged at position 25 (token "<|im_end|>"): "our<|im_end|>"' in text
     assert "bad_ranking: 2, for example" in text
     pasted = parse_config(yaml.safe_load(text.split("a block to paste:\n")[1])["data"], DataConfig)
     assert pasted.sources[0].columns == reading_config(MAPPING, [str(arena)]).sources[0].columns
