@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 from rayward.config.data import SourceFormat  # noqa: E402
 from rayward.config.run import Config  # noqa: E402
 from rayward.config.scoring import ScoringConfig  # noqa: E402
+from rayward.config.sources import JudgementConfig, SourceConfig  # noqa: E402
 from rayward.objectives.base import ObjectiveSettings  # noqa: E402
 from rayward.objectives.table import OBJECTIVES  # noqa: E402
 
@@ -61,8 +62,12 @@ def table(model: type[BaseModel], *, without: tuple[str, ...] = ()) -> str:
 
 def _type(field: FieldInfo) -> str:
     annotation: Any = field.annotation
-    if annotation == SourceFormat:
+    if annotation in (SourceFormat, SourceFormat | None):
         return "one of the names below"
+    if annotation == tuple[SourceConfig, ...]:
+        return "list of blocks, below"
+    if annotation is JudgementConfig:
+        return "block, below"
     if get_origin(field.annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(field.annotation))
     plain = field.annotation.__name__ if isinstance(field.annotation, type) and not get_args(field.annotation) else str(field.annotation)
@@ -71,9 +76,13 @@ def _type(field: FieldInfo) -> str:
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None or value == "" or value == ():
         return "none" if value is None else "empty"
+    if isinstance(value, BaseModel):
+        return ""
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
@@ -97,6 +106,7 @@ def render() -> str:
         block: Any = field.annotation
         parts += [f"## `{name}`\n", table(block)]
         if name == "data":
+            parts += ["### `data.sources[]`\n", table(SourceConfig), "### `data.sources[].judgement`\n", table(JudgementConfig)]
             parts.append(f"Formats: {', '.join(f'`{value}`' for value in get_args(SourceFormat))}; see [data.md](data.md).\n")
     return "\n".join([*parts, SCORING, table(ScoringConfig)])
 

@@ -6,6 +6,7 @@ something else than itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ CONVERSATIONS: tuple[tuple[tuple[Message, ...], str], ...] = (
 )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed: int = 0) -> LlamaForSequenceClassification:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed: int = 0, max_tokens: int = 512
+) -> LlamaForSequenceClassification:
     """Random weights, but large enough that rewards differ between texts by far more than rounding."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -46,7 +49,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=max(512, max_tokens),
         num_labels=num_labels,
         problem_type="regression",
         pad_token_id=tokenizer.pad_token_id,
@@ -63,13 +66,15 @@ def make_export(
     outputs: tuple[str, ...] = ("reward",),
     reward_weights: tuple[float, ...] = (1.0,),
     max_shard_size: str = "1GB",
+    make: Callable[[Path], PreTrainedTokenizerFast] = make_tokenizer,
+    max_tokens: int = MAX_TOKENS,
 ) -> Path:
-    """Write model, tokenizer and contract to `directory`; `golden_shift` falsifies the golden rewards."""
+    """Write model, tokenizer (by `make`) and contract to `directory`; `golden_shift` falsifies the golden rewards."""
     directory.mkdir(parents=True)
-    tokenizer = make_tokenizer(directory)
-    model = make_model(tokenizer, seed=seed, num_labels=len(outputs))
+    tokenizer = make(directory)
+    model = make_model(tokenizer, seed=seed, num_labels=len(outputs), max_tokens=max_tokens)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    contract = Contract.from_tokenizer(tokenizer, max_tokens=MAX_TOKENS).for_head(outputs, reward_weights)
+    contract = Contract.from_tokenizer(tokenizer, max_tokens=max_tokens).for_head(outputs, reward_weights)
     golden = []
     for prompt, completion in CONVERSATIONS:
         ids = Encoder(contract, tokenizer).encode(prompt, completion)

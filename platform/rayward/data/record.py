@@ -210,47 +210,67 @@ def validate(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> 
         RowRejected: with the first rule that the record breaks.
     """
     require(broken_by_prompt(comparison.prompt))
-    rows = (comparison.prompt, comparison.completions, comparison.critiques, comparison.tools, comparison.chat_template_kwargs)
-    for text in strings_in(rows):
-        require(broken_by_text(text))
+    _require_characters(comparison)
     for index, completion in enumerate(comparison.completions):
         require(broken_by_completion(index, completion))
-    if len(set(map(completion_key, comparison.completions))) != len(comparison.completions):
-        raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, "two completions are the same text")
+    first: dict[str, int] = {}
+    for index, key in enumerate(map(completion_key, comparison.completions)):
+        if (same := first.setdefault(key, index)) != index:
+            raise RowRejected(BadRow.IDENTICAL_COMPLETIONS, f"completions {same} and {index} are the same text")
     _validate_judgement(comparison, ties=ties)
+
+
+def _require_characters(comparison: Comparison) -> None:
+    parts = {
+        **{f"turn {number} of the prompt": turn for number, turn in enumerate(comparison.prompt)},
+        **{f"completion {index}": completion for index, completion in enumerate(comparison.completions)},
+        **{f"the critique of completion {index}": text for index, text in enumerate(comparison.critiques or ())},
+        "tools": comparison.tools,
+        "chat_template_kwargs": comparison.chat_template_kwargs,
+    }
+    for where, part in parts.items():
+        for text in strings_in(part):
+            require(broken_by_text(text), where)
 
 
 def _validate_judgement(comparison: Comparison, *, ties: Literal["quarantine", "keep"]) -> None:
     num_completions = len(comparison.completions)
     if comparison.margin is not None and not math.isfinite(comparison.margin):
-        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin {comparison.margin} is not finite")
+        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"margin is {comparison.margin}; the rule is a finite number")
     if not (math.isfinite(comparison.weight) and comparison.weight >= 0):
-        raise RowRejected(BadRow.WRONG_TYPE, f"weight {comparison.weight} is not a finite number >= 0")
+        raise RowRejected(BadRow.WRONG_TYPE, f"weight is {comparison.weight}; the rule is a finite number of 0 or more")
     for name in NUMBER_COLUMNS:
         if (number := getattr(comparison, name)) is not None and not math.isfinite(number):
-            raise RowRejected(BadRow.WRONG_TYPE, f"{name} {number} is not a finite number")
+            raise RowRejected(BadRow.WRONG_TYPE, f"{name} is {number}; the rule is a finite number")
     if comparison.strength is not None and not 0 <= comparison.strength < math.inf:
-        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength {comparison.strength} is not a finite number >= 0")
+        raise RowRejected(BadRow.NON_FINITE_MARGIN, f"strength is {comparison.strength}; the rule is a finite number of 0 or more")
     _require_moderate(comparison)
     for index, critique in enumerate(comparison.critiques or ()):
         if not critique.strip():
             raise RowRejected(BadRow.NO_CRITIQUE, f"the critique of completion {index} is empty")
-    for number, label in enumerate(label for labels in comparison.step_labels or () for label in labels):
-        if not (math.isnan(label) or 0.0 <= label <= 1.0):
-            raise RowRejected(BadRow.BAD_STEPS, f"the label of step {number} is {label:g}; the rule is 0 to 1, or null")
+    for index, labels in enumerate(comparison.step_labels or ()):
+        for number, label in enumerate(labels):
+            if not (math.isnan(label) or 0.0 <= label <= 1.0):
+                where = f"completion {index}: the label of step {number}"
+                raise RowRejected(BadRow.BAD_STEPS, f"{where} is {label:g}; the rule is 0 to 1, or null")
     ranks = comparison.ranks
     if ranks is None:
         if comparison.attributes is None and (comparison.step_labels or comparison.critiques):
             return
         if comparison.attributes is None:
-            raise RowRejected(BadRow.MISSING_FIELD, "neither a ranking nor attribute ratings are given")
+            raise RowRejected(
+                BadRow.MISSING_FIELD, "neither a ranking nor attribute ratings are given (data.attributes names the ratings to keep)"
+            )
         if all(math.isnan(rating) for ratings in comparison.attributes for rating in ratings):
             raise RowRejected(BadRow.NO_RATING, "there is no ranking, and every rating of data.attributes is missing")
         return
-    if len(ranks) != num_completions or not all(math.isfinite(rank) for rank in ranks):
-        raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions, or one is not finite")
+    if len(ranks) != num_completions:
+        raise RowRejected(BadRow.BAD_RANKING, f"{len(ranks)} ranks for {num_completions} completions; the rule is one each")
+    for index, rank in enumerate(ranks):
+        if not math.isfinite(rank):
+            raise RowRejected(BadRow.BAD_RANKING, f"the rank of completion {index} is {rank}; the rule is a finite number")
     if num_completions < 2:
-        raise RowRejected(BadRow.BAD_RANKING, "a ranking needs at least two completions")
+        raise RowRejected(BadRow.BAD_RANKING, f"a ranking of {num_completions} completion; the rule is two or more")
     if comparison.vote_shares is not None:
         _validate_shares(comparison.vote_shares, ranks)
     if len(set(ranks)) == 1 and ties == "quarantine":

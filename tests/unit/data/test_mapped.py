@@ -313,6 +313,16 @@ def test_a_column_that_the_mapping_leaves_out_is_an_error() -> None:
     assert (name, columns_of(name, options).unused({**ROW, "magnitude": 3, "lang": ""})) == (MAPPED, ["magnitude"])
 
 
+def test_answers_without_a_judgement_are_for_scoring_alone() -> None:
+    columns = {"prompt": "q", "completions": ["a", "b"]}
+    with pytest.raises(ConfigError, match="no judgement"):
+        config_of({"columns": columns})
+    config = config_of({"columns": columns, "judged": False})
+    name, options = choose_format([ROW], config, where="f", source="f", mapping=config.sources[0])
+    found = adapt(name, columns_of(name, options), ROW, options)
+    assert (found.prompt, found.completions, found.ranks) == ((USER,), ("4", "5"), None)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

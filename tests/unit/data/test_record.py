@@ -96,3 +96,32 @@ def test_the_held_out_share_is_a_function_of_prompt_and_seed() -> None:
     assert sides[0] == sides[1] != sides[2]
     # 400 expected, standard deviation 18.
     assert 320 < sides[0].count("validation") < 480
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "says"),
+    [
+        ({"completions": ("a", "b\x00")}, BadRow.BAD_TEXT, "completion 1: "),
+        (
+            {"prompt": (Message(role="system", content="x"), Message(role="user", content="\ud800"))},
+            BadRow.BAD_TEXT,
+            "turn 1 of the prompt: ",
+        ),
+        ({"critiques": ("good", "\x00")}, BadRow.BAD_TEXT, "the critique of completion 1: "),
+        ({"tools": ({"name": "\x00"},)}, BadRow.BAD_TEXT, "tools: "),
+        ({"completions": ("a", "b", "a"), "ranks": (0.0, 1.0, 2.0)}, BadRow.IDENTICAL_COMPLETIONS, "completions 0 and 2 "),
+        ({"margin": float("nan")}, BadRow.NON_FINITE_MARGIN, "margin is nan; the rule is a finite number"),
+        ({"strength": -1.0}, BadRow.NON_FINITE_MARGIN, "strength is -1.0; the rule"),
+        ({"weight": -1.0}, BadRow.WRONG_TYPE, "weight is -1.0; the rule"),
+        ({"ranks": (0.0, float("inf"))}, BadRow.BAD_RANKING, "the rank of completion 1 is inf"),
+        ({"ranks": (0.0,)}, BadRow.BAD_RANKING, "1 ranks for 2 completions; the rule"),
+        ({"ranks": None}, BadRow.MISSING_FIELD, "data.attributes"),
+        ({"ranks": (0.0, 0.0)}, BadRow.TIE, "data.ties is 'quarantine'"),
+        ({"step_labels": ((0.0,), (1.0, 2.0))}, BadRow.BAD_STEPS, "completion 1: the label of step 1 is 2"),
+    ],
+)
+def test_a_refusal_names_the_part_and_the_rule(change: dict[str, Any], reason: BadRow, says: str) -> None:
+    with pytest.raises(RowRejected) as caught:
+        validate(replace(BASE, **change), ties="quarantine")
+    assert caught.value.reason is reason
+    assert says in caught.value.detail

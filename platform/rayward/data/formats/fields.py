@@ -241,8 +241,8 @@ def build_comparison(
     )
     if ranks is None and options.rank_by is not None and len(completions) > 1:
         comparison = ranked_by(comparison, options.attributes.index(options.rank_by), options.rank_by)
-    for text in (comparison.id, comparison.source):
-        require(broken_by_text(text))
+    for key, text in (("id", comparison.id), ("source", comparison.source)):
+        require(broken_by_text(text), f"field {key!r}")
     return comparison if comparison.id else replace(comparison, id=digest([comparison.content_key(), comparison.judgement_key()]))
 
 
@@ -287,7 +287,8 @@ def _ratings(given: Mapping[str, Any], options: SourceOptions, where: str) -> tu
 
 def _critiques(given: Sequence[Any] | None, num_completions: int) -> tuple[str, ...]:
     if given is None or None in given:
-        raise RowRejected(BadRow.NO_CRITIQUE, "data.critique_lead_in is set, and a completion of the row has no critique")
+        which = "a completion of the row" if given is None else f"completion {list(given).index(None)}"
+        raise RowRejected(BadRow.NO_CRITIQUE, f"data.critique_lead_in is set, and {which} has no critique")
     if len(given) != num_completions:
         raise RowRejected(BadRow.NO_CRITIQUE, f"{len(given)} critiques for {num_completions} completions")
     return tuple(as_text(value, f"critique {index}") for index, value in enumerate(given))
