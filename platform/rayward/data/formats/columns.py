@@ -89,6 +89,11 @@ def changes_text(name: str) -> bool:
     return not is_metadata(name) and any(token in _TEXT or token in _TEMPLATE for token in tokens)
 
 
+def is_media(name: str) -> bool:
+    """Whether the name is that of images, sounds or videos, which no model here reads."""
+    return any(token.lower() in _MEDIA for token in _TOKEN.findall(name))
+
+
 @lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
     """Whether the name is one that speaks about a row and is not part of it: `id`, `language`, `chosen_model`, `num_turns`."""
