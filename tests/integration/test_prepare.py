@@ -249,6 +249,27 @@ def test_order_split_and_ids_do_not_depend_on_files_or_blocks(tmp_path: Path, to
     assert first.manifest.num_quarantined == second.manifest.num_quarantined == {"duplicate": 5}
 
 
+def test_large_data_is_shuffled_by_its_keys_to_the_same_result(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*_good(80), *_good(9), {"prompt": "Question 3?", "chosen": "right 3!", "rejected": "wrong answer 3"}, "{broken"]
+    rows += [{"prompt": "one", "chosen": f"a{i}", "rejected": "b"} for i in range(30)]
+    data = _write(tmp_path / "x.jsonl", rows)
+    options = ("data.validation_fraction=0.3", "data.rows_per_shard=7", "data.group_pairs=true")
+    tables = []
+    for name, small in (("one", 1000), ("many", 10)):
+        monkeypatch.setattr("rayward.data.prepare.stages.SMALL_ROWS", small)
+        for grouped in options[2:], ():
+            prepared = prepare(_config(tokenizer_path, tmp_path / name, data, *options[:2], *grouped))
+            report = json.loads(Path(prepared.directory, "report.json").read_text())
+            assert prepared.manifest.num_quarantined == {"duplicate": 9, "unparsable": 1}
+            assert (report["near_duplicates"], report["train_validation_prompt_overlap"]) == (1, 0)
+            assert prepared.manifest.near_duplicate_examples[0].row == 90
+            tables.append([_table(prepared, split).to_pylist() for split in ("train", "validation")])
+    assert tables[:2] == tables[2:]
+    assert all(tables[0])
+
+
 def test_a_second_call_reuses_the_directory_and_checks_the_share_again(tmp_path: Path, tokenizer_path: Path) -> None:
     data = _write(tmp_path / "x.jsonl", [*_good(20), "{broken"])
     prepared = prepare(_config(tokenizer_path, tmp_path, data))

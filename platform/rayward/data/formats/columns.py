@@ -141,12 +141,14 @@ class Columns:
         metadata: known to be harmless; not mentioned.
         ignore: names and wildcards of `data.ignore`.
         settings: columns that are read only where a setting is given, and its name; they are mentioned with it.
+        texts_only: no judgement is wanted, so that a column that is one is not missed.
     """
 
     consumed: frozenset[str]
     metadata: frozenset[str] = frozenset()
     ignore: tuple[str, ...] = ()
     settings: Mapping[str, str] | None = None
+    texts_only: bool = False
 
     def unused(self, row: Mapping[str, Any]) -> list[str]:
         """The present columns that nothing reads and that are to be mentioned."""
@@ -158,7 +160,8 @@ class Columns:
 
     def missed(self, row: Mapping[str, Any]) -> list[str]:
         """Of the unused ones those without which the row would mean something else."""
-        return [name for name in self.unused(row) if name not in (self.settings or ()) and changes_meaning(name)]
+        matters = changes_text if self.texts_only else changes_meaning
+        return [name for name in self.unused(row) if name not in (self.settings or ()) and matters(name)]
 
     def other_texts(self, row: Mapping[str, Any]) -> list[str]:
         """Of the unused ones those that may hold the prompt: texts whose name is not that of metadata."""

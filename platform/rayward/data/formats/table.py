@@ -309,7 +309,8 @@ def columns_of(name: str, options: SourceOptions) -> Columns:
     if options.mapping is None:
         assert of_format is not None
         return of_format
-    return reads(options.mapping, options, of_format)
+    found = reads(options.mapping, options, of_format)
+    return found if options.mapping.judged else replace(found, texts_only=True)
 
 
 def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comparison:
