@@ -41,11 +41,24 @@ Values = Annotated[tuple[bool | int | float | str, ...], BeforeValidator(_listed
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
+# YAML reads the words on the left as true and false, whatever the data means by them.
+_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
 def word_of(value: object) -> str:
-    """A label as it is compared: a text without its outer spaces and its case; 1.0 is 1, true is `true`."""
+    """A label as it is compared: a text without its outer spaces and its case; 1.0 is 1; yes and true are one word, no and false too."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip().casefold()
+    word = str(value).strip().casefold()
+    return _BOOLEANS.get(word, word)
+
+
+def _worded(value: Any) -> Any:
+    # Keys that YAML reads as numbers or booleans are words here.
+    return {key if isinstance(key, str) else word_of(key): number for key, number in value.items()} if isinstance(value, dict) else value
+
+
+Numbers = Annotated[dict[str, float], BeforeValidator(_worded)]
 
 
 class JudgementConfig(Frozen):
@@ -55,7 +68,7 @@ class JudgementConfig(Frozen):
     """Values that find the second answer better."""
     tie: Values = ()
     """Values that find them equal. Any other value is quarantined as `bad_ranking`."""
-    strengths: dict[str, float] = Field(default_factory=dict)
+    strengths: Numbers = Field(default_factory=dict)
     """Strength of the preference by value of `label`."""
     middle: float | None = None
     """A label that is a number: this one is a tie, the distance from it is the strength."""
@@ -67,7 +80,7 @@ class JudgementConfig(Frozen):
     """Which two completions, counted from 1, each of the `comparisons` compares; empty: 12 13 14 … 23 24 … in this order."""
     contradictions: Literal["quarantine", "wins"] = "quarantine"
     """Comparisons that no order of the completions agrees with: quarantine the row, or order by wins (a tie is half a win)."""
-    values: dict[str, float] = Field(default_factory=dict)
+    values: Numbers = Field(default_factory=dict)
     """Numbers for words (`yes: 1`) in scores, ranks, ratings, labels of one completion, margin, strength and weight."""
 
     @model_validator(mode="after")
@@ -91,7 +104,7 @@ class JudgementConfig(Frozen):
 class SourceConfig(Frozen):
     path: Names = Field(min_length=1)
     """Files, globs, directories, URIs or `hf:` names, as in `data.train`; one or a list."""
-    role: Literal["train", "validation"] = "train"
+    role: Literal["train", "validation", "contamination"] = "train"
     """What the rows are for."""
     judged: bool = True
     """false: answers without a judgement, which can be scored and not trained on."""
@@ -171,10 +184,9 @@ class SourceConfig(Frozen):
                 f"{where}: columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of "
                 f"{'; '.join(JUDGEMENTS)}; or completions, or completion, with ratings or critiques; add what is missing"
             )
-        spoken = {"first, second and label", "first, second and votes"}
-        label, values = self.columns.get("label", self.columns.get("votes")), self.judgement
+        label, values = self.columns.get("label"), self.judgement
         told = values.names_values or values.middle is not None or not isinstance(label, str) or "first_name" in self.columns
-        if judgement in spoken and not told:
+        if judgement == "first, second and label" and not told:
             raise ValueError(
                 f"{where}: it is not said which values of the label mean what; set judgement.first, judgement.second and judgement.tie"
             )

@@ -186,6 +186,8 @@ def _tidied(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(text: str) -> Any:
+    if not text:
+        return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -111,6 +111,15 @@ def test_turns_lists_and_tools_that_a_table_keeps_as_text_are_read() -> None:
     assert read({"prompt": "[1, 2]", "completion": "{x}"}).given.item == ScoreItem(({"role": "user", "content": "[1, 2]"},), ("{x}",))
 
 
+def test_what_a_template_is_given_may_be_kept_as_json() -> None:
+    tools = [{"name": "f", "parameters": {"type": "object"}}]
+    given = {"tools": json.dumps(tools), "chat_template_kwargs": '{"enable_thinking": false}'}
+    found = read({**GOOD, **given}).given.item
+    assert found == ScoreItem(ITEM.prompt, ITEM.completions, tools=tuple(tools), chat_template_kwargs={"enable_thinking": False})
+    assert read({**GOOD, "tools": "", "chat_template_kwargs": None}).given.item == ITEM
+    assert error({**GOOD, "tools": "[broken"}).startswith("invalid_item: wrong_type")
+
+
 def test_a_row_asks_for_itself() -> None:
     rules = RowRules(asked=Asked(weights="w", temperature=0.5))
     found = read({**GOOD, "n_critiques": 2}, rules).given.item

@@ -248,7 +248,12 @@ class _Judge:
 
     def _votes(self) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
         value, where = self.cells.required("votes"), self.cells.where("votes")
-        if self.num == 2 and (isinstance(value, dict) or self.settings.names_values):
+        if self.num == 2 and not isinstance(value, list | dict):
+            share = self.cells.as_number(value, where)
+            if share is None or not 0.0 <= share <= 1.0:
+                raise RowRejected(BadRow.BAD_RANKING, f"{where} is {shown(value)}; the rule is labels, counts, or a share from 0 to 1")
+            counts = [share, 1.0 - share]
+        elif self.num == 2 and (isinstance(value, dict) or self.settings.names_values):
             by_side = dict.fromkeys((-1, 1, 0), 0.0)
             votes = value.items() if isinstance(value, dict) else [(vote, 1.0) for vote in as_list(value, where)]
             for vote, count in votes:

@@ -51,7 +51,10 @@ def _fits_trl(row: Row, options: SourceOptions) -> bool:
 def _fits_openrlhf(row: Row, options: SourceOptions) -> bool:
     keys = (options.chosen_key, options.rejected_key, *([options.prompt_key] if options.prompt_key else []))
     named = options.prompt_key is not None or keys != ("chosen", "rejected")
-    return named and all(isinstance(row.get(key), str | list) for key in keys) and not _fits_trl(row, options)
+    if not named or not all(isinstance(row.get(key), str | list) for key in keys) or _fits_trl(row, options):
+        return False
+    implied = options.prompt_key is None and isinstance(row[options.chosen_key], str)
+    return not (implied and FORMATS["openrlhf"].reads(options).other_texts(row))
 
 
 def _fits_hh_rlhf(row: Row, options: SourceOptions) -> bool:
@@ -212,6 +215,7 @@ def choose_format(
         ConfigError: `data.adapter` cannot be imported.
     """
     options = _options(config, source, mapping)
+    rows = [_kept(row, options) for row in rows]
     chosen = options.mapping
     if chosen is not None:
         require_known(chosen, rows, where)
@@ -288,6 +292,12 @@ def _given(entry: Format, row: Row, options: SourceOptions) -> Comparison:
     return entry.adapt(row if options.mapping is None else renamed(row, options.mapping), options)
 
 
+def _kept(row: Row, options: SourceOptions) -> Row:
+    # A column that every format reads is not read where it is ignored by its name.
+    left_out = COMMON_COLUMNS.intersection(options.ignore)
+    return {name: value for name, value in row.items() if name not in left_out} if left_out else row
+
+
 def columns_of(name: str, options: SourceOptions) -> Columns:
     """What becomes of the columns of a source. What a user's own function reads is its own affair."""
     if options.adapter is not None:
@@ -296,7 +306,8 @@ def columns_of(name: str, options: SourceOptions) -> Columns:
     if options.mapping is None:
         assert of_format is not None
         return of_format
-    return reads(options.mapping, options, of_format)
+    found = reads(options.mapping, options, of_format)
+    return found if options.mapping.judged else replace(found, texts_only=True)
 
 
 def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comparison:
@@ -308,6 +319,7 @@ def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comp
     Raises:
         RowRejected: the row does not fit, or a column that would change its meaning is not read.
     """
+    row = _kept(row, options)
     if options.adapter is not None:
         own, made = _hooked(options.adapter, row)
         entry = FORMATS[own or name]
