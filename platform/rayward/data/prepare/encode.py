@@ -117,9 +117,7 @@ def _row(draft: Draft, role: str, found: Sequence[Found], bare: Sequence[Found],
     limit = encoders.contract.contract.max_tokens
     for index, encoding in enumerate(encodings):
         if encoding.truncated and policy.too_long == "quarantine":
-            problem = (
-                f"completion {index}: {encoding.num_tokens} tokens; model.max_tokens is {limit}, and data.too_long 'quarantine'"
-            )
+            problem = f"completion {index}: {encoding.num_tokens} tokens; model.max_tokens is {limit}, and data.too_long 'quarantine'"
             raise RowRejected(BadRow.TOO_LONG, problem)
     sequences = [encoding.ids for encoding in encodings]
     if len({tuple(ids) for ids in sequences}) != len(sequences):
