@@ -27,7 +27,7 @@ def hinge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not re.search(r"import .*\b_", own), "a private name"
     monkeypatch.setitem(objectives.OBJECTIVES, "hinge", objectives.OBJECTIVES["bradley_terry"])
     names: dict[str, object] = {"__name__": "hinge"}
-    exec(compile(own, str(README), "exec", dont_inherit=True), names)
+    exec(compile(own, f"<{README.name}>", "exec", dont_inherit=True), names)
     exec(compile(row, str(README), "exec"), {**names, "Method": objectives.Method, "OBJECTIVES": objectives.OBJECTIVES})
     assert objectives.OBJECTIVES["hinge"].settings.__name__ == "HingeObjective"
 
