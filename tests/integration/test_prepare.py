@@ -81,22 +81,25 @@ def _planted() -> list[tuple[BadRow | None, Any]]:
         (BadRow.UNPARSABLE, "{broken"),
         (BadRow.UNPARSABLE, '{"prompt": "cut'),
         (BadRow.WRONG_TYPE, "[1, 2]"),
-        (BadRow.WRONG_TYPE, pair | {"chosen": {"text": "c"}}),
+        (BadRow.WRONG_TYPE, pair | {"chosen": [1, 2]}),
         (BadRow.MISSING_FIELD, {"prompt": "p", "chosen": "c"}),
         (BadRow.EMPTY_PROMPT, pair | {"prompt": ""}),
         (BadRow.EMPTY_COMPLETION, pair | {"rejected": "  "}),
         (BadRow.IDENTICAL_COMPLETIONS, pair | {"rejected": "c"}),
-        (BadRow.NO_SHARED_PROMPT, {"prompt": [turns[0]], "chosen": [turns[1], *turns], "rejected": [turns[1]]}),
+        (BadRow.NO_SHARED_PROMPT, {"prompt": [turns[0]], "chosen": [{**turns[0], "content": "x"}, turns[1]], "rejected": [turns[1]]}),
         (BadRow.NON_FINITE_MARGIN, '{"prompt": "p", "chosen": "c", "rejected": "d", "margin": NaN}'),
         (BadRow.UNKNOWN_ROLE, pair | {"prompt": [{"role": "wizard", "content": "a"}]}),
         (BadRow.BAD_TEXT, pair | {"chosen": "nul \x00"}),
         (BadRow.BAD_TEXT, pair | {"chosen": "lone \ud800"}),
         (BadRow.TOO_LONG, pair | {"chosen": "c" * MAX_TOKENS}),
         (BadRow.TEMPLATE_REJECTED, pair | {"prompt": [turns[0], {"role": "tool", "content": "x"}]}),
+        (BadRow.ALREADY_TEMPLATED, pair | {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}),
+        (BadRow.UNSUPPORTED_MESSAGE, pair | {"prompt": [turns[0], {**turns[1], "reasoning_content": "hm"}, turns[0]]}),
         (BadRow.DUPLICATE, _good(1)[0]),
         (BadRow.CONTRADICTION, twice),
         (BadRow.CONTRADICTION, twice | {"chosen": "d", "rejected": "c"}),
         (BadRow.IN_VALIDATION, {"prompt": "held out", "chosen": "x", "rejected": "y"}),
+        (BadRow.CONTAMINATED, {"prompt": "A  benchmark's question!", "chosen": "x", "rejected": "y"}),
     ]
 
 
@@ -111,6 +114,8 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
     held_out = [{"prompt": "held out", "chosen": "1", "rejected": "2"}, {"prompt": "more", "chosen": "1", "rejected": "2"}]
     validation = _write(tmp_path / "validation.jsonl.gz", held_out)
     options: tuple[str, ...] = (f"data.validation=[{validation}]", "data.max_bad_fraction=1.0", "data.rows_per_shard=8")
+    benchmark = _write(tmp_path / "benchmark.jsonl", [{"prompt": "a benchmark's question", "chosen": "1", "rejected": "2"}])
+    options += (f"data.contamination=[{benchmark}]",)
     options += ("data.attributes=[quality]", "data.attribute_range=[0,4]", "data.step_separator='|'")
     prepared = prepare(_config(tokenizer_path, tmp_path, [train, ranked], *options))
     manifest = prepared.manifest
@@ -118,7 +123,9 @@ def test_every_kind_of_bad_row_is_counted_by_its_reason_and_nothing_is_lost(tmp_
         tie=1, bad_ranking=1, bad_rating=1, no_rating=1, bad_steps=1
     )
     assert manifest.num_quarantined == dict(expected)
-    assert set(manifest.num_quarantined) == {reason.value for reason in BadRow} - {BadRow.NO_CRITIQUE}  # the next test
+    elsewhere = {BadRow.NO_CRITIQUE, BadRow.OUTLIER, BadRow.CHANGED_BY_TEMPLATE}
+    elsewhere |= {BadRow.UNUSED_COLUMN, BadRow.ADAPTER_REJECTED, BadRow.ADAPTER_FAILED}
+    assert set(manifest.num_quarantined) == {reason.value for reason in BadRow} - elsewhere
     assert (manifest.num_input_rows, manifest.num_train, manifest.num_validation) == (len(planted) + 8, 22, 2)
     assert manifest.num_input_rows == manifest.num_train + manifest.num_validation + sum(manifest.num_quarantined.values())
 
@@ -240,6 +247,27 @@ def test_order_split_and_ids_do_not_depend_on_files_or_blocks(tmp_path: Path, to
         assert _table(first, split).equals(_table(second, split))
     assert _table(first, "train")["id"].to_pylist() != _table(other, "train")["id"].to_pylist()
     assert first.manifest.num_quarantined == second.manifest.num_quarantined == {"duplicate": 5}
+
+
+def test_large_data_is_shuffled_by_its_keys_to_the_same_result(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*_good(80), *_good(9), {"prompt": "Question 3?", "chosen": "right 3!", "rejected": "wrong answer 3"}, "{broken"]
+    rows += [{"prompt": "one", "chosen": f"a{i}", "rejected": "b"} for i in range(30)]
+    data = _write(tmp_path / "x.jsonl", rows)
+    options = ("data.validation_fraction=0.3", "data.rows_per_shard=7", "data.group_pairs=true")
+    tables = []
+    for name, small in (("one", 1000), ("many", 10)):
+        monkeypatch.setattr("rayward.data.prepare.stages.SMALL_ROWS", small)
+        for grouped in options[2:], ():
+            prepared = prepare(_config(tokenizer_path, tmp_path / name, data, *options[:2], *grouped))
+            report = json.loads(Path(prepared.directory, "report.json").read_text())
+            assert prepared.manifest.num_quarantined == {"duplicate": 9, "unparsable": 1}
+            assert (report["near_duplicates"], report["train_validation_prompt_overlap"]) == (1, 0)
+            assert prepared.manifest.near_duplicate_examples[0].row == 90
+            tables.append([_table(prepared, split).to_pylist() for split in ("train", "validation")])
+    assert tables[:2] == tables[2:]
+    assert all(tables[0])
 
 
 def test_a_second_call_reuses_the_directory_and_checks_the_share_again(tmp_path: Path, tokenizer_path: Path) -> None:

@@ -36,6 +36,7 @@ MAY_IMPORT_RAY = {
     "cluster",
     "data.prepare.job",
     "data.prepare.numbering",
+    "data.prepare.stages",
     "data.prepare.write",
     "data.stream.stream",
     "scoring.batch",

@@ -99,12 +99,19 @@ def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     if len(sequences) == 1:
         return len(sequences[0]) - 1
     limit = min(len(sequence) for sequence in sequences) - 1
-    first = sequences[0]
-    for position in range(limit):
-        token = first[position]
-        if any(sequence[position] != token for sequence in sequences[1:]):
-            return position
-    return limit
+    # What the first and the last in order have in common, all have.
+    ordered = sorted(map(list, sequences))
+    first, last = ordered[0], ordered[-1]
+    if first[:limit] == last[:limit]:
+        return limit
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == last[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def comparison_of(

@@ -35,6 +35,9 @@ class DataConfig(Frozen):
     """Column name of the worse completion."""
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
     """Share of prompts (not rows) held out when `validation` is empty."""
+    contamination: tuple[str, ...] = ()
+    """Benchmarks, named like `train`: train rows whose prompt stands in one (the same token ids, or the same text but for case, spaces and
+    punctuation) are quarantined."""
     ties: Literal["quarantine", "keep"] = "quarantine"
     """What to do with completions ranked equal: quarantine, or train them towards probability one half."""
     votes: Literal["quarantine", "majority", "soft"] = "quarantine"

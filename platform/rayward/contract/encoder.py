@@ -36,6 +36,7 @@ class Encoding:
         step_ends: index of the last id of every step of the completion, the end token for the last one; None where no separator was given.
         num_tokens: of the whole conversation, before its oldest turns went.
         prompt_key: hash of what the prompt becomes before any turn goes: equal for prompts that the template makes equal.
+        prompt_text, rest_text: the rendered prompt before any turn goes, and what follows it, as the tokenizer reads them.
         trimmed: whether the template cut white space around the completion.
         changed: what else the template changed or left out, in words, where the contract accepts it.
     """
@@ -45,6 +46,8 @@ class Encoding:
     step_ends: tuple[int, ...] | None = None
     num_tokens: int = 0
     prompt_key: str = ""
+    prompt_text: str = ""
+    rest_text: str = ""
     trimmed: bool = False
     changed: str | None = None
 
@@ -204,10 +207,11 @@ class Encoder:
 
     def _encoding(self, conversation: Conversation, rendered: Rendered, tokens: tokenizers.Encoding, separator: str | None) -> Encoding:
         num_tokens, key = len(tokens.ids), self._prompt_key(rendered, tokens)
+        texts = self._as_read(rendered.text[: rendered.prompt_end]), self._as_read(rendered.text[rendered.prompt_end :])
         if num_tokens > self.contract.max_tokens:
             rendered, tokens = self._truncated(conversation, num_tokens)
         steps = None if separator is None else self._step_ends(rendered, tokens, conversation.completion, separator)
-        return Encoding(tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, rendered.trimmed, rendered.changed)
+        return Encoding(tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, *texts, rendered.trimmed, rendered.changed)
 
     def _truncated(self, conversation: Conversation, num_tokens: int) -> tuple[Rendered, tokenizers.Encoding]:
         # From the shortest prompt on, twice as many more turns at each try: only what nearly fits is rendered, however long the whole is.
@@ -265,11 +269,13 @@ class Encoder:
         index = tokens.char_to_token(self._place(rendered, sure) - 1) if sure else None
         ids = [] if index is None else tokens.ids[: index + 1]
         rest = prompt[sure:] if index is not None else prompt
-        normaliser = self._backend.normalizer
-        rest = normaliser.normalize_str(rest) if normaliser is not None and rest else rest
         state = hashlib.blake2b(array("q", ids).tobytes(), digest_size=16)
-        state.update(rest.encode("utf-8", "surrogatepass"))
+        state.update(self._as_read(rest).encode("utf-8", "surrogatepass"))
         return state.hexdigest()
+
+    def _as_read(self, text: str) -> str:
+        normaliser = self._backend.normalizer
+        return normaliser.normalize_str(text) if normaliser is not None and text else text
 
     def _step_ends(self, rendered: Rendered, tokens: tokenizers.Encoding, completion: Completion, separator: str) -> tuple[int, ...]:
         if not isinstance(completion, str):

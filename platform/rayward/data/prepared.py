@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
+from pydantic import Field
 
 from rayward import storage
 from rayward.batch.comparison import EncodedComparison, Float32, Labels
@@ -60,6 +61,19 @@ class Grouping(Frozen):
         return ", ".join(f"{reason} {getattr(self, reason):,}" for reason in reasons if getattr(self, reason))
 
 
+class NearDuplicate(Frozen):
+    """A row that differs from another one in case, spaces and punctuation only; both are used, in the same split.
+
+    Attributes:
+        file, row: where it stands.
+        like: where the other one stands.
+    """
+
+    file: str
+    row: int
+    like: str
+
+
 class UnusedColumn(Frozen):
     """A column of a source that no adapter reads.
 
@@ -97,7 +111,9 @@ class Manifest(Versioned):
         num_repeated: training rows beyond the first use of each (`repeat` and `share` of `data.sources`).
         unused_columns: columns that nothing reads, by source.
         labels: what is known about the labels, over both splits.
-        sources: train rows by source.
+        sources: train rows by source; of very many the largest, and the others as one.
+        near_duplicates: rows in use that differ from another one in case, spaces and punctuation only, and some of them.
+        contamination: quarantined rows by file of `data.contamination`.
     """
 
     kind: ClassVar[str] = "manifest"
@@ -123,6 +139,9 @@ class Manifest(Versioned):
     max_completions: int
     labels: LabelFacts = LabelFacts()
     sources: dict[str, int]
+    near_duplicates: int = 0
+    near_duplicate_examples: tuple[NearDuplicate, ...] = ()
+    contamination: dict[str, int] = Field(default_factory=dict)
 
     def told_unused(self, limit: int = 20) -> list[str]:
         """The unused columns as the terminal says them, a line for each source."""

@@ -56,6 +56,7 @@ class BadRow(StrEnum):
     DUPLICATE = "duplicate"
     CONTRADICTION = "contradiction"
     IN_VALIDATION = "in_validation"
+    CONTAMINATED = "contaminated"
     UNUSED_COLUMN = "unused_column"
     ADAPTER_REJECTED = "adapter_rejected"
     ADAPTER_FAILED = "adapter_failed"

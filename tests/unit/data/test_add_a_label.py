@@ -58,12 +58,11 @@ import torch
 import rayward
 from rayward.config.data import DataConfig
 from rayward.contract.contract import Contract
-from rayward.contract.encoder import Encoder
 from rayward.contract.tokenizer import load_tokenizer
 from rayward.data.formats.table import choose_format
-from rayward.data.prepare.encode import encode
+from rayward.data.prepare.encode import Encoders, encode
 from rayward.data.prepare.judge import Policy, judge
-from rayward.data.prepare.rows import ADAPTED_SCHEMA, READ_SCHEMA, Adaptation, adapt
+from rayward.data.prepare.rows import READ_SCHEMA, Adaptation
 from rayward.data.prepare.stats import SplitStats
 from rayward.data.prepared import PREPARED_SCHEMA
 from rayward.data.stream.shares import plan_block, read_share
@@ -77,12 +76,12 @@ for row, difficulty in zip(rows, (2.0, 0.5, float("inf"))):
     row["difficulty"] = difficulty
 raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(row)} for i, row in enumerate(rows)]
 formats = {"f": choose_format(rows, DataConfig(train=("f",)), where="f", source="f")}
-adapted = adapt(pa.Table.from_pylist(raw, READ_SCHEMA), Adaptation(formats, "quarantine", 1))
-assert adapted["reason"].to_pylist() == [None, None, "wrong_type", None]
 policy = Policy(0, 0.0, "truncate")
 contract = Contract.from_tokenizer(load_tokenizer(sys.argv[2]), max_tokens=64)
-encoder = Encoder(contract, load_tokenizer(sys.argv[2]))
-encoded = encode(judge(adapted, policy), encoder, policy)
+encoders = Encoders.of(contract, load_tokenizer(sys.argv[2]))
+encoded = encode(pa.Table.from_pylist(raw, READ_SCHEMA), Adaptation(formats, "quarantine"), encoders, policy)
+assert encoded["reason"].to_pylist() == [None, None, "wrong_type", None]
+encoded = judge(encoded, policy)
 encoded = encoded.filter(pa.compute.is_valid(encoded["split"]))
 stats = SplitStats.of(encoded)
 assert stats.missing["difficulty"] == 1

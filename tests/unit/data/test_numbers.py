@@ -16,7 +16,7 @@ import pytest
 
 from rayward.contract.conversation import Message
 from rayward.data.formats.table import SourceOptions
-from rayward.data.prepare.numbers import Sketch, bound_of, described, has_outliers, quarantine_outliers, sketches_of, value_of
+from rayward.data.prepare.numbers import Sketch, bound_of, bounds_of, described, has_outliers, quarantine_outliers, sketches_of, value_of
 from rayward.data.prepare.report import most_frequent
 from rayward.data.prepare.rows import ENCODED_SCHEMA, READ_SCHEMA, Adaptation, adapt
 from rayward.data.prepare.tally import Tally
@@ -107,6 +107,13 @@ def test_a_rating_far_from_all_others_is_quarantined_by_its_column() -> None:
     assert "rating 0 -300000" in out[6]
 
 
+def test_a_range_of_ratings_is_their_bound() -> None:
+    sketches = sketches_of(table(*({"attributes": [[value], [value]], "margin": value} for value in (1.0, 1.0, 1.0, 1e5))))
+    assert bounds_of(sketches, 1000.0)["rating 0"].largest == 1000.0
+    ranged = bounds_of(sketches, 1000.0, rated=False)
+    assert (ranged["rating 0"].largest, ranged["margin"].largest) == (LARGEST_NUMBER, 1000.0)
+
+
 def test_rows_that_are_out_already_stay_what_they_are() -> None:
     encoded = table(*({"weight": 1.0} for _ in range(5)), {"weight": 1e8, "split": None, "reason": "tie", "detail": "d"})
     sketches = sketches_of(encoded)
@@ -124,9 +131,9 @@ def test_rows_that_are_out_already_stay_what_they_are() -> None:
 def test_a_number_beyond_any_use_is_refused_where_the_row_is_read(row: dict[str, Any]) -> None:
     raw = {"prompt": "p", "completions": ["a", "b"], "ranks": [0, 1], **row}
     read = pa.Table.from_pylist([{"kind": "row", "role": "train", "file": "f", "number": 1, "raw": json.dumps(raw)}], schema=READ_SCHEMA)
-    (adapted,) = adapt(read, Adaptation({"f": ("ranking", SourceOptions("set", attributes=("a",)))}, "quarantine", 1)).to_pylist()
-    assert adapted["reason"] == "outlier"
-    assert "1e+09" in adapted["detail"]
+    (draft,) = adapt(read, Adaptation({"f": ("ranking", SourceOptions("set", attributes=("a",)))}, "quarantine"))
+    assert draft.reason == "outlier"
+    assert "1e+09" in (draft.detail or "")
     base = Comparison("x", "s", (Message(role="user", content="q"),), ("a", "b"), (0.0, 1.0))
     validate(base, ties="quarantine")
     with pytest.raises(RowRejected) as caught:

@@ -8,11 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from tests.helpers.tokenizer import make_tokenizer
 
 from rayward.config.data import DataConfig
+from rayward.contract.contract import Contract
 from rayward.data.formats.table import FORMATS, SourceOptions, choose_format
-from rayward.data.prepare.judge import Policy, judge
-from rayward.data.prepare.rows import READ_SCHEMA, Adaptation, adapt
+from rayward.data.prepare.combine import settle
+from rayward.data.prepare.encode import Encoders, encode
+from rayward.data.prepare.judge import Policy
+from rayward.data.prepare.rows import READ_SCHEMA, Adaptation
 from rayward.data.prepare.tally import Tally
 from rayward.data.record import BadRow, RowRejected, load_record, validate
 
@@ -143,12 +147,21 @@ def test_a_bad_row_is_rejected_with_its_reason(name: str, options: SourceOptions
 # ---- rows of one prompt ---------------------------------------------------------------------------------------------
 
 
-def judged(rows: list[dict[str, Any]], options: SourceOptions, **policy: Any) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return Encoders.of(Contract.from_tokenizer(tokenizer, max_tokens=100), tokenizer)
+
+
+def settled(rows: list[dict[str, Any]], options: SourceOptions, encoders: Encoders, **policy: Any) -> pa.Table:
     raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(row)} for i, row in enumerate(rows, 1)]
-    table = pa.Table.from_pylist(raw, schema=READ_SCHEMA)
-    adapted = adapt(table, Adaptation({"f": ("helpsteer2", options)}, "quarantine", 1))
-    result: list[dict[str, Any]] = judge(adapted, Policy(0, 0.0, "truncate", **policy)).to_pylist()
-    return [row for row in result if row["kind"] in ("row", "merged")]
+    total = {"kind": "total", "role": "train", "file": "f", "number": len(rows), "raw": ""}
+    table, rule = pa.Table.from_pylist([*raw, total], schema=READ_SCHEMA), Policy(0, 0.0, "truncate", **policy)
+    return settle(encode(table, Adaptation({"f": ("helpsteer2", options)}, "quarantine"), encoders, rule), rule)
+
+
+def judged(rows: list[dict[str, Any]], options: SourceOptions, encoders: Encoders, **policy: Any) -> list[dict[str, Any]]:
+    return [row for row in settled(rows, options, encoders, **policy).to_pylist() if row["kind"] in ("row", "merged")]
 
 
 def row(prompt: str, response: str, helpfulness: float | None, verbosity: float = 1) -> dict[str, Any]:
@@ -158,8 +171,8 @@ def row(prompt: str, response: str, helpfulness: float | None, verbosity: float 
 TWO = rated("helpfulness", "verbosity")
 
 
-def test_rated_rows_of_one_prompt_become_one_comparison() -> None:
-    rows = judged([row("p", "a", 4), row("q", "x", 2), row("p", "b", 1, 3), row("p", "c", 3)], TWO, merge_prompts=True)
+def test_rated_rows_of_one_prompt_become_one_comparison(encoders: Encoders) -> None:
+    rows = judged([row("p", "a", 4), row("q", "x", 2), row("p", "b", 1, 3), row("p", "c", 3)], TWO, encoders, merge_prompts=True)
     assert sorted(r["kind"] for r in rows) == ["merged", "merged", "row", "row"]
     assert all((r["split"] == "train") == (r["kind"] == "row") for r in rows)
     comparisons = {c.prompt[0]["content"]: c for c in (load_record(r["record"]) for r in rows if r["kind"] == "row")}
@@ -169,17 +182,17 @@ def test_rated_rows_of_one_prompt_become_one_comparison() -> None:
     assert comparisons["q"].completions == ("x",)
 
 
-def test_merged_rows_are_ranked_by_an_attribute() -> None:
-    rows = judged([row("p", "a", 4), row("p", "b", 1)], TWO, merge_prompts=True, rank_by=(0, "helpfulness"))
+def test_merged_rows_are_ranked_by_an_attribute(encoders: Encoders) -> None:
+    rows = judged([row("p", "a", 4), row("p", "b", 1)], TWO, encoders, merge_prompts=True, rank_by=(0, "helpfulness"))
     (record,) = [load_record(r["record"]) for r in rows if r["kind"] == "row"]
     assert record.ranks is not None
     assert dict(zip(record.completions, record.ranks, strict=True)) == {"a": -4.0, "b": -1.0}
     assert record.strength == 3.0
 
 
-def test_the_result_does_not_depend_on_the_order_of_the_rows() -> None:
+def test_the_result_does_not_depend_on_the_order_of_the_rows(encoders: Encoders) -> None:
     rows = [row("p", "a", 4), row("p", "b", 1), row("p", "c", 2)]
-    first, second = (judged(r, TWO, merge_prompts=True) for r in (rows, rows[::-1]))
+    first, second = (judged(r, TWO, encoders, merge_prompts=True) for r in (rows, rows[::-1]))
     assert {r["record"] for r in first if r["kind"] == "row"} == {r["record"] for r in second if r["kind"] == "row"}
 
 
@@ -192,22 +205,18 @@ def test_the_result_does_not_depend_on_the_order_of_the_rows() -> None:
         ([row("p", "a", 4), row("p", "a", 3)], BadRow.CONTRADICTION),
     ],
 )
-def test_what_cannot_be_ranked_is_quarantined_row_by_row(rows: list[dict[str, Any]], reason: BadRow) -> None:
-    found = judged(rows, TWO, merge_prompts=True, rank_by=(0, "helpfulness"))
+def test_what_cannot_be_ranked_is_quarantined_row_by_row(rows: list[dict[str, Any]], reason: BadRow, encoders: Encoders) -> None:
+    found = judged(rows, TWO, encoders, merge_prompts=True, rank_by=(0, "helpfulness"))
     assert [(r["kind"], r["split"], r["reason"]) for r in found] == [("row", None, reason.value)] * len(rows)
 
 
-def test_a_duplicate_is_dropped_before_rows_are_merged() -> None:
-    found = judged([row("p", "a", 4), row("p", "a", 4), row("p", "b", 1)], TWO, merge_prompts=True)
+def test_a_duplicate_is_dropped_before_rows_are_merged(encoders: Encoders) -> None:
+    found = judged([row("p", "a", 4), row("p", "a", 4), row("p", "b", 1)], TWO, encoders, merge_prompts=True)
     assert sorted((r["kind"], r["reason"] or "") for r in found) == [("merged", ""), ("row", ""), ("row", "duplicate")]
 
 
-def test_counts_add_up_with_merged_rows() -> None:
+def test_counts_add_up_with_merged_rows(encoders: Encoders) -> None:
     rows = [row("p", "a", 4), row("p", "b", 1), row("p", "b", 1), row("q", "x", 2)]
-    raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(r)} for i, r in enumerate(rows, 1)]
-    table = pa.Table.from_pylist([*raw, {"kind": "total", "role": "train", "file": "f", "number": 4, "raw": ""}], schema=READ_SCHEMA)
-    adapted = adapt(table, Adaptation({"f": ("helpsteer2", TWO)}, "quarantine", 1))
-    judged_rows = judge(adapted, Policy(0, 0.0, "truncate", merge_prompts=True))
-    columns = judged_rows.select(["kind", "split", "reason", "source", "number", "detail", "file", "leftover"])
+    columns = settled(rows, TWO, encoders, merge_prompts=True)
     tally = Tally.merged([Tally.of(columns)])
     assert (tally.read, tally.num_merged, tally.splits.total(), tally.quarantined.total()) == (4, 1, 2, 1)

@@ -9,8 +9,8 @@ import pytest
 
 from rayward.batch.comparison import shared_prefix_length
 from rayward.contract.conversation import Message
-from rayward.data.prepare.judge import Policy, judge
-from rayward.data.prepare.rows import ADAPTED_SCHEMA
+from rayward.data.prepare.judge import Policy, judge, side_of
+from rayward.data.prepare.rows import KEYED_SCHEMA
 from rayward.data.record import BadRow, Comparison, RowRejected, dense_ranks, dump_record, load_record, validate
 
 BASE = Comparison(id="x", source="s", prompt=(Message(role="user", content="q"),), completions=("a", "b"), ranks=(0.0, 1.0))
@@ -56,12 +56,12 @@ def _table(*rows: tuple[Comparison, str, int]) -> pa.Table:
     """(comparison, role, row number)."""
     records: list[dict[str, Any]] = [
         {
-            "kind": "row", "role": role, "file": "f", "number": number, "raw": "{}", "source": "s", "record": dump_record(c),
-            "prompt_key": c.prompt_key(), "content_key": c.content_key(), "judgement_key": c.judgement_key(), "bucket": 0,
+            "kind": "row", "role": role, "file": "f", "number": number, "source": "s", "record_key": dump_record(c), "split": role,
+            "near_prompt": c.prompt_key(), "content": c.content_key(), "near_content": c.content_key(), "judgement": c.judgement_key(),
         }
         for c, role, number in rows
     ]  # fmt: skip
-    return pa.Table.from_pylist(records, schema=ADAPTED_SCHEMA)
+    return pa.Table.from_pylist(records, schema=KEYED_SCHEMA)
 
 
 def _verdicts(table: pa.Table) -> dict[int, str]:
@@ -91,8 +91,8 @@ def test_a_train_prompt_that_stands_in_validation_leaves_train() -> None:
 
 
 def test_the_held_out_share_is_a_function_of_prompt_and_seed() -> None:
-    rows = [(replace(BASE, prompt=(Message(role="user", content=str(n)),)), "train", n) for n in range(2000)]
-    sides = [judge(_table(*rows), replace(POLICY, seed=seed, validation_fraction=0.2))["split"].to_pylist() for seed in (0, 0, 1)]
+    keys = [str(n).encode() for n in range(2000)]
+    sides = [[side_of("train", key, replace(POLICY, seed=seed, validation_fraction=0.2)) for key in keys] for seed in (0, 0, 1)]
     assert sides[0] == sides[1] != sides[2]
     # 400 expected, standard deviation 18.
     assert 320 < sides[0].count("validation") < 480

@@ -14,7 +14,7 @@ from rayward.config.load import parse_config
 from rayward.config.run import Config
 from rayward.config.sources import SourceConfig
 from rayward.data.prepare.inputs import plan_reads
-from rayward.data.prepare.leftover import unused_columns
+from rayward.data.prepare.leftover import Leftovers, unused_columns
 from rayward.data.prepare.repeats import repeated, repeats_of
 from rayward.data.prepare.rows import READ_SCHEMA, Adaptation, adapt, read
 from rayward.data.prepared import UnusedColumn
@@ -102,9 +102,10 @@ def test_columns_that_nothing_reads_are_counted_over_all_rows() -> None:
     counts: dict[str, int] = {}
     for block in (given[:2], given[2:]):
         raw = [{"kind": "row", "role": "train", "file": "f", "number": n, "raw": json.dumps(row)} for n, row in enumerate(block)]
-        adapted = adapt(pa.Table.from_pylist(raw, READ_SCHEMA), Adaptation({"f": ("trl", SourceOptions("set", "prompt"))}, "quarantine", 1))
-        for text in adapted["leftover"].drop_null().to_pylist():
-            counts = {key: counts.get(key, 0) + count for key, count in {**dict.fromkeys(counts, 0), **json.loads(text)}.items()}
+        leftovers = Leftovers()
+        adapt(pa.Table.from_pylist(raw, READ_SCHEMA), Adaptation({"f": ("trl", SourceOptions("set", "prompt"))}, "quarantine"), leftovers)
+        for key, count in json.loads(leftovers.dump() or "{}").items():
+            counts[key] = counts.get(key, 0) + count
     found = unused_columns(counts, {"set": 4}, {"set": {"chosen_feedback": "data.critique_lead_in"}})
     assert found == (
         UnusedColumn(source="set", column="magnitude", type="number or text", num_rows=3, share=0.75),

@@ -14,11 +14,11 @@ from tests.helpers.tokenizer import make_tokenizer
 
 from rayward.contract.contract import Contract
 from rayward.contract.conversation import Message
-from rayward.contract.encoder import Encoder
 from rayward.data.formats.table import SourceOptions
-from rayward.data.prepare.encode import encode
-from rayward.data.prepare.judge import Policy, judge
-from rayward.data.prepare.rows import READ_SCHEMA, Adaptation, adapt
+from rayward.data.prepare.combine import settle
+from rayward.data.prepare.encode import Encoders, encode
+from rayward.data.prepare.judge import Policy
+from rayward.data.prepare.rows import READ_SCHEMA, Adaptation
 from rayward.data.prepare.tally import Tally
 from rayward.data.record import BadRow, Comparison, RowRejected, dump_record, load_record, pairwise_in_order, validate
 from rayward.data.votes import judgement, merged
@@ -201,20 +201,20 @@ def test_shares_that_do_not_fit_are_refused(ranks: tuple[float, ...], shares: tu
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return Encoder(Contract.from_tokenizer(tokenizer, max_tokens=100), tokenizer)
+    return Encoders.of(Contract.from_tokenizer(tokenizer, max_tokens=100), tokenizer)
 
 
-def prepared(rows: list[dict[str, Any]], encoder: Encoder, **policy: Any) -> list[dict[str, Any]]:
+def prepared(rows: list[dict[str, Any]], encoders: Encoders, **policy: Any) -> list[dict[str, Any]]:
     """The rows after all steps, with `role` of their own where they have one."""
     rule = Policy(0, 0.0, "truncate", **policy)
     raw = [
         {"kind": "row", "role": row.pop("role", "train"), "file": "f", "number": i, "raw": json.dumps(row)} for i, row in enumerate(rows, 1)
     ]
     read = pa.Table.from_pylist([*raw, {"kind": "total", "role": "train", "file": "f", "number": len(raw), "raw": ""}], schema=READ_SCHEMA)
-    adapted = adapt(read, Adaptation({"f": ("ranking", SourceOptions("set"))}, "keep" if rule.votes else rule.ties, 1))
-    table = encode(judge(adapted, rule), encoder, rule)
+    plan = Adaptation({"f": ("ranking", SourceOptions("set"))}, "keep" if rule.votes else rule.ties)
+    table = settle(encode(read, plan, encoders, rule), rule)
     counts = Tally.merged([Tally.of(table)])
     assert counts.read == counts.splits.total() + counts.num_merged + counts.quarantined.total()
     return [row for row in table.to_pylist() if row["kind"] in ("row", "merged")]
@@ -229,57 +229,58 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     return [fate for _, fate in sorted(fates)]
 
 
-def test_votes_become_one_row(encoder: Encoder) -> None:
+def test_votes_become_one_row(encoders: Encoders) -> None:
     votes = [row(0, 1, id="1"), row(0, 1, completions="ba", id="2"), row(0, 1, id="3")]
-    assert verdicts(prepared(votes, encoder)) == ["contradiction"] * 3
+    assert verdicts(prepared(votes, encoders)) == ["contradiction"] * 3
     for rule, shares in (("majority", None), ("soft", [pytest.approx(2 / 3)])):
-        rows = prepared(votes, encoder, votes=rule)
+        rows = prepared(votes, encoders, votes=rule)
         assert verdicts(rows) == ["train", "merged", "merged"]
         (used,) = [row for row in rows if row["split"]]
         assert (used["id"], json.loads(used["completions_json"]), used["ranks"]) == ("1", ["a", "b"], [0, 1])
         assert used["vote_shares"] == shares
 
 
-def test_as_many_votes_for_each_are_a_tie(encoder: Encoder) -> None:
+def test_as_many_votes_for_each_are_a_tie(encoders: Encoders) -> None:
     votes = [row(0, 1), row(1, 0)]
-    gone = prepared(votes, encoder, votes="majority")
+    gone = prepared(votes, encoders, votes="majority")
     assert verdicts(gone) == ["tie", "tie"]
     assert all("votes 1 to 1; data.votes is 'majority'" in row["detail"] and "data.ties" in row["detail"] for row in gone)
     for rule in ("majority", "soft"):
-        rows = prepared(votes, encoder, votes=rule, ties="keep")
+        rows = prepared(votes, encoders, votes=rule, ties="keep")
         assert sorted(verdicts(rows)) == ["merged", "train"]
         assert [row["ranks"] for row in rows if row["split"]] == [[0, 0]]
 
 
-def test_ties_are_votes_whatever_becomes_of_a_tie(encoder: Encoder) -> None:
+def test_ties_are_votes_whatever_becomes_of_a_tie(encoders: Encoders) -> None:
     votes = [row(0, 1, id="1"), row(0, 0, id="2"), row(0, 0, id="3")]
-    assert verdicts(prepared(votes, encoder)) == ["train", "tie", "tie"]
-    assert verdicts(prepared(votes, encoder, votes="majority")) == ["tie"] * 3
-    rows = prepared(votes, encoder, votes="soft")
+    assert verdicts(prepared(votes, encoders)) == ["train", "tie", "tie"]
+    assert verdicts(prepared(votes, encoders, votes="majority")) == ["tie"] * 3
+    rows = prepared(votes, encoders, votes="soft")
     assert [row["vote_shares"] for row in rows if row["split"]] == [[pytest.approx(2 / 3)]]
     # A tie that nobody else judges stays one.
-    assert verdicts(prepared([row(0, 0), row(0, 1, completions="cd")], encoder, votes="soft")) == ["tie", "train"]
-    assert verdicts(prepared([row(0, 0)], encoder, votes="soft", ties="keep")) == ["train"]
+    assert verdicts(prepared([row(0, 0), row(0, 1, completions="cd")], encoders, votes="soft")) == ["tie", "train"]
+    assert verdicts(prepared([row(0, 0)], encoders, votes="soft", ties="keep")) == ["train"]
 
 
-def test_rows_that_agree_are_duplicates_as_ever(encoder: Encoder) -> None:
-    assert sorted(verdicts(prepared([row(0, 1)] * 3, encoder, votes="soft"))) == ["duplicate", "duplicate", "train"]
+def test_rows_that_agree_are_duplicates_as_ever(encoders: Encoders) -> None:
+    assert sorted(verdicts(prepared([row(0, 1)] * 3, encoders, votes="soft"))) == ["duplicate", "duplicate", "train"]
 
 
-def test_votes_are_counted_on_each_side_alone_and_validation_decides(encoder: Encoder) -> None:
+def test_votes_are_counted_on_each_side_alone_and_validation_decides(encoders: Encoders) -> None:
     held = [row(0, 1, role="validation"), row(0, 1, role="validation", id="z"), row(1, 0, role="validation")]
-    assert verdicts(prepared([*held, row(0, 1), row(1, 0)], encoder, votes="soft")).count("in_validation") == 2
+    assert verdicts(prepared([*held, row(0, 1), row(1, 0)], encoders, votes="soft")).count("in_validation") == 2
     # What leaves validation as a tie holds no prompt there.
     tied = [row(0, 1, role="validation"), row(1, 0, role="validation"), row(0, 1)]
-    assert verdicts(prepared(tied, encoder, votes="soft")) == ["tie", "tie", "train"]
+    assert verdicts(prepared(tied, encoders, votes="soft")) == ["tie", "tie", "train"]
 
 
-def test_ratings_by_several_judges_are_votes(encoder: Encoder) -> None:
+def test_ratings_by_several_judges_are_votes(encoders: Encoders) -> None:
     labels = [row_of | {"prompt": "q", "completions": ["a"]} for row_of in ({"ranks": None, "step_labels": [[v]]} for v in (0, 1, 1))]
     rule = Policy(0, 0.0, "truncate", votes="soft")
     raw = [{"kind": "row", "role": "train", "file": "f", "number": i, "raw": json.dumps(each)} for i, each in enumerate(labels)]
     options = SourceOptions("set", step_separator="\n\n")
-    table = judge(adapt(pa.Table.from_pylist(raw, schema=READ_SCHEMA), Adaptation({"f": ("ranking", options)}, "keep", 1)), rule)
+    plan = Adaptation({"f": ("ranking", options)}, "keep")
+    table = settle(encode(pa.Table.from_pylist(raw, schema=READ_SCHEMA), plan, encoders, rule), rule)
     (used,) = [load_record(each["record"]) for each in table.to_pylist() if each["split"]]
     assert used.step_labels is not None
     assert used.step_labels[0] == pytest.approx((2 / 3,))

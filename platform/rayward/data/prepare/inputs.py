@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayward import storage
 from rayward.config.run import Config
@@ -22,7 +22,7 @@ from rayward.data.sources.fingerprint import content_hashes
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
 from rayward.data.sources.kinds import Role
 from rayward.data.sources.read import ReadUnit, plan_units, read_file, sample_rows
-from rayward.errors import DataError
+from rayward.errors import DataError, DataFormatError
 from rayward.schema import digest, identity
 
 if TYPE_CHECKING:
@@ -33,12 +33,16 @@ PREPARATION = 4
 """Raised when the same files and settings would give other rows, so that nobody reads rows of the old rules; not the manifest's version."""
 
 
+ROLES: tuple[Role, ...] = ("train", "validation", "contamination")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Everything that the prepared data is a function of.
 
     Attributes:
-        files: in sorted order, train before validation; ignored: files of directories that were passed over, and why.
+        files: in sorted order, train before validation before benchmarks.
+        ignored: files of directories that were passed over, and why.
         contract, tokenizer: what text is encoded with.
         fingerprint: hash of the files' content, the rules, the seed and the tokenizer.
         sources: by file, the source that names it.
@@ -74,12 +78,12 @@ def inspect_inputs(config: Config) -> Inputs:
         ignored += passed_over
         for file in found:
             if file.uri in sources:
-                roles = {source.role, sources[file.uri].role}
-                named = "in data.train and in data.validation" if len(roles) > 1 else "named by two of data.sources"
+                roles = sorted({source.role, sources[file.uri].role}, key=ROLES.index)
+                named = f"in data.{roles[0]} and in data.{roles[1]}" if len(roles) > 1 else "named by two of data.sources"
                 raise DataError(f"{file.uri} is {named}", remedy="name each file in one of them")
             sources[file.uri] = source
         files += found
-    files.sort(key=lambda file: file.role)  # train before validation
+    files.sort(key=lambda file: ROLES.index(file.role))
     ignored = without(ignored, files)
     report_passed_over(ignored)
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.revision)
@@ -97,12 +101,15 @@ def inspect_inputs(config: Config) -> Inputs:
 
 def _grouped(config: Config) -> list[SourceConfig]:
     # The short form is one source a role, so that a file which two of its globs match counts once.
-    short = ((role, paths) for role, paths in (("train", config.data.train), ("validation", config.data.validation)) if paths)
-    return [*(SourceConfig(path=paths, role=role) for role, paths in short), *config.data.sources]
+    named = (config.data.train, config.data.validation, config.data.contamination)
+    short = [SourceConfig(path=paths, role=role) for role, paths in zip(ROLES, named, strict=True) if paths]
+    return [*short, *config.data.sources]
 
 
 def _files_of(source: SourceConfig, config: Config) -> tuple[list[SourceFile], list[PassedOver]]:
-    found, passed_over = find_files([name for name in source.path if not name.startswith(HUB_PREFIX)], source.role)
+    found, passed_over = find_files(
+        [name for name in source.path if not name.startswith(HUB_PREFIX)], source.role, every_split=source.role == "contamination"
+    )
     hubs = [parse_hub_name(name, source.role) for name in source.path if name.startswith(HUB_PREFIX)]
     downloads = storage.join(storage_location(config), "downloads")
     return found + [file for hub in hubs for file in download(hub, downloads, source.role)], passed_over
@@ -119,7 +126,7 @@ def _fingerprint(
     hashes = content_hashes(files)
     rules_of = {file.uri: _rules_of(sources[file.uri]) for file in files}
     contents = sorted([file.role, file.source, content, *rules_of[file.uri]] for file, content in zip(files, hashes, strict=True))
-    rules = [identity(config.data, exclude={"train", "validation", "sources", "max_bad_fraction"})]
+    rules = [identity(config.data, exclude={"train", "validation", "contamination", "sources", "max_bad_fraction"})]
     if config.data.adapter is not None:
         rules.append(adapter_fingerprint(config.data.adapter))
     return digest([PREPARATION, contents, *rules, config.run.seed, contract.fingerprint(), tokenizer_fingerprint(tokenizer)])
@@ -149,7 +156,7 @@ def plan_reads(
     for file, (rows, seen) in zip(files, samples, strict=True):
         if rows:
             mapping = sources[file.uri]
-            formats[file.uri] = choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping)
+            formats[file.uri] = _format_of(file, rows, config, mapping)
         elif seen:
             undecided.append((file, seen))
     for file, seen in undecided:
@@ -182,6 +189,17 @@ def _last_rows(files: Sequence[SourceFile], sources: Mapping[str, SourceConfig])
         left[key] -= len(taken)
         last[file.uri] = taken[-1] if taken else 0
     return last
+
+
+def _format_of(file: SourceFile, rows: list[dict[str, Any]], config: Config, mapping: SourceConfig) -> tuple[str, SourceOptions]:
+    if file.role == "contamination" and mapping.plain and config.data.format != "auto":
+        # A benchmark need not have the format of the data.
+        try:
+            detected = config.data.model_copy(update={"format": "auto"})
+            return choose_format(rows, detected, where=file.uri, source=file.source, mapping=mapping)
+        except DataFormatError:
+            pass
+    return choose_format(rows, config.data, where=file.uri, source=file.source, mapping=mapping)
 
 
 def _names(files: list[SourceFile], role: Role) -> str:

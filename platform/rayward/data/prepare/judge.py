@@ -1,19 +1,23 @@
-"""Who goes where: split by prompt, duplicates, contradictions, what joins. Whole buckets of rows; no Ray."""
+"""Who goes where: duplicates, contradictions, and train rows whose prompt is to stay unseen. Whole groups of equal content; no Ray."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayward.contract.reading import DEFAULT_SEPARATOR
-from rayward.data.prepare.join import fold
-from rayward.data.prepare.rows import ADAPTED_SCHEMA, printable
-from rayward.data.record import BadRow, Comparison, RowRejected, dump_record, joined, load_record, ranked_by, validate
-from rayward.data.votes import VoteRule, merged
+from rayward.data.prepare.rows import BENCHMARK, KEYED_SCHEMA
+from rayward.data.record import BadRow
+from rayward.data.votes import VoteRule
 from rayward.schema import digest
+
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,112 +46,173 @@ class Policy:
     step_separator: str = DEFAULT_SEPARATOR
     votes: VoteRule | None = None
 
+    @property
+    def joins(self) -> bool:
+        """Whether rows of one prompt may become one."""
+        return self.merge_prompts or self.group_tokens is not None or self.votes is not None
 
-def judge(table: pa.Table, policy: Policy) -> pa.Table:
-    """Split by prompt; mark duplicates, contradictions and train rows whose prompt stands in validation.
 
-    `table` holds whole buckets: all rows of a prompt. Of equal rows the one with the smallest record stays, so that the result does not
-    depend on files or their order; only between rows equal to the letter the first of the first file stays.
-    """
-    names = ("role", "prompt_key", "content_key", "judgement_key", "reason", "detail", "file", "number")
-    role, prompt, content, judgement, reasons, details, file, number = (table.column(name).to_pylist() for name in names)
-    kinds, texts = table.column("kind").to_pylist(), table.column("record").to_pylist()
-    splits: list[str | None] = [None] * table.num_rows
-    rows = _Rows(kinds, prompt, texts, splits, reasons, details)
-    in_validation: dict[str, int] = {}
-    groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for index, key in enumerate(content):
-        if key is not None and reasons[index] is None:
-            groups[role[index], key].append(index)
-    # Validation first: what is held out decides over train rows.
-    for (where, _), members in sorted(groups.items(), key=lambda group: group[0][0], reverse=True):
-        if where == "train" and prompt[members[0]] in in_validation:
-            other = in_validation[prompt[members[0]]]
-            for index in members:
-                reasons[index], details[index] = BadRow.IN_VALIDATION, f"the prompt is also that of row {number[other]} of {file[other]}"
-        elif policy.votes is not None and (len({judgement[index] for index in members}) > 1 or _tied(texts[members[0]])):
-            _count_votes(rows, members, policy.votes, policy.ties)
-        elif len({judgement[index] for index in members}) > 1:
-            for index in members:
-                other = next(i for i in members if judgement[i] != judgement[index])
-                reasons[index] = BadRow.CONTRADICTION
-                details[index] = f"row {number[other]} of {file[other]} judges the same completions otherwise"
-        elif len(members) > 1:
-            kept, *copies = sorted(members, key=lambda i: (texts[i], file[i], number[i]))
-            for index in copies:
-                reasons[index], details[index] = BadRow.DUPLICATE, f"the same as row {number[kept]} of {file[kept]}"
-        if where == "validation" and reasons[members[0]] != BadRow.TIE:
-            in_validation[prompt[members[0]]] = members[0]
-    for index, key in enumerate(content):
-        if key is not None and reasons[index] is None and kinds[index] == "row":
-            splits[index] = "validation" if role[index] == "validation" or _held_out(prompt[index], policy) else "train"
-    if policy.merge_prompts or policy.rank_by is not None:
-        _join_unranked(rows, policy)
-    changed = {"kind": kinds, "record": texts, "reason": reasons, "detail": details, "split": splits}
-    for name, values in changed.items():
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
-    sides = {side: {key for key, split in zip(prompt, splits, strict=True) if split == side} for side in ("train", "validation")}
-    overlap = {"kind": "overlap", "number": len(sides["train"] & sides["validation"]), "raw": ""}
-    table = pa.concat_tables([table, pa.Table.from_pylist([overlap], schema=ADAPTED_SCHEMA)])
-    return table if policy.group_tokens is None else fold(table)
+def side_of(role: str, near_prompt: bytes, policy: Policy) -> str:
+    """The split of a row: that of its file, or by a hash of its prompt, so that near duplicates of a prompt are on one side."""
+    if role == "validation":
+        return "validation"
+    held_out = int(digest([policy.seed, "split", near_prompt.hex()])[:16], 16) < policy.validation_fraction * 2.0**64
+    return "validation" if held_out else "train"
+
+
+def order_of(side: str, identifier: str, content: bytes, policy: Policy) -> str:
+    """The rank of a row: one sort orders both splits; the content breaks the tie between rows that share an id."""
+    return f"{side} {digest([policy.seed, identifier])[:16]}{content.hex()[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    # Columns of a bucket, changed in place.
-    kinds: list[str]
-    prompts: list[str | None]
-    records: list[str]
-    splits: list[str | None]
-    reasons: list[str | None]
-    details: list[str | None]
+class Unseen:
+    """Prompts of validation files and benchmarks, which are not trained on.
+
+    Attributes:
+        keys: their keys, sorted, each once.
+        benchmark: whether each is of a benchmark only.
+        files, numbers: where each stands first.
+    """
+
+    keys: npt.NDArray[np.bytes_]
+    benchmark: npt.NDArray[np.bool_]
+    files: npt.NDArray[Any]
+    numbers: Indices
+
+    @classmethod
+    def nothing(cls) -> Unseen:
+        """No prompt."""
+        return cls.of(KEYED_SCHEMA.empty_table())
+
+    @classmethod
+    def of(cls, table: pa.Table, files: Sequence[str] | None = None) -> Unseen:
+        """The prompts of a table of KEYED_SCHEMA: of its validation rows that are in use, and of its benchmarks.
+
+        Args:
+            files: names, where the column `file` counts them.
+        """
+        first: dict[bytes, tuple[bool, Any, int]] = {}
+        names = ("kind", "role", "near_prompt", "reason", "file", "number")
+        for kind, role, key, reason, file, number in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+            if role != "train" and key is not None and reason is None and kind == "row":
+                place = (role == BENCHMARK, file if files is None else files[file], number)
+                first[key] = min(first.get(key, place), place)
+        keys = sorted(first)
+        return cls(
+            np.array(keys, dtype="S16"),
+            np.array([first[key][0] for key in keys], dtype=bool),
+            np.array([first[key][1] for key in keys], dtype=object),
+            np.array([first[key][2] for key in keys], dtype=np.int64),
+        )
+
+    def find(self, keys: Sequence[bytes]) -> Indices:
+        """Of each key its place, or -1."""
+        asked = np.array(keys, dtype="S16")
+        if not len(self.keys) or not len(asked):
+            return np.full(len(asked), -1)
+        places = np.minimum(np.searchsorted(self.keys, asked), len(self.keys) - 1)
+        return np.where(self.keys[places] == asked, places, -1)
 
 
-def _tied(record: str) -> bool:
-    ranks = load_record(record).ranks
-    return ranks is not None and len(set(ranks)) == 1
+class _Verdicts:
+    # Columns of a table of KEYED_SCHEMA, and what is decided about its rows.
+
+    def __init__(self, table: pa.Table, files: Sequence[str] | None) -> None:
+        self.table = table
+        self.reasons: list[str | None] = table.column("reason").to_pylist()
+        self.details: list[str | None] = table.column("detail").to_pylist()
+        self.splits: list[str | None] = table.column("split").to_pylist()
+        self.beside: list[str | None] = [None] * table.num_rows
+        self._files = files
+
+    def place(self, index: int) -> str:
+        file, number = self.value("file", index), self.value("number", index)
+        return f"row {number} of {file if self._files is None else self._files[file]}"
+
+    def value(self, name: str, index: int) -> Any:
+        return self.table.column(name)[int(index)].as_py()
+
+    def smallest(self, indices: Indices) -> int:
+        names = ("record_key", "file", "number")
+        found: int = min(indices.tolist(), key=lambda index: tuple(self.value(name, index) for name in names))
+        return found
+
+    def reject(self, indices: Indices, reason: BadRow, detail: str) -> None:
+        for index in indices.tolist():
+            self.reasons[index], self.details[index], self.splits[index] = reason.value, detail, None
+
+    def done(self) -> pa.Table:
+        table = self.table
+        for name, values in (("reason", self.reasons), ("detail", self.details), ("split", self.splits), ("beside", self.beside)):
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+        return table
 
 
-def _count_votes(rows: _Rows, members: list[int], rule: VoteRule, ties: Literal["quarantine", "keep"]) -> None:
-    """Rows of equal content become one, or leave together where their votes say that no completion is better."""
-    kept, whole, votes = merged([load_record(rows.records[index]) for index in members], rule)
-    try:
-        validate(whole, ties=ties)
-    except RowRejected as exc:
-        for index in members:
-            rows.reasons[index], rows.details[index] = exc.reason.value, printable(f"{exc.detail} ({votes}; data.votes is {rule!r})")
-        return
-    rows.records[members[kept]] = dump_record(whole)
-    for index in members:
-        if index != members[kept]:
-            rows.kinds[index] = "merged"
+def judge(table: pa.Table, policy: Policy, unseen: Sequence[Unseen] | None = None, files: Sequence[str] | None = None) -> pa.Table:
+    """Mark duplicates, contradictions, near duplicates, and train rows whose prompt stands in validation or in a benchmark.
+
+    `table` holds all rows of a content, or of a near content where near duplicates are asked for. Of equal rows the one with the smallest
+    record stays, so that the result does not depend on files or their order; only between rows equal to the letter the first of the first
+    file stays.
+
+    Args:
+        table: has the columns of KEYED_SCHEMA.
+        unseen: prompts that are not trained on; None: those of the table itself.
+        files: names, where the column `file` counts them.
+    """
+    verdicts = _Verdicts(table, files)
+    for prompts in [Unseen.of(table)] if unseen is None else unseen:
+        _keep_unseen(verdicts, prompts)
+    for rows in _groups(verdicts, "content"):
+        judgements = pc.unique(table.column("judgement").take(pa.array(rows)))
+        if policy.votes is not None and (len(judgements) > 1 or verdicts.value("tied", rows[0])):
+            continue  # they are votes, which `combine` counts
+        if len(judgements) > 1:
+            _contradict(verdicts, rows)
+        else:
+            kept = verdicts.smallest(rows)
+            verdicts.reject(rows[rows != kept], BadRow.DUPLICATE, f"the same as {verdicts.place(kept)}")
+    for rows in _groups(verdicts, "near_content"):
+        first = verdicts.smallest(rows)
+        for index in rows[rows != first].tolist():
+            verdicts.beside[index] = verdicts.place(first)
+    return verdicts.done()
 
 
-def _join_unranked(rows: _Rows, policy: Policy) -> None:
-    groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    unranked: dict[int, Comparison] = {}
-    for index, split in enumerate(rows.splits):
-        if split is None:
-            continue
-        comparison = load_record(rows.records[index])
-        if comparison.ranks is None:
-            unranked[index] = comparison
-            groups[split, rows.prompts[index] if policy.merge_prompts else f"row {index}"].append(index)  # type: ignore[index]
-    for members in groups.values():
-        kept, *others = sorted(members, key=lambda index: rows.records[index])
-        comparison = joined([unranked[index] for index in (kept, *others)])
-        try:
-            if policy.rank_by is not None:
-                comparison = ranked_by(comparison, *policy.rank_by)
-            validate(comparison, ties=policy.ties)
-        except RowRejected as exc:
-            for index in members:
-                rows.splits[index], rows.reasons[index], rows.details[index] = None, exc.reason.value, printable(exc.detail)
-            continue
-        rows.records[kept] = dump_record(comparison)
-        for index in others:
-            rows.kinds[index], rows.splits[index] = "merged", None
+def _keep_unseen(verdicts: _Verdicts, unseen: Unseen) -> None:
+    table = verdicts.table
+    in_use = np.array([split is not None for split in verdicts.splits], dtype=bool)
+    of_train = np.array([role == "train" for role in table["role"].to_pylist()], dtype=bool)
+    candidates = np.flatnonzero(of_train & in_use)
+    found = unseen.find(table["near_prompt"].take(pa.array(candidates)).to_pylist())
+    for index, place in zip(candidates[found >= 0].tolist(), found[found >= 0].tolist(), strict=True):
+        other = f"row {unseen.numbers[place]} of {unseen.files[place]}"
+        reason = BadRow.CONTAMINATED if unseen.benchmark[place] else BadRow.IN_VALIDATION
+        verdicts.reject(
+            np.array([index]), reason, f"the prompt is that of {other}, or differs from it in case, spaces and punctuation only"
+        )
+        verdicts.beside[index] = other
 
 
-def _held_out(prompt_key: str, policy: Policy) -> bool:
-    return int(digest([policy.seed, "split", prompt_key])[:16], 16) < policy.validation_fraction * 2.0**64
+def _groups(verdicts: _Verdicts, column: str) -> list[Indices]:
+    """Rows in use that share a key and a role, in groups of two or more."""
+    rows = np.array([index for index, split in enumerate(verdicts.splits) if split is not None], dtype=np.int64)
+    if not len(rows):
+        return []
+    chosen = verdicts.table.select([column, "role"]).take(pa.array(rows))
+    keys = chosen.column(column).combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    keys = 2 * keys + pc.equal(chosen["role"], "validation").to_numpy(zero_copy_only=False)
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    return [rows[part] for part in np.split(order, starts[1:]) if len(part) > 1]
+
+
+def _contradict(verdicts: _Verdicts, rows: Indices) -> None:
+    judgements = [verdicts.value("judgement", index) for index in rows]
+    first = judgements[0]
+    other = next(index for index, judgement in zip(rows, judgements, strict=True) if judgement != first)
+    for index, judgement in zip(rows, judgements, strict=True):
+        against = other if judgement == first else rows[0]
+        detail = f"{verdicts.place(against)} judges the same completions otherwise"
+        verdicts.reject(np.array([index]), BadRow.CONTRADICTION, detail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,8 +14,8 @@ from rayward.config.sources import SourceConfig
 from rayward.schema import digest
 
 
-def train_rows_by_file(table: pa.Table) -> dict[str, int]:
-    """Training rows of a block by their file."""
+def train_rows_by_file(table: pa.Table) -> dict[Any, int]:
+    """Training rows of a block by their file, or its number."""
     trained = table.filter(pc.fill_null(pc.equal(table["split"], "train"), False))
     return dict(Counter(trained["file"].to_pylist()))
 
@@ -40,7 +41,7 @@ def repeats_of(sources: Mapping[str, SourceConfig], rows: Mapping[str, int]) -> 
     return {uri: times for uri, density in wanted.items() if (times := density / least) > 1.0}
 
 
-def repeated(table: pa.Table, repeats: Mapping[str, float]) -> pa.Table:
+def repeated(table: pa.Table, repeats: Mapping[Any, float]) -> pa.Table:
     """Rows with a split; training rows of a repeated file as often as it says, every copy at a place of its own.
 
     A fraction is decided by a hash of the row's place, so the result does not depend on blocks or workers.

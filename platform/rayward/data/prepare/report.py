@@ -47,6 +47,7 @@ MEANING: dict[BadRow, str] = {
     BadRow.DUPLICATE: "the same comparison with the same judgement stands elsewhere; one copy was kept",
     BadRow.CONTRADICTION: "the same completions are judged otherwise elsewhere; none was kept",
     BadRow.IN_VALIDATION: "the prompt also stands in the validation data",
+    BadRow.CONTAMINATED: "the prompt also stands in a file of data.contamination",
     BadRow.UNUSED_COLUMN: "a column that would change the row's meaning is neither read nor in data.ignore; no row of the sample had it",
     BadRow.ADAPTER_REJECTED: "the function of data.adapter gave no row, and a reason",
     BadRow.ADAPTER_FAILED: "the function of data.adapter raised an error, or gave something that is no row",
@@ -69,6 +70,10 @@ def build_report(
     num_merged: int = 0,
     grouping: Grouping | None = None,
     numbers: Mapping[str, Mapping[str, float]] | None = None,
+    near_duplicates: int = 0,
+    near_examples: Sequence[tuple[str, int, str]] = (),
+    contamination: Mapping[str, int] | None = None,
+    unread: Mapping[str, int] | None = None,
     unused: Sequence[UnusedColumn] = (),
 ) -> dict[str, Any]:
     """Collect what `report.json` says.
@@ -76,9 +81,11 @@ def build_report(
     Args:
         examples: by reason, some quarantine records.
         formats: number of files by format.
-        overlap: prompts that stand in train and in validation.
+        overlap: train rows whose prompt stands in validation.
         num_merged: rows whose completions stand in another row's comparison.
         grouping: what `data.group_pairs` did.
+        near_duplicates: see `tally.Tally`; near_examples: of some of them file and number, and the place of the other row.
+        contamination: quarantined rows by benchmark file; unread: rows of benchmarks that give no prompt, by reason.
         unused: columns that nothing reads.
         numbers: by column, the distribution of what rows bring (`numbers.described`).
     """
@@ -99,7 +106,14 @@ def build_report(
         "ties_quarantined": quarantined.get(BadRow.TIE, 0),
         "tied_pairs_kept": both.tied_pairs,
         "train_validation_prompt_overlap": overlap,
+        "near_duplicates": near_duplicates,
+        "near_duplicate_examples": [{"file": file, "row": row, "like": like} for file, row, like in near_examples],
+        "contamination": dict(contamination or {}),
+        "contamination_unread": dict(unread or {}),
         "rows_truncated": both.truncated,
+        "rows_trimmed": both.trimmed,
+        "rows_changed": both.changed,
+        "change_example": both.change,
         "longer_wins": _longer_wins(both),
         "tokens": both.tokens,
         "tokens_without_sharing": both.tokens_unshared,
@@ -205,6 +219,7 @@ def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("contradictions", f"{report['contradictions']:,}", "same completions, other judgement: none was kept"),
         ("ties quarantined", f"{report['ties_quarantined']:,}", "data.ties: keep trains them towards one half"),
         ("tied pairs kept", f"{report['tied_pairs_kept']:,}", "inside rankings, or by data.ties: keep"),
+        *_likeness_checks(report),
         ("rows that lost turns", f"{report['rows_truncated']:,}", "oldest turns dropped to fit model.max_tokens"),
         (
             "pairs won by the longer / the shorter / of equal length",
@@ -215,6 +230,23 @@ def _checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         *([("rows that did not join", groups.left(), "each stays a comparison of its own")] if groups.left() else []),
         ("longest comparison", f"{max(report['train']['longest_comparison'], report['validation']['longest_comparison']):,}", "tokens"),
     ]
+
+
+def _likeness_checks(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    examples = [f"row {each['row']} of {each['file']} is like {each['like']}" for each in report["near_duplicate_examples"][:2]]
+    note = "; ".join(examples) or "rows that differ in case, spaces and punctuation only"
+    checks = [("near duplicates", f"{report['near_duplicates']:,}", note)]
+    checks += [
+        (f"train rows in {file}", f"{count:,}", "data.contamination: quarantined") for file, count in report["contamination"].items()
+    ]
+    if unread := report["contamination_unread"]:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in unread.items())
+        checks.append(("rows of data.contamination that give no prompt", listed, "nothing is compared with them"))
+    if trimmed := report["rows_trimmed"]:
+        checks.append(("rows with a completion that the template trimmed", f"{trimmed:,}", "white space around it"))
+    if changed := report["rows_changed"]:
+        checks.append(("rows that the template changed", f"{changed:,}", report["change_example"]))
+    return checks
 
 
 def _histogram(title: str, bins: Mapping[int, int], unit: str) -> str:

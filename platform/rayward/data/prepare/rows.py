@@ -13,25 +13,28 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from rayward.contract.conversation import broken_by_prompt
 from rayward.data.formats.table import SourceOptions, columns_of
 from rayward.data.formats.table import adapt as adapt_one
 from rayward.data.prepare.leftover import Leftovers
 from rayward.data.prepared import PREPARED_SCHEMA
-from rayward.data.record import BadRow, RowRejected, dump_record, validate
+from rayward.data.record import BadRow, Comparison, RowRejected, ranked_by, require, validate
 from rayward.data.sources.read import BATCH_ROWS, ReadUnit, read_unit
 from rayward.data.sources.rows import RawRow
 from rayward.errors import DataError
-from rayward.schema import digest
 
 RAW_LIMIT = 2000
 """Characters of a quarantined row that are kept."""
 
+BENCHMARK = "contamination"
+"""Role of files whose prompts must not be trained on."""
+
 READ_SCHEMA = pa.schema(
     [
         # row | merged (its completions stand in another row) | total (number = rows of the unit) | damaged (detail = the fault of the
-        # file) | overlap (number = prompts in both splits) | grouping (number = rows or groups of what detail says)
+        # file) | grouping (number = rows or groups of what detail says)
         pa.field("kind", pa.string()),
-        pa.field("role", pa.string()),
+        pa.field("role", pa.string()),  # train | validation | contamination
         pa.field("file", pa.string()),
         pa.field("number", pa.int64()),
         pa.field("raw", pa.string()),
@@ -41,27 +44,35 @@ READ_SCHEMA = pa.schema(
     ]
 )
 
-ADAPTED_SCHEMA = pa.schema(
+KEY = pa.binary()
+
+KEYED_SCHEMA = pa.schema(
     [
-        *READ_SCHEMA,
+        *(pa.field(field.name, field.type) for field in READ_SCHEMA if field.name != "raw"),
         pa.field("source", pa.string()),
-        pa.field("record", pa.string()),
-        pa.field("prompt_key", pa.string()),
-        pa.field("content_key", pa.string()),
-        pa.field("judgement_key", pa.string()),
-        pa.field("bucket", pa.int64()),  # rows of one prompt share a bucket
+        pa.field("near_prompt", KEY),  # the keys of `identity.Identity`
+        pa.field("content", KEY),
+        pa.field("near_content", KEY),
+        pa.field("judgement", KEY),
+        pa.field("record_key", KEY),
+        pa.field("tied", pa.bool_()),  # all completions are ranked equal
         pa.field("split", pa.string()),  # train | validation; null for rows that are not used
-        pa.field("members", pa.string()),  # of a folded group its rows, else null
+        pa.field("order", pa.string()),  # the position in a split is the rank of this key
+        pa.field("beside", pa.string()),  # place of the row that this one is a near duplicate of, or whose prompt it repeats
     ]
 )
+"""What tells rows apart and places them: all that moves between tasks."""
 
 ENCODED_SCHEMA = pa.schema(
     [
         *(pa.field(field.name, field.type) for field in PREPARED_SCHEMA if field.name != "row"),
-        *READ_SCHEMA,
-        pa.field("split", pa.string()),
-        pa.field("order", pa.string()),  # the position in a split is the rank of this key
+        *(field for field in KEYED_SCHEMA if field.name != "source"),
+        pa.field("raw", pa.string()),
+        pa.field("record", pa.string()),  # where rows may join; else null
+        pa.field("completion_keys", pa.list_(pa.string())),
         pa.field("truncated", pa.bool_()),
+        pa.field("trimmed", pa.bool_()),  # the template cut white space around a completion
+        pa.field("changed", pa.string()),  # what else the template changed, in words
     ]
 )
 
@@ -73,12 +84,26 @@ class Adaptation:
     Attributes:
         formats: by file, the name of the format and the adapter's options.
         ties: policy for completions of equal rank.
-        num_buckets: rows are grouped into so many buckets by prompt.
+        rank_by: column and name of the attribute that ranks a row that is unranked and stays alone.
     """
 
     formats: Mapping[str, tuple[str, SourceOptions]]
     ties: Literal["quarantine", "keep"]
-    num_buckets: int
+    rank_by: tuple[int, str] | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """A row on its way: what an adapter made of it, or why nothing."""
+
+    source: str
+    comparison: Comparison | None = None
+    reason: BadRow | None = None
+    detail: str | None = None
+
+    def reject(self, rejected: RowRejected) -> None:
+        """Quarantine the row."""
+        self.comparison, self.reason, self.detail = None, rejected.reason, printable(rejected.detail)
 
 
 def read(unit: ReadUnit) -> Iterator[pa.Table]:
@@ -123,35 +148,34 @@ def _read_table(unit: ReadUnit, rows: Sequence[RawRow]) -> pa.Table:
     )
 
 
-def adapt(table: pa.Table, plan: Adaptation) -> pa.Table:
-    """Parse, adapt and validate rows; READ_SCHEMA -> ADAPTED_SCHEMA."""
-    rows = table.to_pylist()
-    columns = {file: columns_of(*plan.formats[file]) for file in {row["file"] for row in rows}}
-    leftovers = Leftovers()
-    for row in rows:
-        name, options = plan.formats[row["file"]]
-        row["source"] = options.source
-        if row["kind"] == "row" and row["reason"] is None:
-            try:
-                given = _parse(row["raw"])
-                leftovers.add(options.source, columns[row["file"]], given)
-                comparison = adapt_one(name, columns[row["file"]], given, options)
-                row["source"] = comparison.source
-                validate(comparison, ties=plan.ties)
-            except RowRejected as exc:
-                row["reason"], row["detail"] = exc.reason.value, printable(exc.detail)
+def adapt(table: pa.Table, plan: Adaptation, leftovers: Leftovers | None = None) -> list[Draft]:
+    """Parse, adapt and validate the rows of a table of READ_SCHEMA; `leftovers` counts the columns that nothing reads."""
+    drafts = []
+    columns = {file: columns_of(*plan.formats[file]) for file in table.column("file").unique().to_pylist()}
+    names = ("kind", "role", "file", "raw", "reason", "detail")
+    for kind, role, file, raw, reason, detail in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        name, options = plan.formats[file]
+        draft = Draft(options.source, reason=reason, detail=detail)
+        drafts.append(draft)
+        if kind != "row" or reason is not None:
+            continue
+        try:
+            given = _parse(raw)
+            if leftovers is not None and role != BENCHMARK:
+                leftovers.add(options.source, columns[file], given)
+            comparison = adapt_one(name, columns[file], given, options)
+            draft.source = comparison.source
+            if role == BENCHMARK:  # only its prompt counts
+                require(broken_by_prompt(comparison.prompt))
             else:
-                row["record"] = dump_record(comparison)
-                row["prompt_key"] = comparison.prompt_key()
-                row["content_key"] = comparison.content_key()
-                row["judgement_key"] = comparison.judgement_key()
-        # Rows that are already out are spread, so that a bad file does not overfill one bucket.
-        key = row.get("prompt_key") or digest([row["file"], row["number"]])
-        row["bucket"] = int(key[:15], 16) % plan.num_buckets
-        row["raw"] = row["raw"][:RAW_LIMIT]
-    if rows:
-        rows[0]["leftover"] = leftovers.dump()
-    return pa.Table.from_pylist(rows, schema=ADAPTED_SCHEMA)
+                validate(comparison, ties=plan.ties)
+                if plan.rank_by is not None and comparison.ranks is None:
+                    comparison = ranked_by(comparison, *plan.rank_by)
+                    validate(comparison, ties=plan.ties)
+            draft.comparison = comparison
+        except RowRejected as exc:
+            draft.reject(exc)
+    return drafts
 
 
 def _parse(raw: str) -> dict[str, Any]:

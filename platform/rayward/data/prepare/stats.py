@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +29,8 @@ class SplitStats(BaseModel):
         truncated: rows in which at least one conversation lost its oldest turns.
         missing: by label column, rows in which the label is unknown; num_unrated: rows without a single rating;
             num_with_shares: rows with shares of votes.
+        trimmed: rows in which the template cut white space around a completion; changed: rows of which it changed or left out more, which
+            the contract accepts; change: one such change in words.
         weakest, strongest: range of the strengths, None without any.
     """
 
@@ -52,6 +54,9 @@ class SplitStats(BaseModel):
     equal_length: int = 0
     tied_pairs: int = 0
     truncated: int = 0
+    trimmed: int = 0
+    changed: int = 0
+    change: str | None = None
     sources: dict[str, int] = {}
 
     @classmethod
@@ -62,6 +67,9 @@ class SplitStats(BaseModel):
         stats.num_with_shares = table.num_rows - table.column("vote_shares").null_count
         lengths, prompts, completions, sources = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
         columns = [table.column(name).to_pylist() for name in ("ranks", "attributes", "strength", "source", "truncated")]
+        stats.trimmed = pc.sum(table.column("trimmed")).as_py() or 0
+        stats.changed = table.num_rows - table.column("changed").null_count
+        stats.change = pc.min(table.column("changed")).as_py()
         prefixes = _sizes(table.column("prefix_ids"))
         flat = iter(_sizes(pc.list_flatten(table.column("branch_ids"))))
         branches = [[next(flat) for _ in range(count)] for count in _sizes(table.column("branch_ids"))]
@@ -108,8 +116,8 @@ class SplitStats(BaseModel):
                 mine = getattr(total, name)
                 if isinstance(value, dict):
                     setattr(total, name, dict(Counter(mine) + Counter(value)))
-                elif name in ("weakest", "strongest"):
-                    setattr(total, name, _extreme(min if name == "weakest" else max, mine, value))
+                elif name in ("weakest", "strongest", "change"):
+                    setattr(total, name, _extreme(max if name == "strongest" else min, mine, value))
                 elif name.startswith(("longest", "max")):
                     setattr(total, name, max(mine, value))
                 else:
@@ -125,7 +133,7 @@ def bin_of(tokens: int) -> int:
     return math.ceil(tokens / LENGTH_BIN) * LENGTH_BIN
 
 
-def _extreme(choose: Callable[[float, float], float], mine: float | None, value: float | None) -> float | None:
+def _extreme(choose: Callable[[Any, Any], Any], mine: Any, value: Any) -> Any:
     if mine is None or value is None:
         return value if mine is None else mine
     return choose(mine, value)

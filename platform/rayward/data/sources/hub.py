@@ -39,7 +39,7 @@ class HubName:
 
 
 def parse_hub_name(location: str, role: Role) -> HubName:
-    """Take `hf:owner/name[/config][@split]` apart; the split defaults to `train` or `validation`, by role.
+    """Take `hf:owner/name[/config][@split]` apart; the split defaults to `train`, `validation` or (of a benchmark) `test`, by role.
 
     Raises:
         DataError: the name does not have that form.
@@ -47,7 +47,7 @@ def parse_hub_name(location: str, role: Role) -> HubName:
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:/([^@/]+))?(?:@(.+))?", location)
     if match is None:
         raise DataError(f"{location!r} is not a hub name", remedy="write hf:owner/name, hf:owner/name/config or hf:owner/name/config@split")
-    return HubName(match[1], match[2], match[3] or role)
+    return HubName(match[1], match[2], match[3] or ("test" if role == "contamination" else role))
 
 
 def download(hub: HubName, directory: str, role: Role) -> list[SourceFile]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 Kind = Literal["json", "csv", "parquet", "arrow"]
 Compression = Literal["gzip", "zstd", "xz", "bz2", "lz4"]
-Role = Literal["train", "validation"]
+Role = Literal["train", "validation", "contamination"]
 
 SUFFIXES: Mapping[str, Kind] = {
     ".jsonl": "json",
