@@ -148,6 +148,30 @@ def test_a_part_without_its_record_is_scored_again(model: Path, here: list[int],
     assert (again.rows, [row["id"] for row in lines_of(again, to.place)]) == (8, [f"r{i}" for i in range(8)])
 
 
+def test_a_part_that_is_gone_is_scored_again(model: Path, here: list[int], tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", 8)
+    to, files = job(tmp_path / "out", output_format="jsonl"), files_of(tmp_path / "a.jsonl")
+    done = run(model, files, to)
+    (tmp_path / "out" / done.files[0]).unlink()
+    (tmp_path / "out" / MANIFEST_FILE).unlink()
+    assert [row["id"] for row in lines_of(run(model, files, to), to.place)] == [f"r{i}" for i in range(8)]
+    assert here == [4, 4, 4]
+
+
+def test_parts_that_lie_on_another_node_are_no_result(
+    model: Path, here: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayward.scoring import part_work as module
+
+    publish = module.publish
+    monkeypatch.setattr(module, "publish", lambda location, data: publish(location.replace("/out/", "/other-node/"), data))
+    write_rows(tmp_path / "a.jsonl", 8)
+    with pytest.raises(DataError, match="lacks 2 files") as caught:
+        run(model, files_of(tmp_path / "a.jsonl"), job(tmp_path / "out"))
+    assert "share" in caught.value.remedy
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()
+
+
 def test_inputs_that_came_or_changed_are_scored_and_the_rest_is_not(model: Path, here: list[int], tmp_path: Path) -> None:
     write_rows(tmp_path / "in" / "a.jsonl", 4)
     write_rows(tmp_path / "in" / "b.jsonl", 3)
