@@ -36,7 +36,7 @@ from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, stor
 from rayward.data.prepare.judge import Policy
 from rayward.data.prepare.leftover import unused_columns
 from rayward.data.prepare.numbering import number_units
-from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.numbers import bounds_of, described, has_outliers, quarantine_outliers
 from rayward.data.prepare.repeats import repeats_of, train_rows_by_file
 from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation
@@ -142,7 +142,7 @@ def _run(
     keys = judged(encoded(plan), plan)
     tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
     numbers = tally.numbers
-    bounds = {name: bound_of(sketch, config.data.outlier_factor) for name, sketch in numbers.items()}
+    bounds = bounds_of(numbers, config.data.outlier_factor, rated=config.data.attribute_range is None)
     if has_outliers(numbers, bounds):
         keys = keys.map_batches(partial(quarantine_outliers, bounds=bounds), batch_size=None, batch_format="pyarrow").materialize()
         tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
