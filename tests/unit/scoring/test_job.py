@@ -24,7 +24,7 @@ from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.job import model_identity, run_job
 from rayward.scoring.moments import Moments
 from rayward.scoring.part_work import Job, read_parts
-from rayward.scoring.parts import COMMITS, JOB_FILE, MANIFEST_FILE, Done, name_units
+from rayward.scoring.parts import COMMITS, JOB_FILE, MANIFEST_FILE, Done, name_units, publish
 from rayward.scoring.rows import RowRules
 from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.wire.items import Asked
@@ -161,10 +161,10 @@ def test_a_part_that_is_gone_is_scored_again(model: Path, here: list[int], tmp_p
 def test_parts_that_lie_on_another_node_are_no_result(
     model: Path, here: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayward.scoring import part_work as module
+    def elsewhere(location: str, data: bytes) -> None:
+        publish(location.replace("/out/", "/other-node/"), data)
 
-    publish = module.publish
-    monkeypatch.setattr(module, "publish", lambda location, data: publish(location.replace("/out/", "/other-node/"), data))
+    monkeypatch.setattr("rayward.scoring.part_work.publish", elsewhere)
     write_rows(tmp_path / "a.jsonl", 8)
     with pytest.raises(DataError, match="lacks 2 files") as caught:
         run(model, files_of(tmp_path / "a.jsonl"), job(tmp_path / "out"))
