@@ -20,7 +20,7 @@ from rayward.data.formats.table import choose_format
 from rayward.evaluation.held_out import read_raw
 
 ARENA = [
-    {"q": f"{i}?", "a": {"text": "four"}, "b": {"text": "nine"}, "winner": ("model_a", "model_b", "tie", "?")[i % 4], "magnitude": i}
+    {"q": f"{i}?", "a": {"text": "four"}, "b": {"text": "five"}, "winner": ("model_a", "model_b", "tie", "?")[i % 4], "magnitude": i}
     for i in range(8)
 ]
 MAPPING = ["columns.prompt=q", "columns.first=a.text", "columns.second=b.text", "columns.label=winner"]
@@ -46,7 +46,7 @@ def test_rows_are_shown_as_they_would_be_trained(arena: Path, tmp_path: Path) ->
     assert "winner: text, 100% of rows" in text
     assert "format: mapped" in text
     assert "not used: magnitude (number)" in text
-    assert 'completion 1 (rank 0): "nine"' in text  # row 2
+    assert 'completion 1 (rank 0): "five"' in text  # row 2
     assert "<|im_start|>user\\n0?<|im_end|>" in text
     assert 'branch 0, 4 tokens, its text from position 21, judged at position 25 (token "<|im_end|>"): "our<|im_end|>"' in text
     assert "bad_ranking: 2, for example" in text

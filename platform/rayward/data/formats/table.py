@@ -17,7 +17,7 @@ from rayward.data.formats.cells import reads, renamed, require_known
 from rayward.data.formats.columns import COMMON_COLUMNS, Columns
 from rayward.data.formats.detect import Format, adapt_row, detect, require_read
 from rayward.data.formats.fields import Row, SourceOptions
-from rayward.data.formats.hook import FORMAT_KEY, run_adapter
+from rayward.data.formats.hook import FORMAT_KEY, Adapter, read_adapter, run_adapter
 from rayward.data.formats.mapped import MAPPED, mapped
 from rayward.data.formats.pairs import TRANSCRIPT
 from rayward.data.formats.published import PUBLISHED
@@ -242,6 +242,7 @@ def choose_format(
 
 
 def _options(config: DataConfig, source: str, mapping: SourceConfig | None) -> SourceOptions:
+    named = config.adapter if mapping is None or mapping.adapter is None else mapping.adapter
     return SourceOptions(
         source if mapping is None or mapping.source is None else mapping.source,
         config.prompt_key,
@@ -256,7 +257,7 @@ def _options(config: DataConfig, source: str, mapping: SourceConfig | None) -> S
         ignore=config.ignore if mapping is None else (*config.ignore, *mapping.ignore),
         votes="soft" if config.votes == "soft" else "majority",
         mapping=None if mapping is None or mapping.plain else mapping,
-        adapter=config.adapter if mapping is None or mapping.adapter is None else mapping.adapter,
+        adapter=None if named is None else read_adapter(named),
     )
 
 
@@ -280,11 +281,13 @@ def _prepared(rows: Sequence[Row], options: SourceOptions, where: str) -> list[t
     return read
 
 
-def _hooked(adapter: str, row: Row) -> tuple[str | None, Row]:
+def _hooked(adapter: Adapter, row: Row) -> tuple[str | None, Row]:
     made = run_adapter(adapter, row)
     name = made.pop(FORMAT_KEY, None)
     if name is not None and name not in FORMATS:
-        raise RowRejected(BadRow.ADAPTER_FAILED, f"{adapter} returned a row of format {name!r}; the rule is one of {', '.join(FORMATS)}")
+        raise RowRejected(
+            BadRow.ADAPTER_FAILED, f"{adapter.name} returned a row of format {name!r}; the rule is one of {', '.join(FORMATS)}"
+        )
     return name, made
 
 
