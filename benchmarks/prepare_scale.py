@@ -441,7 +441,8 @@ class Watch:
     def __call__(self, directory: Path) -> Iterator[None]:
         import psutil
 
-        me, done, cpu = psutil.Process(), threading.Event(), {}
+        me, done = psutil.Process(), threading.Event()
+        cpu: dict[int, list[float]] = {}
         before = shutil.disk_usage("/dev/shm").used if Path("/dev/shm").is_dir() else 0
 
         def sample() -> None:
@@ -544,10 +545,10 @@ def report(results: list[dict[str, Any]]) -> str:
         (_, by_time), (_, by_cpu) = exponent(of_side, "seconds"), exponent(of_side, "cpu_seconds")
         if len(of_side) > 1:
             lines.append(f"{side}: time grows with the pairs to the power {by_time:.3f}, CPU time {by_cpu:.3f}.")
-    ours = [each for each in results if each["side"] == "rayward"]
-    if ours:
-        (factor, power), largest = exponent(ours, "seconds"), max(ours, key=lambda each: each["rows"])
-        memories = [each["driver_gib"] for each in ours]
+    mine = [each for each in results if each["side"] == "rayward"]
+    if mine:
+        (factor, power), largest = exponent(mine, "seconds"), max(mine, key=lambda each: each["rows"])
+        memories = [each["driver_gib"] for each in mine]
         per_row = {name: largest[f"{name}_gib"] / largest["rows"] * 1e7 for name in ("disk", "object_store")}
         lines.append(
             f"The driver's peak is {min(memories):.2f} to {max(memories):.2f} GiB over the sizes. Ten million pairs of this kind would "

@@ -133,6 +133,7 @@ def test_features_of_two_scorers_come_in_the_order_of_the_rows(export: Path, tmp
     assert found.pairs.tolist() == [[2 * number, 2 * number + 1] for number in range(700)]
     assert found.held_out.tolist() == [number % 5 == 0 for number in range(700) for _ in range(2)]
     items = [ScoreItem(({"role": "user", "content": row["prompt"]},), tuple(row["completions"])) for row in ROWS[:700]]
+    scorer = Scorer.load(export, device="cpu")
     for number in (0, 299, 300, 309, 310, 699):
-        (alone,) = Scorer.load(export, device="cpu").features([items[number]])
+        (alone,) = scorer.features([items[number]])
         np.testing.assert_allclose(found.ends[2 * number : 2 * number + 2], alone[:, 0], atol=1e-5)  # type: ignore[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -41,11 +42,24 @@ Values = Annotated[tuple[bool | int | float | str, ...], BeforeValidator(_listed
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
+# YAML reads the words on the left as true and false, whatever the data means by them.
+_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
 def word_of(value: object) -> str:
-    """A label as it is compared: a text without its outer spaces and its case; 1.0 is 1, true is `true`."""
+    """A label as it is compared: a text without its outer spaces and its case; 1.0 is 1; yes and true are one word, no and false too."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip().casefold()
+    word = str(value).strip().casefold()
+    return _BOOLEANS.get(word, word)
+
+
+def _worded(value: Any) -> Any:
+    # Keys that YAML reads as numbers or booleans are words here.
+    return {key if isinstance(key, str) else word_of(key): number for key, number in value.items()} if isinstance(value, dict) else value
+
+
+Numbers = Annotated[dict[str, float], BeforeValidator(_worded)]
 
 
 class JudgementConfig(Frozen):
@@ -55,7 +69,7 @@ class JudgementConfig(Frozen):
     """Values that find the second answer better."""
     tie: Values = ()
     """Values that find them equal. Any other value is quarantined as `bad_ranking`."""
-    strengths: dict[str, float] = Field(default_factory=dict)
+    strengths: Numbers = Field(default_factory=dict)
     """Strength of the preference by value of `label`."""
     middle: float | None = None
     """A label that is a number: this one is a tie, the distance from it is the strength."""
@@ -67,7 +81,7 @@ class JudgementConfig(Frozen):
     """Which two completions, counted from 1, each of the `comparisons` compares; empty: 12 13 14 … 23 24 … in this order."""
     contradictions: Literal["quarantine", "wins"] = "quarantine"
     """Comparisons that no order of the completions agrees with: quarantine the row, or order by wins (a tie is half a win)."""
-    values: dict[str, float] = Field(default_factory=dict)
+    values: Numbers = Field(default_factory=dict)
     """Numbers for words (`yes: 1`) in scores, ranks, ratings, labels of one completion, margin, strength and weight."""
 
     @model_validator(mode="after")
@@ -81,6 +95,21 @@ class JudgementConfig(Frozen):
         if any(a == b or min(a, b) < 1 for a, b in self.pairs):
             raise ValueError(f"judgement.pairs is {list(self.pairs)}; the rule is two different completions, counted from 1; correct it")
         return self
+
+    @cached_property
+    def sides(self) -> dict[str, int]:
+        """Word of a label to what it says: -1 the first is better, 1 the second, 0 a tie."""
+        return {word_of(value): side for side, group in ((-1, self.first), (1, self.second), (0, self.tie)) for value in group}
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """`values` by word."""
+        return {word_of(key): number for key, number in self.values.items()}
+
+    @cached_property
+    def strength_of(self) -> dict[str, float]:
+        """`strengths` by word."""
+        return {word_of(key): number for key, number in self.strengths.items()}
 
     @property
     def names_values(self) -> bool:
@@ -171,15 +200,36 @@ class SourceConfig(Frozen):
                 f"{where}: columns maps {', '.join(self.mapped_names)}, which is no judgement; the rule is one of "
                 f"{'; '.join(JUDGEMENTS)}; or completions, or completion, with ratings or critiques; add what is missing"
             )
-        spoken = {"first, second and label", "first, second and votes"}
-        label, values = self.columns.get("label", self.columns.get("votes")), self.judgement
+        label, values = self.columns.get("label"), self.judgement
         told = values.names_values or values.middle is not None or not isinstance(label, str) or "first_name" in self.columns
-        if judgement in spoken and not told:
+        if judgement == "first, second and label" and not told:
             raise ValueError(
                 f"{where}: it is not said which values of the label mean what; set judgement.first, judgement.second and judgement.tie"
             )
 
-    @property
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """Every path that the settings name, with the setting."""
+        found: dict[str, str] = {}
+        listed: list[tuple[str, str | tuple[str, ...] | None]] = [(f"columns.{name}", path) for name, path in self.columns.items()]
+        if isinstance(self.ratings, str):
+            listed.append(("ratings", self.ratings))
+        else:
+            listed += [(f"ratings.{name}", path) for name, path in self.ratings.items()]
+        fields = [field for _, field in template_fields(self.prompt_template or "") if field is not None]
+        listed += [("prompt_template", field) for field in fields if field not in self.columns]
+        listed += [("extract", name) for name in self.extract]
+        for setting, path in listed:
+            for each in (path,) if isinstance(path, str) else path or ():
+                found.setdefault(each, setting)
+        return found
+
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        """The columns that the paths may stand in."""
+        return frozenset(head for path in self.paths for head in heads_of(path))
+
+    @cached_property
     def mapped_names(self) -> list[str]:
         """Standard names that a column is given for."""
         return [name for name, path in self.columns.items() if path is not None]
@@ -210,7 +260,14 @@ class SourceConfig(Frozen):
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
-def template_fields(template: str) -> list[tuple[str, str | None]]:
+def heads_of(path: str) -> frozenset[str]:
+    """The columns that a path may stand in: its first name, or more of it where names hold dots."""
+    parts = path.split(".")
+    return frozenset(".".join(parts[: end + 1]) for end in range(len(parts)))
+
+
+@lru_cache(maxsize=256)
+def template_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """A prompt template as pairs of a literal text and the column after it; the last column is None.
 
     Raises:
@@ -228,4 +285,4 @@ def template_fields(template: str) -> list[tuple[str, str | None]]:
             literal = ""
         else:
             raise ValueError(f"prompt_template {template!r}: the brace at {match.start()} names no column; write {{{{ or }}}} for a brace")
-    return [*parts, (literal + template[start:], None)]
+    return (*parts, (literal + template[start:], None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rayward.contract.conversation import strings_in
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _STAND_IN, _NAME = 0xF0000, 0x100000
 _NUM_STAND_INS = 0xFFFE
+_BETWEEN = "\u2063"  # invisible, and in no control token
 _FOREIGN = re.compile(f"[{chr(_STAND_IN)}-{chr(_STAND_IN + _NUM_STAND_INS - 1)}{chr(_NAME)}-{chr(_NAME + _NUM_STAND_INS - 1)}]")
 
 
@@ -80,6 +82,33 @@ class ControlTokens:
         if isinstance(value, Mapping):
             return {self._replaced(key): self._replaced(entry) for key, entry in value.items()}
         return [self._replaced(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    def count(self, text: str) -> int:
+        """How many control tokens stand in a text."""
+        return sum(1 for _ in self._pattern.finditer(text)) if self._pattern else 0
+
+    def apart(self, value: Any) -> Any:
+        """JSON values whose texts can make no control token with what stands beside them; the same object where none could."""
+        return self._apart(value) if any(self._is_piece(text) for text in strings_in(value)) else value
+
+    def _apart(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return f"{_BETWEEN}{value}{_BETWEEN}" if self._is_piece(value) else value
+        if isinstance(value, Mapping):
+            return {key: self._apart(entry) for key, entry in value.items()}
+        return [self._apart(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    def _is_piece(self, text: str) -> bool:
+        # Whether it ends as a control token begins, or begins as one ends.
+        firsts, lasts, longest = self._pieces
+        sizes = range(1, min(len(text), longest) + 1)
+        return any(text[-size:] in firsts or text[:size] in lasts for size in sizes)
+
+    @cached_property
+    def _pieces(self) -> tuple[frozenset[str], frozenset[str], int]:
+        firsts = frozenset(text[:size] for text in self.texts for size in range(1, len(text)))
+        lasts = frozenset(text[size:] for text in self.texts for size in range(1, len(text)))
+        return firsts, lasts, max((len(text) for text in self.texts), default=1) - 1
 
     def restored(self, text: str) -> str:
         """A rendered text with its own control tokens again, for people."""

@@ -93,6 +93,7 @@ class Renderer:
         if given is not variables:
             inputs = TemplateInputs(tuple(given["tools"]), given["kwargs"])
         text = self._template.render(hidden, inputs)
+        self._refuse_joined(text, hidden, inputs)
         start, trimmed, changed = self._written(text, hidden, num_prompt, inputs, branch)
         if changed is not None and not accepts:
             raise ChangedTextError(
@@ -107,6 +108,19 @@ class Renderer:
             whole = self._template.render([*hidden, asked], inputs)
             text, start, literal = whole, common_length(whole, text), literal or asked is not question
         return Rendered(text, start, prompt_end, literal, trimmed, missing or changed)
+
+    def _refuse_joined(self, text: str, turns: list[Message], inputs: TemplateInputs) -> None:
+        # Some templates write one text right after another: two pieces may make a control token that stands in neither.
+        given = [turns, list(inputs.tools), dict(inputs.chat_template_kwargs)]
+        apart = self._control.apart(given)
+        if apart is given:
+            return
+        separate = self._template.render(apart[0], TemplateInputs(tuple(apart[1]), apart[2]))
+        if self._control.count(separate) != self._control.count(text):
+            raise ContractError(
+                "two texts that the chat template writes side by side make a control token of the model",
+                remedy="remove the pieces of control tokens at the ends of the texts",
+            )
 
     def _prompt_end(self, text: str, start: int, *, begun: bool) -> int:
         # Up to where an assistant's turn opens, because what follows (an empty block of thoughts) may be the completion's.

@@ -20,8 +20,9 @@ from rayward.errors import ConfigError, DataError, ScoringError
 from rayward.scoring.lines import together
 from rayward.scoring.moments import Moments
 from rayward.scoring.parts import END, EXAMPLE_CHARS, End, OutputFormat, Part, commit, part_name, publish
-from rayward.scoring.rows import FileRow, RowRules, line_of, read_row, score_given, table_of
+from rayward.scoring.rows import FileRow, RowRules, line_of, read_row, score_chunks, table_of
 from rayward.wire.items import ItemResult
+from rayward.wire.lines import Given
 
 if TYPE_CHECKING:
     from rayward.scoring.scored_model import ScoredModel
@@ -168,10 +169,15 @@ def _score_part(model: ScoredModel, raws: Sequence[RawRow], job: Job, unit: str,
     started = time.time()
     rows: list[FileRow] = []
     results: list[ItemResult] = []
-    for chunk in together(raws, lambda raw: len(raw.raw)):
-        read = [read_row(raw, file, job.rules) for raw in chunk]
-        results += score_given(model, [row.given for row in read])
-        rows += read
+
+    def read() -> Iterator[list[Given]]:
+        for chunk in together(raws, lambda raw: len(raw.raw)):
+            found = [read_row(raw, file, job.rules) for raw in chunk]
+            rows.extend(found)
+            yield [row.given for row in found]
+
+    for scored in score_chunks(model, read()):
+        results += scored
     errors: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for row, result in zip(rows, results, strict=True):

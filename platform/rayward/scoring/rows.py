@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
@@ -21,6 +22,9 @@ from rayward.scoring.scored_model import ScoredModel
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 from rayward.wire.lines import FIELDS, OPTIONS, Given, invalid, item_of
 from rayward.wire.rules import Limits, has_escapes
+
+if TYPE_CHECKING:
+    from rayward.scoring.scorer import Encoded, Scorer
 
 
 class Adapter(Protocol):
@@ -186,6 +190,8 @@ def _tidied(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(text: str) -> Any:
+    if not text:
+        return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -205,6 +211,34 @@ def score_given(model: ScoredModel, given: Sequence[Given]) -> list[ItemResult]:
     """The results in order; whatever is an item goes through the model with the others, in one call."""
     items = [entry.item for entry in given if isinstance(entry.item, ScoreItem)]
     scored = iter(model.score(items) if items else ())
+    return [ItemResult(error=entry.item) if isinstance(entry.item, ItemError) else next(scored) for entry in given]
+
+
+def score_chunks(model: ScoredModel, chunks: Iterable[Sequence[Given]]) -> Iterator[list[ItemResult]]:
+    """As `score_given`, chunk by chunk; while one goes through the model the next is tokenized. For chunks that need not be waited for."""
+    from rayward.scoring.scorer import Scorer
+
+    # Critiques are written by the model itself, which is busy.
+    if not isinstance(model, Scorer) or model.facts.writes_critiques:
+        yield from (score_given(model, given) for given in chunks)
+        return
+
+    def encode(given: Sequence[Given]) -> tuple[Sequence[Given], Encoded]:
+        return given, model.encode([entry.item for entry in given if isinstance(entry.item, ScoreItem)])
+
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
+        waiting = None
+        for chunk in chunks:
+            following = thread.submit(encode, chunk)
+            if waiting is not None:
+                yield _computed(model, *waiting.result())
+            waiting = following
+        if waiting is not None:
+            yield _computed(model, *waiting.result())
+
+
+def _computed(model: Scorer, given: Sequence[Given], encoded: Encoded) -> list[ItemResult]:
+    scored = iter(model.compute(encoded))
     return [ItemResult(error=entry.item) if isinstance(entry.item, ItemError) else next(scored) for entry in given]
 
 

@@ -7,6 +7,7 @@ An item that cannot be scored gets an error; the others are scored. A score does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self, cast
@@ -42,6 +43,14 @@ FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
 
 ENCODING = "while it was made into tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Items on their way through `Scorer.score`: as they are scored, and as token ids; or why they cannot be."""
+
+    items: list[ScoreItem | ItemError]
+    comparisons: list[list[EncodedComparison] | ItemError]
 
 
 class Scorer:
@@ -171,12 +180,19 @@ class Scorer:
         Raises:
             Exception: the device is broken, or out of memory for a single item.
         """
+        return self.compute(self.encode(items))
+
+    def encode(self, items: Sequence[ScoreItem]) -> Encoded:
+        """The first half of `score`, which needs the model only where critiques are written."""
         criticised = self.criticise(items)
-        encoded = each(criticised, self._comparisons, doing=ENCODING)
-        parts = [comparison for found in encoded if not isinstance(found, ItemError) for comparison in found]
+        return Encoded(criticised, each(criticised, self._comparisons, doing=ENCODING))
+
+    def compute(self, given: Encoded) -> list[ItemResult]:
+        """The second half of `score`; the next items may be encoded meanwhile, in one other thread."""
+        parts = [comparison for found in given.comparisons if not isinstance(found, ItemError) for comparison in found]
         outputs = iter(self._forward(parts, self._outputs))
         results: list[ItemResult] = []
-        for item, found in zip(criticised, encoded, strict=True):
+        for item, found in zip(given.items, given.comparisons, strict=True):
             if isinstance(item, ItemError) or isinstance(found, ItemError):
                 results.append(ItemResult(error=cast(ItemError, found)))
                 continue

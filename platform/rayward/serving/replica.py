@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ray import serve
 
 from rayward.config.scoring import ScoringConfig
+from rayward.contract.conversation import strings_in, turns_of
 from rayward.errors import ServerError, marking
 from rayward.scoring.scored_model import ScoredModel
 from rayward.wire.items import ItemResult, ScoreItem
@@ -134,10 +135,15 @@ class ScorerDeployment:
         return replies
 
     def _share(self, items: Sequence[ScoreItem]) -> int:
-        num_chars = sum(len(turn["content"]) for item in items for turn in item.prompt)
-        num_chars += sum(len(text) for item in items for text in item.completions)
+        num_chars = sum(_num_chars(item) for item in items)
         num_texts = sum(len(item.completions) for item in items)
         tokens = num_chars / CHARS_PER_TOKEN + num_texts * OVERHEAD_TOKENS
         units = self._config.max_ongoing_requests
         # A request over the budget is a batch of its own; Serve refuses sizes above the maximum.
         return max(1, min(units, math.ceil(tokens * units / self._config.tokens_per_batch)))
+
+
+def _num_chars(item: ScoreItem) -> int:
+    turns = [turn for part in (item.prompt, *map(turns_of, item.completions)) for turn in part]
+    given = [value for turn in turns for name, value in turn.items() if name != "role"]
+    return sum(map(len, strings_in((given, item.tools, item.chat_template_kwargs))))

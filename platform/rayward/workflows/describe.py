@@ -73,7 +73,7 @@ def describe(path: str, config: DataConfig, *, tokenizer: str | None = None, max
 def _read(rows: Sequence[Row], chosen: tuple[str, SourceOptions], config: DataConfig, shower: _Shower | None) -> Iterator[str]:
     name, options = chosen
     columns = columns_of(name, options)
-    yield f"format: {name}" + (f" through {options.adapter}" if options.adapter else "")
+    yield f"format: {name}" + (f" through {options.adapter.name}" if options.adapter else "")
     unused = {key: f"{key} ({kinds})" for key, (kinds, _, _) in described(rows).items() if any(key in columns.unused(row) for row in rows)}
     yield f"not used: {', '.join(unused.values()) or 'none'}"
     yield "rows as they would be trained:"

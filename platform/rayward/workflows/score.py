@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,7 +240,7 @@ def score_files(model: str, inputs: Inputs, write: Callable[[bytes], object], *,
     Args:
         write: takes result lines, several at once.
 
-    Raises: as the loading of the model; DataError: a file is damaged, or there is no row; the rows before are written.
+    Raises: as the loading of the model; DataError: a file is damaged, or there is no row; what was scored before is written.
     """
     from rayward.scoring.load import load_scored_model
     from rayward.scoring.rows import line_of
@@ -260,15 +260,21 @@ def scored_files(scorer: ScoredModel, inputs: Inputs) -> Iterator[tuple[SourceFi
     """The rows of files with their results, many at once.
 
     Raises:
-        DataError: a file is damaged; the rows before it have come.
+        DataError: a file is damaged; most of the rows before have come.
     """
     from rayward.data.sources.read import read_file
-    from rayward.scoring.rows import read_row, score_given
+    from rayward.scoring.rows import read_row, score_chunks
 
     for file in inputs.files:
-        for chunk in together(read_file(file), lambda raw: len(raw.raw)):
-            rows = [read_row(raw, file.uri, inputs.rules) for raw in chunk]
-            yield file, (rows, score_given(scorer, [row.given for row in rows]))
+        waiting: deque[list[FileRow]] = deque()
+
+        def read(file: SourceFile = file, waiting: deque[list[FileRow]] = waiting) -> Iterator[list[Given]]:
+            for chunk in together(read_file(file), lambda raw: len(raw.raw)):
+                waiting.append([read_row(raw, file.uri, inputs.rules) for raw in chunk])
+                yield [row.given for row in waiting[-1]]
+
+        for results in score_chunks(scorer, read()):
+            yield file, (waiting.popleft(), results)
 
 
 def score_pipeline(model: str, options: ScoreOptions, *, asked: Asked = Asked(), placement: Placement = Placement()) -> Counts:

@@ -10,9 +10,10 @@ import pytest
 
 from rayward.config.data import DataConfig
 from rayward.data.formats.columns import changes_meaning, described, is_metadata, present
-from rayward.data.formats.table import FORMATS, adapt, choose_format, columns_of
+from rayward.data.formats.table import FORMATS, SourceOptions, adapt, choose_format, columns_of
 from rayward.data.prepare.rows import READ_SCHEMA, Adaptation
 from rayward.data.prepare.rows import adapt as adapt_rows
+from rayward.data.record import RowRejected
 from rayward.errors import DataFormatError
 
 PAIR: dict[str, Any] = {"prompt": "Name a prime", "chosen": "Seven", "rejected": "Eight"}
@@ -89,6 +90,27 @@ def test_a_text_prompt_is_not_implied_beside_another_text_column(column: str) ->
     with pytest.raises(DataFormatError, match=rf"(?s)fits no known format.*trl: .*another text column: {column}.*describe"):
         chosen(row)
     assert chosen({"chosen": row["chosen"], "rejected": row["rejected"], "language": "en"}) == "trl"
+
+
+def test_that_holds_for_other_names_of_the_two_texts_too() -> None:
+    row = {"task": "What is 0*12?", "good": "Step 1: multiply. 0", "bad": "Step 1: add. 12"}
+    with pytest.raises(DataFormatError, match="fits no known format"):
+        chosen(row, chosen_key="good", rejected_key="bad")
+    assert chosen(row, chosen_key="good", rejected_key="bad", prompt_key="task") == "openrlhf"
+
+
+def test_a_common_column_that_is_ignored_by_name_is_not_read() -> None:
+    row = PAIR | {"system": "Answer in French.", "weight": "heavy"}
+    name, options = choose_format([row], DataConfig(ignore=("system", "weight")), where="f", source="set")
+    comparison = adapt(name, columns_of(name, options), row, options)
+    assert (comparison.prompt, comparison.weight) == ((USER,), 1.0)
+
+
+def test_a_prompt_column_that_the_conversations_do_not_hold_is_no_shared_prompt() -> None:
+    turns = [[{"role": "user", "content": "other"}, answer] for answer in (SEVEN, EIGHT)]
+    row = {"prompt": "Name a prime", "chosen": turns[0], "rejected": turns[1]}
+    with pytest.raises(RowRejected, match="none of the turns"):
+        FORMATS["ultrafeedback_binarized"].adapt(row, SourceOptions("set"))
 
 
 def test_a_row_may_bring_a_system_turn() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from rayward.config.data import DataConfig
 from rayward.config.load import parse_config
-from rayward.data.formats.hook import adapter_fingerprint, load_adapter
+from rayward.data.formats.hook import Adapter, Module, adapter_fingerprint, load_adapter, read_adapter
 from rayward.data.formats.table import adapt, choose_format, columns_of
 from rayward.data.prepare.rows import READ_SCHEMA, Adaptation
 from rayward.data.prepare.rows import adapt as adapt_rows
@@ -96,14 +96,14 @@ def test_only_the_sources_that_name_it_use_it(hook: str) -> None:
         choose_format([row], config, where="f", source="s", mapping=s)[1].adapter
         for s, row in zip(config.sources, (ROW, plain), strict=True)
     ]
-    assert used == [hook, None]
+    assert [each and each.name for each in used] == [hook, None]
 
 
 @pytest.mark.parametrize("name", ["no_such_module_at_all:f", "json:no_such_function", "json:__name__"])
 def test_what_cannot_be_imported_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"data\.adapter '{name}'"):
-        load_adapter(name)
+        read_adapter(name)
 
 
 def test_the_fingerprint_follows_the_source(hook: str, tmp_path: Path) -> None:
@@ -122,3 +122,33 @@ def test_modules_beside_it_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     before = adapter_fingerprint(f"user_{tag}:f")
     (tmp_path / f"helper_{tag}.py").write_text("def clean(text):\n    return text.strip()\n")
     assert adapter_fingerprint(f"user_{tag}:f") != before
+
+
+def test_what_runs_is_the_text_and_no_worker_needs_the_files(hook: str, tmp_path: Path) -> None:
+    adapter = read_adapter(hook)
+    for file in tmp_path.glob("*.py"):
+        file.unlink()
+    moved = Adapter("elsewhere:pairs", (Module("elsewhere", "/no/such/place.py", False, adapter.modules[0].text),))
+    assert load_adapter(moved)(dict(ROW, text=["q", "a", "b"]))["chosen"] == "a"
+
+
+def test_an_edited_file_is_read_again_in_the_same_process(hook: str, tmp_path: Path) -> None:
+    assert read(hook, {**ROW, "text": ["q", "a", "b"]}).completions == ("a", "b")
+    file = tmp_path / f"{hook.partition(':')[0]}.py"
+    file.write_text(SOURCE.replace('row["text"][1]', '"new"'))
+    assert read(hook, {**ROW, "text": ["q", "a", "b"]}).completions == ("new", "b")
+
+
+def test_modules_of_a_package_travel_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / f"pack_{tmp_path.name.replace('-', '_')}"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "words.py").write_text("GOOD = 'a'\n\ndef good():\n    return GOOD\n")
+    (package / "hooks.py").write_text(
+        f"import rayward\nfrom {package.name}.words import good\n\ndef f(row):\n"
+        "    return {'prompt': 'q', 'chosen': good(), 'rejected': 'b'}\n"
+    )
+    adapter = read_adapter(f"{package.name}.hooks:f")
+    assert [module.name.removeprefix(package.name) for module in adapter.modules] == ["", ".hooks", ".words"]
+    assert load_adapter(adapter)({})["chosen"] == "a"

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import yaml
 
 from rayward.config.data import DataConfig
 from rayward.config.load import parse_config
@@ -171,6 +172,15 @@ def test_any_other_label_is_quarantined(label: object) -> None:
     assert "'l'" in detail
 
 
+def test_words_that_yaml_reads_as_booleans() -> None:
+    mapping = yaml.safe_load(
+        "{columns: {prompt: q, first: a, second: b, label: l}, judgement: {first: yes, second: no, strengths: {yes: 2}}}"
+    )
+    found = [read(mapping, {**ROW, "l": label}) for label in ("yes", "Yes", True, "no", False)]
+    assert [each.ranks for each in found] == [(0.0, 1.0)] * 3 + [(1.0, 0.0)] * 2
+    assert found[0].strength == 2.0
+
+
 def test_labels_of_other_kinds() -> None:
     flags = {"columns": {**PAIR, "label": ["wa", "wb", "wt"]}}
     assert read(flags, {**ROW, "wa": 0, "wb": 1, "wt": 0}).ranks == (1.0, 0.0)
@@ -245,6 +255,7 @@ def test_comparisons_that_no_order_agrees_with() -> None:
         ("votes", {"first": "x", "second": "y"}, {"x": 3, "y": 1}, 0.75),
         (["votes.0", "votes.1"], {}, [3, 1], 0.75),
         (["votes.0", "votes.1", "votes.2"], {}, [2, 1, 1], 0.625),
+        ("votes", {}, 0.8, 0.8),
     ],
 )
 def test_votes_are_a_majority_or_a_share(columns: Any, judgement: dict[str, Any], votes: Any, share: float) -> None:
@@ -327,7 +338,7 @@ def test_answers_without_a_judgement_are_for_scoring_alone() -> None:
     ("source", "message"),
     [
         ({"columns": {"chosen": "a"}}, "no judgement"),
-        ({"columns": {"first": "a", "second": "b"}}, "no judgement"),
+        ({"columns": {"first": "a", "second": "b", "scores": "s", "ranks": "r"}}, "no judgement"),
         ({"columns": {"first": "a", "second": "b", "label": "l"}}, "which values of the label"),
         ({"columns": {"chosen": "a", "rejected": "b", "promt": "q"}}, "promt is no standard name"),
         ({"columns": {"prompt": "a", "chosen": "a", "rejected": "b"}, "prompt_template": "x"}, "both set"),

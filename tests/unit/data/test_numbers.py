@@ -16,7 +16,7 @@ import pytest
 
 from rayward.contract.conversation import Message
 from rayward.data.formats.table import SourceOptions
-from rayward.data.prepare.numbers import Sketch, bound_of, described, has_outliers, quarantine_outliers, sketches_of, value_of
+from rayward.data.prepare.numbers import Sketch, bound_of, bounds_of, described, has_outliers, quarantine_outliers, sketches_of, value_of
 from rayward.data.prepare.report import most_frequent
 from rayward.data.prepare.rows import ENCODED_SCHEMA, READ_SCHEMA, Adaptation, adapt
 from rayward.data.prepare.tally import Tally
@@ -105,6 +105,13 @@ def test_a_rating_far_from_all_others_is_quarantined_by_its_column() -> None:
     out = quarantined([*rows, {"attributes": [[1.0, 1.0], [-3e5, 2.0]]}])
     assert list(out) == [6]
     assert "rating 0 -300000" in out[6]
+
+
+def test_a_range_of_ratings_is_their_bound() -> None:
+    sketches = sketches_of(table(*({"attributes": [[value], [value]], "margin": value} for value in (1.0, 1.0, 1.0, 1e5))))
+    assert bounds_of(sketches, 1000.0)["rating 0"].largest == 1000.0
+    ranged = bounds_of(sketches, 1000.0, rated=False)
+    assert (ranged["rating 0"].largest, ranged["margin"].largest) == (LARGEST_NUMBER, 1000.0)
 
 
 def test_rows_that_are_out_already_stay_what_they_are() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rayward.data.record import BadRow
 from rayward.data.sources import columnar, read
 from rayward.data.sources.find import SourceFile, find_files
 from rayward.data.sources.read import plan_units, read_file, read_unit, sample_rows
+from rayward.data.sources.rows import RawRow
 from rayward.errors import DataError
 
 MESSAGES = [
@@ -151,6 +154,39 @@ def test_a_file_cut_off_anywhere_is_an_error(path: Path) -> None:
         (file,) = find_files([str(path)], "train").files
         with pytest.raises(DataError, match=path.name):
             list(read_file(file))
+
+
+def test_an_offset_that_points_outside_costs_its_rows_and_not_the_process(tmp_path: Path) -> None:
+    offsets = np.array([0, 1, 2, 3], np.int32)
+    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"abc")])
+    file = _write(tmp_path / "x.arrow", pa.table({"a": column}))
+    content = Path(file.uri).read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    Path(file.uri).write_bytes(content.replace(offsets.tobytes(), np.array([0, 1, 2**30, 3], np.int32).tobytes()))
+    assert [row.reason for row in read_file(file)] == [None, BadRow.UNPARSABLE, BadRow.UNPARSABLE]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_that_changed_cost_rows_or_are_an_error_of_the_file(path: Path, seed: int) -> None:
+    table = pa.table({"a": [f"abc{i}" for i in range(30)], "b": [[{"r": "x", "n": i}] * (i % 3) for i in range(30)]})
+    content = Path(_write(path, table, rows=7).uri).read_bytes()
+    random_ = random.Random(seed)
+    outcomes = Counter[str]()
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[random_.randrange(len(content))] = random_.choice([0, 255, random_.randrange(256)])
+        path.write_bytes(damaged)
+        try:
+            outcomes.update(row.reason or "row" for row in _rows_of(path))
+        except DataError as exc:
+            outcomes[f"error {path.name in str(exc)}"] += 1
+    assert set(outcomes) <= {"row", BadRow.UNPARSABLE, "error True"}
+    assert outcomes["error True"]
+
+
+def _rows_of(path: Path) -> list[RawRow]:
+    (file,) = find_files([str(path)], "train").files
+    return [row for unit in plan_units(file) for row in read_unit(unit)]
 
 
 def test_a_column_that_stands_twice_is_an_error(path: Path) -> None:

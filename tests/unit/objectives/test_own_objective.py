@@ -19,7 +19,7 @@ README = Path(__file__).resolve().parents[3] / "README.md"
 
 
 @pytest.fixture
-def hinge(monkeypatch: pytest.MonkeyPatch) -> None:
+def hinge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The README's two blocks: the file of its own, and the row at the end of table.py."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     (own,) = [block for block in blocks if "class HingeObjective" in block]
@@ -27,7 +27,9 @@ def hinge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not re.search(r"import .*\b_", own), "a private name"
     monkeypatch.setitem(objectives.OBJECTIVES, "hinge", objectives.OBJECTIVES["bradley_terry"])
     names: dict[str, object] = {"__name__": "hinge"}
-    exec(compile(own, str(README), "exec", dont_inherit=True), names)
+    # In a file, because the documentation of a setting is read from the source of its class.
+    (tmp_path / "hinge.py").write_text(own, encoding="utf-8")
+    exec(compile(own, str(tmp_path / "hinge.py"), "exec", dont_inherit=True), names)
     exec(compile(row, str(README), "exec"), {**names, "Method": objectives.Method, "OBJECTIVES": objectives.OBJECTIVES})
     assert objectives.OBJECTIVES["hinge"].settings.__name__ == "HingeObjective"
 

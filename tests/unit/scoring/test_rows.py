@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from rayward.data.record import BadRow
 from rayward.data.sources.find import find_files
 from rayward.data.sources.read import plan_units, read_unit
 from rayward.data.sources.rows import RawRow
-from rayward.scoring.rows import FileRow, FormatAdapter, RowRules, dump_line, line_of, read_row, result_schema, score_given, table_of
+from rayward.scoring.rows import (
+    FileRow,
+    FormatAdapter,
+    RowRules,
+    dump_line,
+    line_of,
+    read_row,
+    result_schema,
+    score_chunks,
+    score_given,
+    table_of,
+)
 from rayward.scoring.scorer import Scorer
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 
@@ -111,6 +123,15 @@ def test_turns_lists_and_tools_that_a_table_keeps_as_text_are_read() -> None:
     assert read({"prompt": "[1, 2]", "completion": "{x}"}).given.item == ScoreItem(({"role": "user", "content": "[1, 2]"},), ("{x}",))
 
 
+def test_what_a_template_is_given_may_be_kept_as_json() -> None:
+    tools = [{"name": "f", "parameters": {"type": "object"}}]
+    given = {"tools": json.dumps(tools), "chat_template_kwargs": '{"enable_thinking": false}'}
+    found = read({**GOOD, **given}).given.item
+    assert found == ScoreItem(ITEM.prompt, ITEM.completions, tools=tuple(tools), chat_template_kwargs={"enable_thinking": False})
+    assert read({**GOOD, "tools": "", "chat_template_kwargs": None}).given.item == ITEM
+    assert error({**GOOD, "tools": "[broken"}).startswith("invalid_item: wrong_type")
+
+
 def test_a_row_asks_for_itself() -> None:
     rules = RowRules(asked=Asked(weights="w", temperature=0.5))
     found = read({**GOOD, "n_critiques": 2}, rules).given.item
@@ -175,6 +196,34 @@ def test_parts_have_one_schema_whatever_they_hold(scorer: Scorer) -> None:
     table = table_of(failed, [ItemResult(error=ItemError("unparsable", "\ud800"))], FILE, scorer, keep=False)
     assert table.schema == result_schema(("a", "b.c"), keep=False)
     assert table["error"].to_pylist() == [{"code": "unparsable", "message": "\\ud800"}]
+
+
+def test_the_next_chunk_is_tokenized_while_one_goes_through_the_model(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [read({**GOOD, "completions": ["a" * (i % 5 + 1)]} if i % 7 else {"prompt": i}) for i in range(40)]
+    chunks = [[row.given for row in rows[start : start + 10]] for start in range(0, 40, 10)]
+    expected = [score_given(scorer, chunk) for chunk in chunks]
+    begun = [threading.Event() for _ in chunks]
+    encode, compute, order = Scorer.encode, Scorer.compute, iter(range(4))
+    computed: list[bool] = []
+
+    def encoding(self: Scorer, items: Any) -> Any:
+        begun[next(order)].set()
+        return encode(self, items)
+
+    def computing(self: Scorer, given: Any) -> Any:
+        number = len(computed)
+        computed.append(number == 3 or begun[number + 1].wait(20))
+        return compute(self, given)
+
+    monkeypatch.setattr(Scorer, "encode", encoding)
+    monkeypatch.setattr(Scorer, "compute", computing)
+    found = list(score_chunks(scorer, iter(chunks)))
+    assert computed == [True] * 4
+    for given, wanted in zip(found, expected, strict=True):
+        assert [result.error for result in given] == [result.error for result in wanted]
+        for one, other in zip(given, wanted, strict=True):
+            assert one.rewards == (None if other.rewards is None else pytest.approx(other.rewards, abs=1e-6))
+    assert list(score_chunks(scorer, iter([]))) == []
 
 
 def test_every_json_value_can_be_written_again() -> None:

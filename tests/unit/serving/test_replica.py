@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from rayward.contract.conversation import Message
 from rayward.errors import ServerError
 from rayward.wire.items import ItemResult, ScoreItem
 
@@ -89,6 +90,19 @@ def test_a_replica_is_unhealthy_only_when_a_request_fails_alone(prompts: list[st
     else:
         with pytest.raises(ServerError, match="OutOfMemoryError"):
             made.check_health()
+
+
+def test_the_size_of_a_request_is_that_of_all_its_texts() -> None:
+    from rayward.serving.replica import _num_chars
+
+    called: Message = {
+        "role": "assistant", "content": "c" * 10, "reasoning_content": "r" * 20,
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": ["x" * 500]}}}],
+    }  # fmt: skip
+    prompt: tuple[Message, ...] = ({"role": "user", "content": "p" * 7},)
+    assert _num_chars(ScoreItem(prompt, ("a" * 30, "b" * 3))) == 40
+    rich = _num_chars(ScoreItem(prompt, ((called,),), tools=({"name": "t" * 1000},), chat_template_kwargs={"k": "v" * 100}))
+    assert 7 + 10 + 20 + 500 + 1000 + 100 < rich < 1637 + 100
 
 
 def test_serve_still_has_the_private_interface_that_we_use() -> None:

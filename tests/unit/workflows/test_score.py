@@ -132,6 +132,14 @@ def test_completions_of_preference_data_and_of_columns_of_any_name(
     (found,), error = run(monkeypatch, capsys, model, tmp_path / "own.jsonl", *mapped)
     assert found["rewards"] == pytest.approx(rewards, abs=1e-5)
     assert "not used: 'temperature'" in error
+    # A judgement does not change a score, a text does.
+    (tmp_path / "judged.jsonl").write_text(json.dumps({**row, "label": 2, "scores": [1, 2]}) + "\n")
+    (found,), error = run(monkeypatch, capsys, model, tmp_path / "judged.jsonl", *mapped)
+    assert found["rewards"] == pytest.approx(rewards, abs=1e-5)
+    assert "'label'" in error
+    (tmp_path / "more.jsonl").write_text(json.dumps({**row, "system": "Rhyme.", "context": "Blue."}) + "\n")
+    _, error = run(monkeypatch, capsys, model, tmp_path / "more.jsonl", *mapped, code=1)
+    assert "context" in error
 
 
 @pytest.mark.parametrize(

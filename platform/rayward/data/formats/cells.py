@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-from rayward.config.sources import ROW_NAMES, SourceConfig, template_fields, word_of
+from rayward.config.sources import ROW_NAMES, SourceConfig, heads_of, template_fields, word_of
 from rayward.data.formats.columns import COMMON_COLUMNS, Columns, names, present
 from rayward.data.formats.fields import Row, SourceOptions
 from rayward.data.formats.values import as_rating, kind_of, missing
@@ -61,43 +60,13 @@ def gather(row: Row, path: Path) -> Any:
     return values
 
 
-def paths_of(source: SourceConfig) -> dict[str, str]:
-    """Every path that a source's settings name, with the setting."""
-    found: dict[str, str] = {}
-
-    def note(where: str, path: Path | None) -> None:
-        for each in (path,) if isinstance(path, str) else path or ():
-            found.setdefault(each, where)
-
-    for name, path in source.columns.items():
-        note(f"columns.{name}", path)
-    if isinstance(source.ratings, str):
-        note("ratings", source.ratings)
-    else:
-        for name, ratings in source.ratings.items():
-            note(f"ratings.{name}", ratings)
-    for _, field in template_fields(source.prompt_template or ""):
-        if field is not None and field not in source.columns:
-            note("prompt_template", field)
-    for name in source.extract:
-        note("extract", name)
-    return found
-
-
-@lru_cache(maxsize=256)
-def _heads(path: str) -> frozenset[str]:
-    # The columns that a path may stand in: the first name, or more of it where names hold dots.
-    parts = path.split(".")
-    return frozenset(".".join(parts[: end + 1]) for end in range(len(parts)))
-
-
 def reads(source: SourceConfig, options: SourceOptions, of_format: Columns | None) -> Columns:
     """What becomes of the columns of a mapped source.
 
     Args:
         of_format: of the format that reads the renamed rows; None: the mapping makes the comparison itself.
     """
-    named = frozenset(head for path in paths_of(source) for head in _heads(path))
+    named = source.heads
     # What a mapped name covers is not read from the column of that name.
     covered = frozenset(source.columns) | ({"prompt"} if source.prompt_template is not None else frozenset())
     ignore = (*options.ignore, *source.ignore)
@@ -114,7 +83,7 @@ def require_known(source: SourceConfig, rows: Sequence[Row], where: str) -> None
     """
     made = {name for pattern in source.extract.values() for name in re.compile(pattern).groupindex}
     known = {str(key) for row in rows for key in row} | made
-    unknown = {path: setting for path, setting in paths_of(source).items() if not _heads(path) & known}
+    unknown = {path: setting for path, setting in source.paths.items() if not heads_of(path) & known}
     if unknown:
         path, setting = next(iter(unknown.items()))
         raise DataFormatError(
@@ -127,8 +96,7 @@ def require_known(source: SourceConfig, rows: Sequence[Row], where: str) -> None
 def renamed(row: Row, source: SourceConfig) -> dict[str, Any]:
     """The row with its columns under the names that the mapping gives them; columns that it reads are gone under their own."""
     cells = Cells(row, source)
-    gone = {head for path in paths_of(source) for head in _heads(path)}
-    rest = {name: value for name, value in row.items() if name not in gone and source.columns.get(name, "") is not None}
+    rest = {name: value for name, value in row.items() if name not in source.heads and source.columns.get(name, "") is not None}
     new = {name: value for name in source.columns if (value := cells[name]) is not None}
     if source.prompt_template is not None:
         new["prompt"] = cells.template(source.prompt_template)
@@ -150,7 +118,7 @@ class Cells:
             if match is None:
                 raise RowRejected(BadRow.UNPARSABLE, f"column {column!r} is {shown(value)}, where extract {pattern!r} finds nothing")
             self.row = {**self.row, **match.groupdict()}
-        self.used = {head for path in paths_of(source) for head in _heads(path)}
+        self.used = source.heads
 
     def __getitem__(self, name: str) -> Any:
         if name in self.source.columns:
@@ -182,7 +150,7 @@ class Cells:
     def as_number(self, value: Any, where: str) -> float | None:
         """A number, by `judgement.values` where it is a word; None where there is none."""
         word = None if isinstance(value, dict | list) or value is None else word_of(value)
-        known = {word_of(key): number for key, number in self.source.judgement.values.items()}
+        known = self.source.judgement.numbers
         if word in known:
             return known[word]
         return None if missing(value) else as_rating(value, where)

@@ -89,6 +89,11 @@ def changes_text(name: str) -> bool:
     return not is_metadata(name) and any(token in _TEXT or token in _TEMPLATE for token in tokens)
 
 
+def is_media(name: str) -> bool:
+    """Whether the name is that of images, sounds or videos, which no model here reads."""
+    return any(token.lower() in _MEDIA for token in _TOKEN.findall(name))
+
+
 @lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
     """Whether the name is one that speaks about a row and is not part of it: `id`, `language`, `chosen_model`, `num_turns`."""
@@ -136,12 +141,14 @@ class Columns:
         metadata: known to be harmless; not mentioned.
         ignore: names and wildcards of `data.ignore`.
         settings: columns that are read only where a setting is given, and its name; they are mentioned with it.
+        texts_only: no judgement is wanted, so that a column that is one is not missed.
     """
 
     consumed: frozenset[str]
     metadata: frozenset[str] = frozenset()
     ignore: tuple[str, ...] = ()
     settings: Mapping[str, str] | None = None
+    texts_only: bool = False
 
     def unused(self, row: Mapping[str, Any]) -> list[str]:
         """The present columns that nothing reads and that are to be mentioned."""
@@ -153,7 +160,8 @@ class Columns:
 
     def missed(self, row: Mapping[str, Any]) -> list[str]:
         """Of the unused ones those without which the row would mean something else."""
-        return [name for name in self.unused(row) if name not in (self.settings or ()) and changes_meaning(name)]
+        matters = changes_text if self.texts_only else changes_meaning
+        return [name for name in self.unused(row) if name not in (self.settings or ()) and matters(name)]
 
     def other_texts(self, row: Mapping[str, Any]) -> list[str]:
         """Of the unused ones those that may hold the prompt: texts whose name is not that of metadata."""

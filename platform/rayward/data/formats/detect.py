@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayward.data.formats.columns import COMMON_COLUMNS, Columns, names, type_of
+from rayward.data.formats.columns import COMMON_COLUMNS, Columns, is_media, names, type_of
 from rayward.data.formats.fields import Row, SourceOptions
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
 from rayward.errors import DataFormatError
@@ -159,6 +159,12 @@ def require_read(columns: Columns, rows: Sequence[Row], adapt: Callable[[Row], C
     if counts:
         told = ", ".join(f"{each} ({types[each]}, {count / len(rows):.0%} of the first rows)" for each, count in counts.items())
         told = told.encode("utf-8", "backslashreplace").decode()
+        media = [each for each in counts if is_media(each)]
+        if media:
+            raise DataFormatError(
+                f"{where}: format {name} does not read {told}: images, sounds and videos are not supported",
+                remedy="use rows of text alone; data.ignore with the names of these columns trains on the rest of such rows",
+            )
         raise DataFormatError(
             f"{where}: format {name} does not read {told}, and by that the rows would mean something else",
             remedy=f"map it with data.sources[].columns (`rayward data describe {where}` prints a block to paste), choose another "

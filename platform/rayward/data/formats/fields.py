@@ -23,6 +23,7 @@ from rayward.contract.conversation import (
     completion_of,
     parse_turn,
 )
+from rayward.data.formats.hook import Adapter
 from rayward.data.formats.turns import plain_turns, without_metadata
 from rayward.data.formats.values import (
     FLOAT32_MAX,
@@ -75,7 +76,7 @@ class SourceOptions:
         ignore: names of columns, with wildcards, that may stay unread.
         votes: what the counts of votes in a row become.
         mapping: how the columns are named; None: as the format says.
-        adapter: `module:function` that makes the row, and the directory that it is looked for in.
+        adapter: the user's own function that makes the row.
     """
 
     source: str
@@ -91,7 +92,7 @@ class SourceOptions:
     ignore: tuple[str, ...] = ()
     votes: Literal["majority", "soft"] = "majority"
     mapping: SourceConfig | None = None
-    adapter: str | None = None
+    adapter: Adapter | None = None
 
 
 def as_messages(value: Any, key: str) -> tuple[Message, ...]:

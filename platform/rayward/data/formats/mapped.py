@@ -210,9 +210,8 @@ class _Judge:
     def side(self, value: Any, where: str) -> int:
         """What a label says: -1 the first is better, 1 the second, 0 a tie."""
         word = None if value is None or isinstance(value, dict | list) else word_of(value)
-        for side, words in ((-1, self.settings.first), (1, self.settings.second), (0, self.settings.tie)):
-            if word is not None and word in {word_of(each) for each in words}:
-                return side
+        if word is not None and word in self.settings.sides:
+            return self.settings.sides[word]
         for side, name in ((-1, "first_name"), (1, "second_name")):
             told = self.cells[name] if name in self.cells.source.columns else None
             if word and told is not None and word == word_of(told):
@@ -236,7 +235,7 @@ class _Judge:
             side = 0 if gap == 0 else -1 if (gap > 0) == (self.settings.above == "first") else 1
             return _ranks_of(side), abs(gap)
         side = self.side(value, where)
-        strengths = {word_of(key): strength for key, strength in self.settings.strengths.items()}
+        strengths = self.settings.strength_of
         return _ranks_of(side), 0.0 if strengths and side == 0 else strengths.get(word_of(value))
 
     def _flags(self, values: Sequence[Any], where: str) -> tuple[float, ...]:
@@ -248,7 +247,12 @@ class _Judge:
 
     def _votes(self) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
         value, where = self.cells.required("votes"), self.cells.where("votes")
-        if self.num == 2 and (isinstance(value, dict) or self.settings.names_values):
+        if self.num == 2 and not isinstance(value, list | dict):
+            share = self.cells.as_number(value, where)
+            if share is None or not 0.0 <= share <= 1.0:
+                raise RowRejected(BadRow.BAD_RANKING, f"{where} is {shown(value)}; the rule is labels, counts, or a share from 0 to 1")
+            counts = [share, 1.0 - share]
+        elif self.num == 2 and (isinstance(value, dict) or self.settings.names_values):
             by_side = dict.fromkeys((-1, 1, 0), 0.0)
             votes = value.items() if isinstance(value, dict) else [(vote, 1.0) for vote in as_list(value, where)]
             for vote, count in votes:

@@ -85,8 +85,10 @@ def hh_rlhf(row: Row, options: SourceOptions) -> Comparison:
 def ultrafeedback_binarized(row: Row, options: SourceOptions) -> Comparison:
     """UltraFeedback binarized: the strength is the score gap; equal scores are a tie, a negative gap is an error of the row."""
     chosen, rejected = as_messages(required(row, "chosen"), "chosen"), as_messages(required(row, "rejected"), "rejected")
-    as_text(required(row, "prompt"), "prompt")
+    told = as_text(required(row, "prompt"), "prompt").strip()
     prompt, texts = shared_turns([chosen, rejected], ("chosen", "rejected"))
+    if told and all(turn["content"].strip() != told for turn in prompt):
+        raise RowRejected(BadRow.NO_SHARED_PROMPT, "the column 'prompt' is none of the turns that chosen and rejected share")
     return build_comparison(row, options, prompt, texts, **judged(row, options))
 
 

@@ -17,7 +17,7 @@ from rayward.data.formats.cells import reads, renamed, require_known
 from rayward.data.formats.columns import COMMON_COLUMNS, Columns
 from rayward.data.formats.detect import Format, adapt_row, detect, require_read
 from rayward.data.formats.fields import Row, SourceOptions
-from rayward.data.formats.hook import FORMAT_KEY, run_adapter
+from rayward.data.formats.hook import FORMAT_KEY, Adapter, read_adapter, run_adapter
 from rayward.data.formats.mapped import MAPPED, mapped
 from rayward.data.formats.pairs import TRANSCRIPT
 from rayward.data.formats.published import PUBLISHED
@@ -51,7 +51,10 @@ def _fits_trl(row: Row, options: SourceOptions) -> bool:
 def _fits_openrlhf(row: Row, options: SourceOptions) -> bool:
     keys = (options.chosen_key, options.rejected_key, *([options.prompt_key] if options.prompt_key else []))
     named = options.prompt_key is not None or keys != ("chosen", "rejected")
-    return named and all(isinstance(row.get(key), str | list) for key in keys) and not _fits_trl(row, options)
+    if not named or not all(isinstance(row.get(key), str | list) for key in keys) or _fits_trl(row, options):
+        return False
+    implied = options.prompt_key is None and isinstance(row[options.chosen_key], str)
+    return not (implied and FORMATS["openrlhf"].reads(options).other_texts(row))
 
 
 def _fits_hh_rlhf(row: Row, options: SourceOptions) -> bool:
@@ -212,6 +215,7 @@ def choose_format(
         ConfigError: `data.adapter` cannot be imported.
     """
     options = _options(config, source, mapping)
+    rows = [_kept(row, options) for row in rows]
     chosen = options.mapping
     if chosen is not None:
         require_known(chosen, rows, where)
@@ -238,6 +242,7 @@ def choose_format(
 
 
 def _options(config: DataConfig, source: str, mapping: SourceConfig | None) -> SourceOptions:
+    named = config.adapter if mapping is None or mapping.adapter is None else mapping.adapter
     return SourceOptions(
         source if mapping is None or mapping.source is None else mapping.source,
         config.prompt_key,
@@ -252,7 +257,7 @@ def _options(config: DataConfig, source: str, mapping: SourceConfig | None) -> S
         ignore=config.ignore if mapping is None else (*config.ignore, *mapping.ignore),
         votes="soft" if config.votes == "soft" else "majority",
         mapping=None if mapping is None or mapping.plain else mapping,
-        adapter=config.adapter if mapping is None or mapping.adapter is None else mapping.adapter,
+        adapter=None if named is None else read_adapter(named),
     )
 
 
@@ -276,16 +281,24 @@ def _prepared(rows: Sequence[Row], options: SourceOptions, where: str) -> list[t
     return read
 
 
-def _hooked(adapter: str, row: Row) -> tuple[str | None, Row]:
+def _hooked(adapter: Adapter, row: Row) -> tuple[str | None, Row]:
     made = run_adapter(adapter, row)
     name = made.pop(FORMAT_KEY, None)
     if name is not None and name not in FORMATS:
-        raise RowRejected(BadRow.ADAPTER_FAILED, f"{adapter} returned a row of format {name!r}; the rule is one of {', '.join(FORMATS)}")
+        raise RowRejected(
+            BadRow.ADAPTER_FAILED, f"{adapter.name} returned a row of format {name!r}; the rule is one of {', '.join(FORMATS)}"
+        )
     return name, made
 
 
 def _given(entry: Format, row: Row, options: SourceOptions) -> Comparison:
     return entry.adapt(row if options.mapping is None else renamed(row, options.mapping), options)
+
+
+def _kept(row: Row, options: SourceOptions) -> Row:
+    # A column that every format reads is not read where it is ignored by its name.
+    left_out = COMMON_COLUMNS.intersection(options.ignore)
+    return {name: value for name, value in row.items() if name not in left_out} if left_out else row
 
 
 def columns_of(name: str, options: SourceOptions) -> Columns:
@@ -296,7 +309,8 @@ def columns_of(name: str, options: SourceOptions) -> Columns:
     if options.mapping is None:
         assert of_format is not None
         return of_format
-    return reads(options.mapping, options, of_format)
+    found = reads(options.mapping, options, of_format)
+    return found if options.mapping.judged else replace(found, texts_only=True)
 
 
 def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comparison:
@@ -308,6 +322,7 @@ def adapt(name: str, columns: Columns, row: Row, options: SourceOptions) -> Comp
     Raises:
         RowRejected: the row does not fit, or a column that would change its meaning is not read.
     """
+    row = _kept(row, options)
     if options.adapter is not None:
         own, made = _hooked(options.adapter, row)
         entry = FORMATS[own or name]

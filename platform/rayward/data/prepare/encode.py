@@ -117,7 +117,7 @@ def _row(draft: Draft, role: str, found: Sequence[Found], bare: Sequence[Found],
     limit = encoders.contract.contract.max_tokens
     for index, encoding in enumerate(encodings):
         if encoding.truncated and policy.too_long == "quarantine":
-            problem = f"completion {index}: {encoding.num_tokens} tokens, over {limit}, and data.too_long is 'quarantine'"
+            problem = f"completion {index}: {encoding.num_tokens} tokens; model.max_tokens is {limit}, and data.too_long 'quarantine'"
             raise RowRejected(BadRow.TOO_LONG, problem)
     sequences = [encoding.ids for encoding in encodings]
     if len({tuple(ids) for ids in sequences}) != len(sequences):
@@ -160,7 +160,8 @@ def _checked(found: Sequence[Found]) -> list[Encoding]:
     encodings = []
     for index, each in enumerate(found):
         if isinstance(each, ContractError):
-            raise RowRejected(REASONS.get(type(each), BadRow.TEMPLATE_REJECTED), f"completion {index}: {each.problem}")
+            reason = REASONS.get(type(each), BadRow.TEMPLATE_REJECTED)
+            raise RowRejected(reason, f"completion {index}: {each.problem}; {each.remedy}")
         encodings.append(each)
     return encodings
 

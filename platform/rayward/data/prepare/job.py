@@ -36,7 +36,7 @@ from rayward.data.prepare.inputs import Inputs, inspect_inputs, plan_reads, stor
 from rayward.data.prepare.judge import Policy
 from rayward.data.prepare.leftover import unused_columns
 from rayward.data.prepare.numbering import number_units
-from rayward.data.prepare.numbers import bound_of, described, has_outliers, quarantine_outliers
+from rayward.data.prepare.numbers import bounds_of, described, has_outliers, quarantine_outliers
 from rayward.data.prepare.repeats import repeats_of, train_rows_by_file
 from rayward.data.prepare.report import Examples, build_report, most_frequent, read_examples, render_html
 from rayward.data.prepare.rows import Adaptation
@@ -142,7 +142,7 @@ def _run(
     keys = judged(encoded(plan), plan)
     tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
     numbers = tally.numbers
-    bounds = {name: bound_of(sketch, config.data.outlier_factor) for name, sketch in numbers.items()}
+    bounds = bounds_of(numbers, config.data.outlier_factor, rated=config.data.attribute_range is None)
     if has_outliers(numbers, bounds):
         keys = keys.map_batches(partial(quarantine_outliers, bounds=bounds), batch_size=None, batch_format="pyarrow").materialize()
         tally = Tally.merged(summaries(keys, partial(Tally.of, files=files)))
@@ -249,19 +249,22 @@ def _contamination(tally: Tally) -> dict[str, int]:
 def _refusal(config: Config, manifest: Manifest, directory: str, examples: Examples | None = None) -> DataError | None:
     """The error that the counts call for, if any; without examples they are those of the report."""
     counts = ", ".join(f"{reason}: {count}" for reason, count in manifest.num_quarantined.items())
+
+    def told(passed_over: Sequence[str]) -> str:
+        return most_frequent(manifest.num_quarantined, read_examples(directory) if examples is None else examples, passed_over)
+
     where = f"the rows and reasons are in {directory}/quarantine, the report is {directory}/report.html"
     if manifest.num_train == 0:
         return DataError(
             f"{', '.join(config.data.train_paths)}: no usable train row among {manifest.num_input_rows} "
-            f"({counts or 'all rows are held out'})",
+            f"({counts or 'all rows are held out'})" + told(()),
             remedy=where,
         )
     bad = sum(count for reason, count in manifest.num_quarantined.items() if reason not in NOT_BAD)
     if bad > config.data.max_bad_fraction * manifest.num_input_rows:
         return TooManyBadRowsError(
             f"{bad} of {manifest.num_input_rows} rows are bad ({bad / manifest.num_input_rows:.1%}), data.max_bad_fraction is "
-            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}"
-            + most_frequent(manifest.num_quarantined, read_examples(directory) if examples is None else examples, NOT_BAD),
+            f"{config.data.max_bad_fraction:.1%}; by reason: {counts}" + told(NOT_BAD),
             remedy=f"{where}; correct the data, or raise data.max_bad_fraction",
         )
     return None

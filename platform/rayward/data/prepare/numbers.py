@@ -23,6 +23,7 @@ from rayward.data.record import LARGEST_NUMBER, BadRow
 BINS_PER_OCTAVE = 16
 """A bin is 4.4 % wide; a percentile is the smaller end of its bin."""
 FEW = 0.1
+RATING = "rating "
 _OFFSET = 200 * BINS_PER_OCTAVE  # float32 goes down to 2^-149
 
 
@@ -63,6 +64,15 @@ def sketches_of(table: pa.Table) -> dict[str, Sketch]:
     """By column, of the rows with a place in a split."""
     used = table.filter(pc.is_valid(table.column("split")))
     return {name: Sketch(_bins(values), float(values.min()), float(values.max())) for name, values, _ in _columns(used) if len(values)}
+
+
+def bounds_of(sketches: Mapping[str, Sketch], factor: float | None, *, rated: bool = True) -> dict[str, Bound]:
+    """The bound of each column.
+
+    Args:
+        rated: whether ratings are bounded by each other; not so where `data.attribute_range` bounds them.
+    """
+    return {name: bound_of(sketch, factor if rated or not name.startswith(RATING) else None) for name, sketch in sketches.items()}
 
 
 def bound_of(sketch: Sketch, factor: float | None) -> Bound:
@@ -115,7 +125,7 @@ def quarantine_outliers(table: pa.Table, bounds: Mapping[str, Bound]) -> pa.Tabl
 def described(sketches: Mapping[str, Sketch], bounds: Mapping[str, Bound], attributes: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """The distribution of each column for the report, its percentiles to the width of a bin."""
     return {
-        f"rating {attributes[int(name.partition(' ')[2])]}" if name.startswith("rating ") else name: {
+        f"{RATING}{attributes[int(name.removeprefix(RATING))]}" if name.startswith(RATING) else name: {
             "values": sum(sketch.bins.values()),
             "smallest": sketch.smallest,
             **{f"p{share * 100:g}": value_of(_quantile(sketch.bins, share)) for share in (0.01, 0.5, 0.99)},
@@ -171,4 +181,4 @@ def _columns(table: pa.Table) -> Iterator[tuple[str, npt.NDArray[np.float64], np
     of_row = np.repeat(rated, sizes)
     for column in range(width):
         known = ~np.isnan(matrix[:, column])
-        yield f"rating {column}", matrix[known, column], of_row[known]
+        yield f"{RATING}{column}", matrix[known, column], of_row[known]

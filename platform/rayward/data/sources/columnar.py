@@ -56,7 +56,7 @@ def arrow_batches(file: SourceFile) -> list[tuple[int, int]] | None:
     if not isinstance(storage.resolve(file.uri)[0], pafs.LocalFileSystem):
         return None
     with _arrow(file) as batches:
-        sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
+        sizes = [(batch.num_rows, batch.get_total_buffer_size()) for batch in batches]
     # Compressed, every batch before one's own has to be decompressed.
     return sizes if sum(size for _, size in sizes) <= 1.2 * file.size else None
 
@@ -102,6 +102,8 @@ def _arrow(file: SourceFile) -> Iterator[Iterator[pa.RecordBatch]]:
 
 def _rows(batch: pa.RecordBatch, convert: Convert, number: int) -> Iterator[RawRow]:
     try:
+        # Arrow files carry no checksums, and an offset that points outside would end the process.
+        batch.validate(full=True)
         texts: list[str | Exception] = [_dump(row, convert) for row in batch.to_pylist()]
     except _UNREADABLE:
         texts = [_one_row(batch, index, convert) for index in range(batch.num_rows)]
@@ -114,7 +116,9 @@ def _rows(batch: pa.RecordBatch, convert: Convert, number: int) -> Iterator[RawR
 
 def _one_row(batch: pa.RecordBatch, index: int, convert: Convert) -> str | Exception:
     try:
-        return _dump(batch.slice(index, 1).to_pylist()[0], convert)
+        row = batch.slice(index, 1)
+        row.validate(full=True)
+        return _dump(row.to_pylist()[0], convert)
     except _UNREADABLE as exc:  # text that is not UTF-8, a date out of range
         return exc
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 20
 """Files passed over that are printed; the report has all."""
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 STATE_FILE, INFO_FILE = "state.json", "dataset_info.json"
 BOOKKEEPING = {STATE_FILE, INFO_FILE, "dataset_infos.json", "dataset_dict.json"}
 """Files that `datasets` puts beside the data."""

@@ -113,7 +113,7 @@ def numbered(units: Sequence[ReadUnit], counts: Mapping[ReadUnit, int]) -> list[
 
 
 def read_unit(unit: ReadUnit) -> Iterator[RawRow]:
-    """The rows of one unit, in order, in bounded memory.
+    """The rows of one unit, in order; of Parquet a row group is held, of Arrow a record batch, of all else a row.
 
     Raises:
         DataError: the file is truncated or damaged; the rows before the damage may have been yielded.
