@@ -45,7 +45,7 @@ class Grouping(Frozen):
         incomplete: rows left as they were, because their judgements do not order every two completions.
         contradictory: rows left because by their judgements a completion is better than itself.
         apart: rows left because they carry a margin, a strength or ratings, or have another source or weight than the rest.
-        unfit: rows left because their group is larger than `data.group_tokens`, or one of its completions is quarantined.
+        unfit: rows left because their group is larger than `data.group_tokens`.
     """
 
     groups: int = 0
