@@ -31,6 +31,7 @@ from rayward.scoring.parts import (
     Part,
     Progress,
     clean,
+    files_in,
     finish,
     name_units,
     open_job,
@@ -144,6 +145,12 @@ def _finished(job: Job, progress: Progress, units: Mapping[str, ReadUnit]) -> Do
         )
     if not progress.rows:
         raise DataError("the files hold no rows", remedy="check the paths")
+    elsewhere = set(progress.names(units)) - files_in(job.place)
+    if elsewhere:
+        raise DataError(
+            f"{job.place} lacks {len(elsewhere)} files that scorers wrote, for example {min(elsewhere)}",
+            remedy="write to storage that all nodes share",
+        )
     if job.target is not None:
         join(job, progress.names(units))
     return finish(job.place, progress, units, joined=job.target is not None)

@@ -200,7 +200,7 @@ def commit(place: str, unit: str, name: str, record: Part | End) -> None:
 
 
 def read_progress(place: str, units: Mapping[str, ReadUnit]) -> Progress:
-    """What is committed of these units; records of others are left alone."""
+    """What is committed of these units, and still there; records of others are left alone."""
     filesystem, root = storage.resolve(place)
     folder = f"{root}/{COMMITS}"
     progress = Progress()
@@ -208,14 +208,22 @@ def read_progress(place: str, units: Mapping[str, ReadUnit]) -> Progress:
         return progress
     names = [info.path for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=True)) if info.type == pafs.FileType.File]
     wanted = [path for path in sorted(names) if PurePosixPath(path).parent.name in units and not PurePosixPath(path).name.startswith(".")]
+    there = files_in(place)
     with ThreadPoolExecutor(PARALLEL_READS) as threads:
         for path, text in zip(wanted, threads.map(lambda path: storage.read_text(filesystem, path), wanted), strict=True):
             unit, name = PurePosixPath(path).parent.name, PurePosixPath(path).name
             if name == END:
                 progress.ends[unit] = End.model_validate_json(text)
-            else:
-                progress.add(unit, int(name.removesuffix(".json")), Part.model_validate_json(text))
+            elif (part := Part.model_validate_json(text)).file in there:
+                progress.add(unit, int(name.removesuffix(".json")), part)
     return progress
+
+
+def files_in(place: str) -> set[str]:
+    """Names of the files that lie in a directory itself."""
+    filesystem, root = storage.resolve(place)
+    infos = filesystem.get_file_info(pafs.FileSelector(root))
+    return {info.base_name for info in infos if info.type == pafs.FileType.File}
 
 
 def open_job(place: str, facts: JobFacts) -> None:
@@ -279,8 +287,6 @@ def finish(place: str, progress: Progress, units: Mapping[str, ReadUnit], *, joi
 def clean(place: str, done: Done) -> None:
     """Delete parts that are not of the manifest: joined ones, and those of inputs that are no longer named."""
     filesystem, root = storage.resolve(place)
-    kept = set(done.files)
-    for info in filesystem.get_file_info(pafs.FileSelector(root)):
-        name = PurePosixPath(info.path).name
-        if info.type == pafs.FileType.File and PART_NAME.search(name) and name not in kept:
-            filesystem.delete_file(info.path)
+    for name in files_in(place) - set(done.files):
+        if PART_NAME.search(name):
+            filesystem.delete_file(f"{root}/{name}")

@@ -24,7 +24,7 @@ from rayward.scoring.combining import EnsembleRule
 from rayward.scoring.job import model_identity, run_job
 from rayward.scoring.moments import Moments
 from rayward.scoring.part_work import Job, read_parts
-from rayward.scoring.parts import COMMITS, JOB_FILE, MANIFEST_FILE, Done, name_units
+from rayward.scoring.parts import COMMITS, JOB_FILE, MANIFEST_FILE, Done, name_units, publish
 from rayward.scoring.rows import RowRules
 from rayward.scoring.scorer import ScoreItem, Scorer
 from rayward.wire.items import Asked
@@ -146,6 +146,30 @@ def test_a_part_without_its_record_is_scored_again(model: Path, here: list[int],
     again = run(model, files, to)
     assert here == [4, 4, 4]
     assert (again.rows, [row["id"] for row in lines_of(again, to.place)]) == (8, [f"r{i}" for i in range(8)])
+
+
+def test_a_part_that_is_gone_is_scored_again(model: Path, here: list[int], tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", 8)
+    to, files = job(tmp_path / "out", output_format="jsonl"), files_of(tmp_path / "a.jsonl")
+    done = run(model, files, to)
+    (tmp_path / "out" / done.files[0]).unlink()
+    (tmp_path / "out" / MANIFEST_FILE).unlink()
+    assert [row["id"] for row in lines_of(run(model, files, to), to.place)] == [f"r{i}" for i in range(8)]
+    assert here == [4, 4, 4]
+
+
+def test_parts_that_lie_on_another_node_are_no_result(
+    model: Path, here: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(location: str, data: bytes) -> None:
+        publish(location.replace("/out/", "/other-node/"), data)
+
+    monkeypatch.setattr("rayward.scoring.part_work.publish", elsewhere)
+    write_rows(tmp_path / "a.jsonl", 8)
+    with pytest.raises(DataError, match="lacks 2 files") as caught:
+        run(model, files_of(tmp_path / "a.jsonl"), job(tmp_path / "out"))
+    assert "share" in caught.value.remedy
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()
 
 
 def test_inputs_that_came_or_changed_are_scored_and_the_rest_is_not(model: Path, here: list[int], tmp_path: Path) -> None:
