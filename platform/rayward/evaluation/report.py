@@ -129,6 +129,8 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
             cells = (name, f"{group.num_pairs:,}", f"{group.num_ties:,}", escape(str(group.accuracy)), number(group.accuracy_ties_half))
             table.add_row(*cells)
     console.print(table)
+    for line in evaluation.unused_columns:
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if evaluation.benchmark is not None:
         console.print(_benchmark_table(evaluation.benchmark))
         if evaluation.benchmark.deviations:

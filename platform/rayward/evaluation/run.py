@@ -18,6 +18,7 @@ from rayward.config.load import parse_config
 from rayward.config.placement import Placement
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.contract.conversation import text_of
+from rayward.data.prepared import told_unused
 from rayward.errors import ConfigError, DataError, ModelLoadError, ScoringError
 from rayward.evaluation.held_out import HeldOut, read_prepared, read_raw
 from rayward.evaluation.plots import write_plots
@@ -86,6 +87,8 @@ def evaluate(
     write_scores(records, directory / SCORES_FILE)
     where = (prepared,) if prepared else tuple(data or ())
     evaluation = summarise(records, model=model, model_version=version, data=where, bootstrap_samples=bootstrap_samples, seed=seed)
+    if held_out.unused:
+        evaluation = evaluation.model_copy(update={"unused_columns": tuple(told_unused(held_out.unused))})
     if benchmark is not None:
         evaluation = evaluation.model_copy(update={"benchmark": benchmark.aggregate(records)})
     write_results(evaluation, directory)

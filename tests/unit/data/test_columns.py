@@ -22,11 +22,13 @@ SEVEN = {"role": "assistant", "content": "Seven"}
 EIGHT = {"role": "assistant", "content": "Eight"}
 
 MATTERS = """
+sys preamble rejected_2 rejected2 Chosen-1 system_message img_path is_chosen_better helpfulness_score
 instruction input question query history conversations messages context system system_prompt systemPrompt tools images
 image_url video audio_path score_chosen chosen_score chosen-rating scoreChosen overall_score label labels is_tie
 human_preference ratings rating1 Score chat_template_kwargs response_3 passages rank avg_rating grade votes margin
 """
 HARMLESS = """
+chosen_length num_votes rejected_model confidence
 magnitude id prompt_id conversation_id chosen_model response_model question_type num_turns input_tokens language
 timestamp dataset underscore generating topic annotator gold title
 """

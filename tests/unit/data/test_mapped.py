@@ -216,6 +216,18 @@ def test_one_best_and_its_losers() -> None:
     assert read(many, {"q": "2+2?", "good": ["4", "four"], "bad": ["5"]}).ranks == (0.0, 0.0, 1.0)
 
 
+def test_a_label_is_the_place_of_the_best() -> None:
+    mapping: dict[str, Any] = {"columns": {"prompt": "q", "completions": ["a", "b", "c"], "label": "best"}}
+    row = {**ROW, "c": "6"}
+    assert [read(mapping, {**row, "best": place}).ranks for place in (0, 2.0, "1")] == [(0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0)]
+    from_one = {**mapping, "judgement": {"counted_from": 1}}
+    assert read(from_one, {**row, "best": 3}).ranks == (1.0, 1.0, 0.0)
+    letters = {**mapping, "judgement": {"values": {"A": 0, "B": 1, "C": 2}}}
+    assert read(letters, {**row, "best": "b"}).ranks == (1.0, 0.0, 1.0)
+    for settings, place in ((mapping, 3), (mapping, -1), (mapping, 0.5), (mapping, None), (from_one, 0)):
+        assert outcome(settings, {**row, "best": place})[1] is BadRow.BAD_RANKING
+
+
 COMPARED: dict[str, Any] = {
     "columns": {"prompt": "q", "completions": ["a", "b", "c"], "comparisons": "p"},
     "judgement": {"first": 1, "second": 2, "tie": 0},

@@ -334,9 +334,11 @@ def test_two_texts_side_by_side_forge_nothing_either(models: dict[str, Model], t
     assert outcomes == dict.fromkeys(("prepare", *WAYS), "template")
     # Pieces that meet nothing are texts like any other.
     for family, other in models.items():
-        prompt, completions = "> is it a <", ["|> no <|", "[ or </s"]
-        expected = [plain_ids(other, [*asked(prompt), said(text)], None) for text in completions]
-        assert prepared(other, {"prompt": prompt, "completions": completions}) == expected, family
+        texts = ["|> no <|", "[ or </s"]
+        row = {"prompt": "> is it a <", "completions": texts}
+        turns = asked(str(row["prompt"]))
+        expected = [plain_ids(other, [*turns, said(text)], None) for text in texts]
+        assert prepared(other, row) == expected, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)

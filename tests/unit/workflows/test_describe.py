@@ -17,6 +17,7 @@ from rayward.config.load import parse_config
 from rayward.config.reading import reading_config
 from rayward.data.formats.suggest import TODO, suggest
 from rayward.data.formats.table import choose_format
+from rayward.data.prepared import told_unused
 from rayward.evaluation.held_out import read_raw
 
 ARENA = [
@@ -102,3 +103,6 @@ def test_evaluation_reads_raw_files_with_the_mapping(arena: Path, tmp_path: Path
     assert ranks == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]] * 2
     assert [record.error_code for record in held.rejected.values()] == ["bad_ranking"] * 2
     assert held.num_rows == 8
+    assert told_unused(held.unused) == ["not used of arena: magnitude (number, 100 % of rows)"]
+    limited = read_raw([str(arena)], reading_config([*MAPPING, "limit=3"], [str(arena)]), download_to=str(tmp_path))
+    assert limited.num_rows == 3

@@ -36,7 +36,8 @@ _MEDIA = _words(
 
 _TEXT = _words(
     """
-    system developer prompt prompts instruction instructions input inputs question questions query queries history histories
+    system sys preamble rubric rubrics
+    developer prompt prompts instruction instructions input inputs question questions query queries history histories
     conversation conversations message messages dialog dialogs dialogue dialogues transcript turns context contexts passage
     passages document documents persona response responses answer answers completion completions candidate candidates output
     outputs generation generations reply replies prefix suffix
@@ -55,6 +56,9 @@ _JUDGEMENT = _words(
 _SCORE = re.compile(
     r"scor(e|es|ed|ing)\d*|.+(?<!under)scores?|ratings?|rated?|(chosen|rejected|user|human|overall|avg|mean|quality)ratings?"
 )
+
+_FURTHER = re.compile(r"(chosen|rejected)[_ -]?\d+", re.IGNORECASE)
+"""One more answer beside the two that are read."""
 
 _HARMLESS_LAST = _words(
     """
@@ -77,6 +81,8 @@ def changes_meaning(name: str) -> bool:
         return True
     if is_metadata(name):
         return False
+    if _FURTHER.fullmatch(name):
+        return True
     return any(token in _TEXT or token in _TEMPLATE or token in _JUDGEMENT or _SCORE.fullmatch(token) for token in tokens)
 
 

@@ -225,6 +225,8 @@ class _Judge:
 
     def _label(self) -> tuple[tuple[float, ...], float | None]:
         value, where = self.cells["label"], self.cells.where("label")
+        if "completions" in self.cells.source.mapped_names:
+            return self._best(value, where), None
         if isinstance(self.cells.source.columns["label"], tuple):
             return self._flags(value, where), None
         if self.settings.middle is not None:
@@ -237,6 +239,14 @@ class _Judge:
         side = self.side(value, where)
         strengths = self.settings.strength_of
         return _ranks_of(side), 0.0 if strengths and side == 0 else strengths.get(word_of(value))
+
+    def _best(self, value: Any, where: str) -> tuple[float, ...]:
+        number = self.cells.as_number(value, where)
+        place = None if number is None else number - self.settings.counted_from
+        if place is None or place not in range(self.num):
+            rule = f"the place of one of {self.num} completions, counted from {self.settings.counted_from}"
+            raise RowRejected(BadRow.BAD_RANKING, f"{where} is {shown(value)}; the rule is {rule}")
+        return tuple(float(index != place) for index in range(self.num))
 
     def _flags(self, values: Sequence[Any], where: str) -> tuple[float, ...]:
         # One column for each outcome: first, second and, if given, tie.
