@@ -118,7 +118,10 @@ def run_on_ray(spec: dict[str, Any]) -> dict[str, Any]:
     done = run_scores(spec["model"], inputs, output, options, placement=Placement(device="cpu", tokens_per_batch=spec["budget"]))
     whole = time.perf_counter() - start
     ray.shutdown()
-    return {"seconds": done.seconds, "whole_seconds": whole, "rewards": _rewards(Path(output)), "driver_peak_gib": common.peak_memory_gib()}
+    return {
+        "seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "whole_seconds": whole, "rewards": _rewards(Path(output)),
+        "driver_peak_gib": common.peak_memory_gib(),
+    }  # fmt: skip
 
 
 def _rewards(path: Path) -> list[float]:
@@ -135,7 +138,7 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_data_argument(parser)
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens-per-batch", type=int, default=512, help="on a CPU, short rows are fastest")
@@ -170,7 +173,7 @@ def main() -> None:
         gaps = [abs(a - b) for run in runs for a, b in zip(run.pop("rewards", expected), expected, strict=True)]
         # Of each round: what was measured next to each other in time.
         ratios = [bare["seconds"] / run["seconds"] for bare, run in zip(found[BARE], runs, strict=True)]
-        cpu = [bare["cpu_seconds"] / run["cpu_seconds"] for bare, run in zip(found[BARE], runs, strict=True) if "cpu_seconds" in run]
+        cpu = [bare["cpu_seconds"] / run["cpu_seconds"] for bare, run in zip(found[BARE], runs, strict=True)]
         values[side] = {"runs": runs, "ratio": statistics.median(ratios), "largest_gap": max(gaps)}
         rows.append(
             [
@@ -178,7 +181,7 @@ def main() -> None:
                 f"{args.rows / statistics.median(run['seconds'] for run in runs):.2f}",
                 f"**{statistics.median(ratios):.3f}**",
                 f"{min(ratios):.3f} to {max(ratios):.3f}",
-                f"{statistics.median(cpu):.3f}" if cpu else "",
+                f"{statistics.median(cpu):.3f}",
                 f"{max(gaps):.1e}",
             ]
         )

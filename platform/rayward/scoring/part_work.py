@@ -166,7 +166,7 @@ def _raws(row: Mapping[str, Any]) -> list[RawRow]:
 
 
 def _score_part(model: ScoredModel, raws: Sequence[RawRow], job: Job, unit: str, file: str, index: int) -> Part:
-    started = time.time()
+    started, cpu = time.time(), time.process_time()
     rows: list[FileRow] = []
     results: list[ItemResult] = []
 
@@ -197,6 +197,7 @@ def _score_part(model: ScoredModel, raws: Sequence[RawRow], job: Job, unit: str,
         version=model.version,
         started=started,
         finished=time.time(),
+        cpu_seconds=time.process_time() - cpu,
     )
     commit(job.place, unit, f"{index:05d}.json", part)
     return part

@@ -69,7 +69,7 @@ class Part(Frozen):
         unused: rows by column that was not read.
         rewards: of all completions.
         version: of the model.
-        started, finished: seconds since the epoch.
+        started, finished: seconds since the epoch; cpu_seconds: of the processor, in between.
     """
 
     file: str
@@ -81,6 +81,7 @@ class Part(Frozen):
     version: str
     started: float = 0.0
     finished: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class End(Frozen):
@@ -109,6 +110,7 @@ class Done(Versioned):
     units: str
     files: tuple[str, ...]
     seconds: float
+    cpu_seconds: float = 0.0
 
 
 @dataclass
@@ -133,6 +135,7 @@ class Progress:
     versions: set[str] = field(default_factory=set)
     started: float = float("inf")
     finished: float = 0.0
+    cpu_seconds: float = 0.0
 
     def add(self, unit: str, index: int, part: Part) -> None:
         """A part more; one that is known already does not count again."""
@@ -149,6 +152,7 @@ class Progress:
             self.examples.setdefault(code, example)
         self.rewards = self.rewards.plus(part.rewards)
         self.versions.add(part.version)
+        self.cpu_seconds += part.cpu_seconds
         self.started, self.finished = min(self.started, part.started), max(self.finished, part.finished)
 
     def is_whole(self, unit: str) -> bool:
@@ -278,6 +282,7 @@ def finish(place: str, progress: Progress, units: Mapping[str, ReadUnit], *, joi
         units=digest(list(units)),
         files=() if joined else tuple(names),
         seconds=max(0.0, progress.finished - progress.started),
+        cpu_seconds=progress.cpu_seconds,
     )
     publish(storage.join(place, MANIFEST_FILE), done.model_dump_json(indent=2).encode() + b"\n")
     clean(place, done)
