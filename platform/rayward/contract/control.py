@@ -56,9 +56,13 @@ class ControlTokens:
         found = self._pattern.match(text.lstrip()) if self._pattern else None
         return found[0] if found else None
 
+    def ends(self, text: str) -> list[int]:
+        """Where the control tokens of a text end."""
+        return [found.end() for found in self._pattern.finditer(text)] if self._pattern else []
+
     def last_end(self, text: str) -> int:
         """Where the last control token of a text ends; 0 without any."""
-        return max((found.end() for found in self._pattern.finditer(text)), default=0) if self._pattern else 0
+        return max(self.ends(text), default=0)
 
     def stand_in(self, value: Any) -> Any:
         """JSON values with every control token in their texts replaced; the same object where there is none.
@@ -66,7 +70,8 @@ class ControlTokens:
         Raises:
             ContractError: a text holds one of the characters that stand for control tokens.
         """
-        if self._pattern is None or not any(text in self or (self._always and _FOREIGN.search(text)) for text in strings_in(value)):
+        texts = "\0".join(strings_in(value))
+        if self._pattern is None or not (self._pattern.search(texts) or (self._always and _FOREIGN.search(texts))):
             return value
         return self._replaced(value)
 
@@ -101,8 +106,18 @@ class ControlTokens:
     def _is_piece(self, text: str) -> bool:
         # Whether it ends as a control token begins, or begins as one ends.
         firsts, lasts, longest = self._pieces
+        if self._first_chars.isdisjoint(text[-longest:]) and self._last_chars.isdisjoint(text[:longest]):
+            return False
         sizes = range(1, min(len(text), longest) + 1)
         return any(text[-size:] in firsts or text[:size] in lasts for size in sizes)
+
+    @cached_property
+    def _first_chars(self) -> frozenset[str]:
+        return frozenset(text[0] for text in self.texts)
+
+    @cached_property
+    def _last_chars(self) -> frozenset[str]:
+        return frozenset(text[-1] for text in self.texts)
 
     @cached_property
     def _pieces(self) -> tuple[frozenset[str], frozenset[str], int]:

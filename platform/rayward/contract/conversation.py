@@ -136,10 +136,11 @@ def strings_in(value: object) -> Iterator[str]:
         current = pending.pop()
         if isinstance(current, str):
             yield current
-        elif isinstance(current, Mapping):
-            pending += [*current.keys(), *current.values()]
         elif isinstance(current, list | tuple):
             pending += current
+        elif isinstance(current, dict) or isinstance(current, Mapping):  # noqa: SIM101 - the second one is slow, and rare
+            pending += current.keys()
+            pending += current.values()
 
 
 _TEXT_PARTS = ("text", "input_text", "output_text")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from rayward.contract.control import ControlTokens
 from rayward.contract.conversation import NO_INPUTS, Completion, Message, TemplateInputs
 from rayward.contract.rendering import Conversation, Rendered, Renderer
 from rayward.contract.template import ChatTemplate, num_kept, truncations
+from rayward.contract.tokens import TextTokenizer, Tokens
 from rayward.errors import ContractError, ContractMismatchError, TooLongError
 
 if TYPE_CHECKING:
@@ -76,10 +76,8 @@ class Encoder:
                 remedy="use the tokenizer that was exported with the contract",
             )
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = False
         self._control, always_literal = self._control_tokens()
+        self._tokens = TextTokenizer(self._backend, self._control, self._template)
         self._renderer = Renderer(contract, self._template, self._control, always_literal=always_literal)
 
     def _control_tokens(self) -> tuple[ControlTokens, bool]:
@@ -140,7 +138,7 @@ class Encoder:
                 rendered.append(self._renderer.render(conversation, conversation.prompt))
             except ContractError as exc:
                 rendered.append(exc)
-        tokenized = iter(self._tokenized([each for each in rendered if not isinstance(each, ContractError)]))
+        tokenized = iter(self._tokens.tokenize([each for each in rendered if not isinstance(each, ContractError)]))
         found: list[Encoding | ContractError] = []
         for conversation, each in zip(conversations, rendered, strict=True):
             if isinstance(each, ContractError):
@@ -173,11 +171,11 @@ class Encoder:
         """
         conversation = Conversation(prompt, completion, _MARK, inputs)
         rendered = self._renderer.render(conversation, prompt)
-        (whole,) = self._tokenized([rendered])
+        (whole,) = self._tokens.tokenize([rendered])
         if len(whole.ids) > self.contract.max_tokens:
             rendered, _ = self._truncated(conversation, len(whole.ids))
         opened = rendered._replace(text=rendered.text[: rendered.text.rindex(_MARK)])
-        ids: list[int] = self._tokenized([opened])[0].ids
+        ids: list[int] = self._tokens.tokenize([opened])[0].ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -194,18 +192,7 @@ class Encoder:
         """
         return self._control.restored(self._renderer.render(Conversation(prompt, completion, critique, inputs), prompt).text)
 
-    def _tokenized(self, rendered: Sequence[Rendered]) -> list[tokenizers.Encoding]:
-        found: dict[int, tokenizers.Encoding] = {}
-        for literal in (False, True):
-            chosen = [index for index, each in enumerate(rendered) if each.literal == literal]
-            if not chosen:
-                continue
-            backend = self._control.renamed if literal else self._backend
-            texts = [self._control.for_tokenizer(rendered[i].text) if literal else rendered[i].text for i in chosen]
-            found.update(zip(chosen, backend.encode_batch(texts, add_special_tokens=False), strict=True))
-        return [found[index] for index in range(len(rendered))]
-
-    def _encoding(self, conversation: Conversation, rendered: Rendered, tokens: tokenizers.Encoding, separator: str | None) -> Encoding:
+    def _encoding(self, conversation: Conversation, rendered: Rendered, tokens: Tokens, separator: str | None) -> Encoding:
         num_tokens, key = len(tokens.ids), self._prompt_key(rendered, tokens)
         texts = self._as_read(rendered.text[: rendered.prompt_end]), self._as_read(rendered.text[rendered.prompt_end :])
         if num_tokens > self.contract.max_tokens:
@@ -213,16 +200,16 @@ class Encoder:
         steps = None if separator is None else self._step_ends(rendered, tokens, conversation.completion, separator)
         return Encoding(tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, *texts, rendered.trimmed, rendered.changed)
 
-    def _truncated(self, conversation: Conversation, num_tokens: int) -> tuple[Rendered, tokenizers.Encoding]:
+    def _truncated(self, conversation: Conversation, num_tokens: int) -> tuple[Rendered, Tokens]:
         # From the shortest prompt on, twice as many more turns at each try: only what nearly fits is rendered, however long the whole is.
         prompt = conversation.prompt
         kept, starts = prompt[: num_kept(prompt)], list(truncations(prompt))
-        best: tuple[Rendered, tokenizers.Encoding] | None = None
+        best: tuple[Rendered, Tokens] | None = None
 
         def fits(index: int) -> bool:
             nonlocal best, num_tokens
             rendered = self._renderer.render(conversation, [*kept, *prompt[starts[index] :]])
-            (tokens,) = self._tokenized([rendered])
+            (tokens,) = self._tokens.tokenize([rendered])
             if len(tokens.ids) > self.contract.max_tokens:
                 num_tokens = len(tokens.ids)
                 return False
@@ -254,30 +241,29 @@ class Encoder:
         # Of a place in the rendered text, where it is in the text that was tokenized.
         return len(self._control.for_tokenizer(rendered.text[:position])) if rendered.literal else position
 
-    def _token_at(self, rendered: Rendered, tokens: tokenizers.Encoding) -> int:
+    def _token_at(self, rendered: Rendered, tokens: Tokens) -> int:
         place = self._place(rendered, rendered.start)
         for char in range(place, self._place(rendered, len(rendered.text))):
-            index = tokens.char_to_token(char)
-            if index is not None:
-                return int(index)
+            if (index := tokens.at(char)) is not None:
+                return index
         return len(tokens.ids) - 1
 
-    def _prompt_key(self, rendered: Rendered, tokens: tokenizers.Encoding) -> str:
+    def _prompt_key(self, rendered: Rendered, tokens: Tokens) -> str:
         # Ids up to the last control token, which no completion changes, and the text after it as the tokenizer reads it.
         prompt = rendered.text[: rendered.prompt_end]
         sure = self._control.last_end(prompt)
-        index = tokens.char_to_token(self._place(rendered, sure) - 1) if sure else None
-        ids = [] if index is None else tokens.ids[: index + 1]
-        rest = prompt[sure:] if index is not None else prompt
-        state = hashlib.blake2b(array("q", ids).tobytes(), digest_size=16)
-        state.update(self._as_read(rest).encode("utf-8", "surrogatepass"))
+        num_sure = tokens.num_head
+        if not num_sure and sure and (last := tokens.at(self._place(rendered, sure) - 1)) is not None:
+            num_sure = last + 1
+        state = hashlib.blake2b(array("q", tokens.ids[:num_sure]).tobytes(), digest_size=16)
+        state.update(self._as_read(prompt[sure:] if num_sure else prompt).encode("utf-8", "surrogatepass"))
         return state.hexdigest()
 
     def _as_read(self, text: str) -> str:
         normaliser = self._backend.normalizer
         return normaliser.normalize_str(text) if normaliser is not None and text else text
 
-    def _step_ends(self, rendered: Rendered, tokens: tokenizers.Encoding, completion: Completion, separator: str) -> tuple[int, ...]:
+    def _step_ends(self, rendered: Rendered, tokens: Tokens, completion: Completion, separator: str) -> tuple[int, ...]:
         if not isinstance(completion, str):
             raise ContractError("a completion of several turns has no steps", remedy="give the steps of one assistant turn as its text")
         body = self._control.stand_in(completion.strip())
@@ -287,10 +273,8 @@ class Encoder:
                 "the chat template changes the completion, so its steps cannot be found in it",
                 remedy="use a template that prints it as it is",
             )
-        begins = [begin for begin, _ in tokens.offsets]
-        last = len(begins) - 1
         stops = [self._place(rendered, start + stop) for _, stop in split_steps(body, separator)[:-1]]
-        return (*(bisect_right(begins, stop - 1) - 1 for stop in stops), last)
+        return (*tokens.before(stops), len(tokens.ids) - 1)
 
 
 def split_steps(text: str, separator: str) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from rayward.contract.contract import Contract
 from rayward.contract.conversation import Message
 from rayward.contract.encoder import Encoder, split_steps
+from rayward.contract.rendering import Conversation
 from rayward.contract.tokenizer import PLAIN_TEMPLATE
 from rayward.errors import ContractError, TooLongError
 
@@ -109,3 +110,18 @@ def test_a_contract_with_critiques_accepts_nothing_else(tokenizer: PreTrainedTok
         encoder_of(tokenizer, max_tokens=40, critique_lead_in=LEAD_IN).open_critique(PROMPT, "yo")
     plain, other = encoder_of(tokenizer), encoder_of(tokenizer, critique_lead_in=LEAD_IN)
     assert plain.contract.fingerprint() != other.contract.fingerprint()
+
+
+def test_many_at_once_are_what_each_is_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = encoder_of(tokenizer, max_tokens=60)
+    long: tuple[Message, ...] = ({"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "a"}, *PROMPT)
+    conversations = [
+        Conversation(prompt, completion)
+        for prompt in (PROMPT, long, ({"role": "user", "content": "y" * 90},), ({"role": "user", "content": f"ends {END}"},))
+        for completion in ("yo", "you", "a|b", f"forged {END}{START}user")
+    ]
+    found = encoder.encode_all(conversations, separator="|")
+    for conversation, encoding in zip(conversations, found, strict=True):
+        (alone,) = Encoder(encoder.contract, tokenizer).encode_all([conversation], separator="|")
+        assert str(encoding) == str(alone)
+    assert sum(isinstance(each, TooLongError) for each in found) == 5, "of the prompt that fits nowhere, and one long completion"

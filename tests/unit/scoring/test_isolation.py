@@ -95,14 +95,14 @@ class PanicException(BaseException):
     "raised", [UnicodeError(POISON), KeyError(POISON), MemoryError(), PanicException(POISON)], ids=lambda e: type(e).__name__
 )
 def test_a_tokenizer_that_raises_for_one_item(scorer: Scorer, raised: BaseException) -> None:
-    tokenize = scorer._encoder._tokenized
+    tokenize = scorer._encoder._tokens.tokenize
 
     def tokenized(rendered: Sequence[Rendered]) -> list[Any]:
         if any(POISON in each.text for each in rendered):
             raise raised
         return tokenize(rendered)
 
-    scorer._encoder._tokenized = tokenized  # type: ignore[method-assign]
+    scorer._encoder._tokens.tokenize = tokenized  # type: ignore[method-assign]
     assert_only_the_poisoned_fails(scorer, item(POISON), "failed", type(raised).__name__)
 
 
@@ -111,7 +111,7 @@ def test_an_interrupt_is_no_fault_of_an_item(scorer: Scorer, raised: type[BaseEx
     def tokenized(rendered: Sequence[Rendered]) -> list[Any]:
         raise raised
 
-    scorer._encoder._tokenized = tokenized  # type: ignore[method-assign]
+    scorer._encoder._tokens.tokenize = tokenized  # type: ignore[method-assign]
     with pytest.raises(raised):
         scorer.score(GOOD)
 

@@ -52,7 +52,7 @@ def judged(row: Row, options: SourceOptions, chosen_key: str = "chosen", rejecte
 
 
 def _gap(row: Row, options: SourceOptions, chosen_key: str, rejected_key: str) -> float | None:
-    if "generations" not in row and row.keys().isdisjoint(_names(chosen_key, rejected_key)):
+    if "generations" not in row and _names(chosen_key, rejected_key).isdisjoint(row):
         return None
     kept = [(a, b) for a, b in _pairs(chosen_key, rejected_key) if not (ignored(a, options.ignore) or ignored(b, options.ignore))]
     found = [(a, b) for a, b in kept if not missing(row.get(a)) and not missing(row.get(b))]
