@@ -62,7 +62,7 @@ def test_sources_of_several_shapes_become_one_data_set(tmp_path: Path, monkeypat
             "adapter": f"{hook}:pairs",
         },
     ]
-    data = {"sources": sources, "validation_fraction": 0.0, "max_bad_fraction": 0.2}
+    data = {"sources": sources, "validation_fraction": 0.0, "max_bad_fraction": 0.2, "rows_per_shard": 7}
     settings = {"run": {"storage_path": str(tmp_path / "runs")}, "model": {"tokenizer": str(tmp_path / "tokenizer")}, "data": data}
     config = parse_config(settings, Config)
     prepared = prepare(config)

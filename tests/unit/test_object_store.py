@@ -95,7 +95,7 @@ def test_prepared_data_is_committed_in_place_by_its_manifest(bucket: str) -> Non
     with write.open_workspace(directory) as workspace:
         with pytest.raises(DataError, match="not visible here"):
             write.check_shared(workspace, manifest)
-        write._write_shard(table, {"train 0": (0, storage.join(workspace, entry.file))})
+        write._write_shard(table, 0, storage.join(workspace, entry.file))
         write.check_shared(workspace, manifest)
         assert PreparedData.find(directory) is None
         write.write_file(storage.join(workspace, MANIFEST_FILE), manifest.model_dump_json().encode())

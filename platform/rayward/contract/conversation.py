@@ -147,6 +147,9 @@ _TURN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name",
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _HARMLESS_KEYS = frozenset({"id", "type", "weight", "loss", "train", "language", "model", "annotations"})
 """Of turns as people have them: they say nothing to a reward model."""
+_PART_KEYS = frozenset({"type", "text", "cache_control", "annotations", "index"})
+_CALL_KEYS = frozenset({"id", "type", "function", "index", "name", "arguments", "parameters"})
+_FUNCTION_KEYS = _CALL_KEYS | {"strict"}
 
 
 def parse_turn(value: Mapping[str, Any], *, extra: Literal["refuse", "leave"] = "refuse") -> Message:
@@ -202,6 +205,8 @@ def _content(content: object, turn: Mapping[str, Any]) -> str:
             raise RuleBrokenError(
                 BrokenRule("unsupported_message", f"part {index} of the content is {what}; only texts are supported, no images or sounds")
             )
+        if isinstance(part, Mapping):
+            _require_known(part, _PART_KEYS, f"part {index} of the content")
         if not isinstance(text, str):
             raise TypeError(f"part {index} of the content has a text that is {_kind(text)}")
         texts.append(text)
@@ -214,6 +219,8 @@ def _call(call: object, index: int) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise TypeError(f"tool_calls[{index}] names no function; the rule is an object with name and arguments")
+    _require_known(call, _CALL_KEYS, f"tool_calls[{index}]")
+    _require_known(function, _FUNCTION_KEYS, f"the function of tool_calls[{index}]")
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         # Providers send the arguments as JSON in a text; templates print objects.
@@ -228,6 +235,14 @@ def _call(call: object, index: int) -> dict[str, Any]:
     if isinstance(call.get("id"), str):
         found["id"] = call["id"]
     return found
+
+
+def _require_known(value: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    unknown = [key for key in value if key not in known and value[key] not in (None, "", [], {})]
+    if unknown:
+        raise RuleBrokenError(
+            BrokenRule("unsupported_message", f"{where} has a field {str(unknown[0])[:40]!r} that no chat template is given")
+        )
 
 
 def _typed(key: str, value: Any, kind: type, rule: str) -> Any:

@@ -65,6 +65,10 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast, template: str, **settings: An
         ),
         ({"role": "assistant", "content": "x", "thinking": "y"}, {"role": "assistant", "content": "x", "reasoning_content": "y"}),
         ({"role": "assistant", "content": "x", "reasoning": "", "tool_calls": []}, {"role": "assistant", "content": "x"}),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "image_url": None}]},
+            {"role": "assistant", "content": "a"},
+        ),
         ({"role": "user", "content": "x", "id": 3, "refusal": None}, {"role": "user", "content": "x"}),
     ],
 )
@@ -79,6 +83,9 @@ def test_a_turn_has_one_form(given: dict[str, Any], turn: dict[str, Any]) -> Non
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}]},
         {"role": "user", "content": [{"image": "x"}]},
         {"role": "user", "content": "a", "images": ["x.png"]},
+        {"role": "user", "content": [{"type": "text", "text": "a", "image": "x.png"}]},
+        {"role": "assistant", "tool_calls": [{**CALL, "output": "3 degrees"}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}, "result": "x"}}]},
         {"role": "assistant", "content": "a", "function_call": {"name": "f"}},
         {"role": "assistant", "content": "a", "reasoning": "x", "thinking": "y"},
     ],

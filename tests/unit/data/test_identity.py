@@ -80,6 +80,13 @@ def test_normalised_texts(first: str, second: str, same: bool) -> None:
     assert (normalised(first) == normalised(second)) is same
 
 
+def test_ascii_goes_the_quick_way_to_the_same_words() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        text = "".join(chr(generator.randrange(128)) for _ in range(40))
+        assert normalised(text + " x") == normalised(text + " \u00adx"), repr(text)  # a soft hyphen is white space
+
+
 def test_what_the_template_trims_is_the_same(tmp_path: Path) -> None:
     encoders = encoders_of(tmp_path, TRIMS)
     rows = [pair("q"), pair("q "), pair(" q", "yes ", "no"), pair("q", "no ", "yes"), pair("q\n", "a", "b")]

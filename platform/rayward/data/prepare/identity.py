@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 import sys
 import unicodedata
 from array import array
@@ -20,6 +21,9 @@ _LONE = re.compile(r"[-*/%](?! ?\d)|[.,](?!\d)")
 _BEFORE_DIGIT = re.compile(r"[-*/%.,] ?\d")
 _NO_OPERATORS = str.maketrans(dict.fromkeys(OPERATORS, " "))
 _APART = str.maketrans({operator: f" {operator} " for operator in OPERATORS})
+_ASCII_SYMBOLS = "$+<=>^`|~"
+_CONTROL = {*map(chr, range(32)), "\x7f"}
+_ASCII_SPACES = str.maketrans(dict.fromkeys(({*string.punctuation} | _CONTROL) - {*_ASCII_SYMBOLS, *OPERATORS}, " "))
 KEY_BYTES = 16
 
 
@@ -36,11 +40,20 @@ def _spaces() -> dict[int, str]:
     return table
 
 
+def _words(text: str) -> str:
+    # ASCII needs no compatibility form and is most of the data; one character for another is the quick way through it.
+    if not text.isascii():
+        return unicodedata.normalize("NFKC", text).casefold().translate(_spaces())
+    plain = text.lower().translate(_ASCII_SPACES)
+    for symbol in _ASCII_SYMBOLS:
+        if symbol in plain:
+            plain = plain.replace(symbol, f" {symbol} ")
+    return plain
+
+
 def normalised(text: str) -> str:
     """The text without case, punctuation and repeated spaces, in compatibility form; of a text of punctuation alone the text itself."""
-    # ASCII needs no compatibility form, and is most of the data.
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    plain = plain.casefold().translate(_spaces())
+    plain = _words(text)
     if _BEFORE_DIGIT.search(plain) is None:  # mostly, and quicker to see than the place of each operator
         return " ".join(plain.translate(_NO_OPERATORS).split()) or text
     return " ".join(_LONE.sub(" ", plain).translate(_APART).split()) or text

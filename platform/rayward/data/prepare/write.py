@@ -83,11 +83,11 @@ def _gather_shard(table: pa.Table, places: Mapping[str, tuple[int, str]], parts:
         rows = gather(table, parts, _SHARD_COLUMNS)
     except FileNotFoundError:
         return ""
-    return _write_shard(rows, places)
+    # The place of a shard is that of its first key: the row itself does not know that it is a copy.
+    return _write_shard(rows, *places[table["order"][0].as_py()])
 
 
-def _write_shard(table: pa.Table, places: Mapping[str, tuple[int, str]]) -> str:
-    first_row, uri = places[table["order"][0].as_py()]
+def _write_shard(table: pa.Table, first_row: int, uri: str) -> str:
     rows = pa.array(range(first_row, first_row + table.num_rows), pa.int64())
     columns = [rows if field.name == "row" else table.column(field.name).cast(field.type) for field in PREPARED_SCHEMA]
     filesystem, path = storage.resolve(uri)
