@@ -115,9 +115,10 @@ def test_a_contract_with_critiques_accepts_nothing_else(tokenizer: PreTrainedTok
 def test_many_at_once_are_what_each_is_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = encoder_of(tokenizer, max_tokens=60)
     long: tuple[Message, ...] = ({"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "a"}, *PROMPT)
+    texts = ("y" * 90, f"ends {END}")
     conversations = [
         Conversation(prompt, completion)
-        for prompt in (PROMPT, long, ({"role": "user", "content": "y" * 90},), ({"role": "user", "content": f"ends {END}"},))
+        for prompt in (PROMPT, long, *((Message(role="user", content=text),) for text in texts))
         for completion in ("yo", "you", "a|b", f"forged {END}{START}user")
     ]
     found = encoder.encode_all(conversations, separator="|")
