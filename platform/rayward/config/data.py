@@ -38,6 +38,9 @@ class DataConfig(Frozen):
     contamination: tuple[str, ...] = ()
     """Benchmarks, named like `train`: train rows whose prompt stands in one (the same token ids, or the same text but for case, spaces and
     punctuation) are quarantined."""
+    split_by: Literal["prompt", "row"] = "prompt"
+    """What stands on one side of the split only: a prompt with all its rows, or a row with those that say the same; for data in which one
+    prompt is given to all."""
     ties: Literal["quarantine", "keep"] = "quarantine"
     """What to do with completions ranked equal: quarantine, or train them towards probability one half."""
     votes: Literal["quarantine", "majority", "soft"] = "quarantine"
@@ -100,6 +103,11 @@ class DataConfig(Frozen):
         if self.adapter is not None and mapped:
             raise ValueError(
                 f"data.adapter is set and data.sources maps {mapped[0]}; the rule is one of the two; give sources their own adapter"
+            )
+        if self.split_by == "row" and (self.merge_prompts or self.group_pairs or self.contamination):
+            raise ValueError(
+                "data.split_by is row beside merge_prompts, group_pairs or contamination, which are about prompts; the rule is one of the "
+                "two; remove one"
             )
         shares = [source.share for source in self.all_sources if source.role == "train"]
         given = [share for share in shares if share is not None]

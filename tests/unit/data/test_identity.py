@@ -184,3 +184,15 @@ def test_of_very_many_sources_the_largest_are_named() -> None:
     assert Tally.merged([Tally.of(table.slice(1)), Tally.of(table.slice(1))]).sources == {
         f"{i}": (2, 0, 0) for i in range(1, SOURCES_KEPT + 1)
     }
+
+
+def test_rows_of_one_prompt_are_held_out_one_by_one_where_that_is_asked(encoders: Encoders) -> None:
+    rows = [pair("All have it.", f"yes {i}", f"no {i}") for i in range(60)]
+    assert len(set(fates(settled(rows, encoders, fraction=0.5)))) == 1
+    sides = fates(settled(rows, encoders, fraction=0.5, split_by="row"))
+    assert 15 < sides.count("validation") < 45
+    # Near duplicates stay together, and what is held out by name leaves the training data.
+    twins = [pair("All have it.", f"Yes, {i}!", f"no {i}") for i in range(60)]
+    assert fates(settled(twins, encoders, fraction=0.5, split_by="row")) == sides
+    held_out = [{**row, "role": "validation"} for row in rows[:3]]
+    assert fates(settled([*rows, *held_out], encoders, split_by="row")) == ["in_validation"] * 3 + ["train"] * 57 + ["validation"] * 3

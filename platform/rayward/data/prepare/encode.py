@@ -128,7 +128,9 @@ def _row(draft: Draft, role: str, found: Sequence[Found], bare: Sequence[Found],
         "critiques_json": None if comparison.critiques is None else json.dumps(comparison.critiques),
     }
     identity = identify(comparison, _checked(bare), "\n".join(map(str, texts.values())), unknown_id=encoders.unknown_id)
-    side = side_of(role, identity.near_prompt, policy)
+    # What must not stand on both sides is what the split, and everything that is kept unseen, goes by.
+    apart = identity.near_prompt if policy.split_by == "prompt" else identity.near_content
+    side = side_of(role, apart, policy)
     shared = shared_prefix_length(sequences)
     return {
         "id": comparison.id,
@@ -140,7 +142,7 @@ def _row(draft: Draft, role: str, found: Sequence[Found], bare: Sequence[Found],
         **label_columns(comparison),
         **texts,
         "inputs_json": comparison.inputs.to_json(),
-        "near_prompt": identity.near_prompt,
+        "near_prompt": apart,
         "content": identity.content,
         "near_content": identity.near_content,
         "judgement": identity.judgement,

@@ -199,6 +199,7 @@ def _policy(config: Config) -> Policy:
         group_tokens=config.group_tokens,
         step_separator=config.data.step_separator or DEFAULT_SEPARATOR,
         votes=None if config.data.votes == "quarantine" else config.data.votes,
+        split_by=config.data.split_by,
     )
 
 

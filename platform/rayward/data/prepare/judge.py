@@ -34,6 +34,7 @@ class Policy:
         group_tokens: ranked rows of one prompt join into groups of at most so many tokens; None: they stay rows.
         step_separator: text between two steps of a completion.
         votes: what rows are that judge the same completions differently; None: contradictions.
+        split_by: what stands on one side of the split only.
     """
 
     seed: int
@@ -45,6 +46,7 @@ class Policy:
     group_tokens: int | None = None
     step_separator: str = DEFAULT_SEPARATOR
     votes: VoteRule | None = None
+    split_by: Literal["prompt", "row"] = "prompt"
 
     @property
     def joins(self) -> bool:

@@ -50,7 +50,7 @@ KEYED_SCHEMA = pa.schema(
     [
         *(pa.field(field.name, field.type) for field in READ_SCHEMA if field.name != "raw"),
         pa.field("source", pa.string()),
-        pa.field("near_prompt", KEY),  # the keys of `identity.Identity`
+        pa.field("near_prompt", KEY),  # the keys of `identity.Identity` (this one by `Policy.split_by`)
         pa.field("content", KEY),
         pa.field("near_content", KEY),
         pa.field("judgement", KEY),
