@@ -87,11 +87,12 @@ def test_an_unread_column_that_would_change_the_rows_is_an_error_until_it_is_ign
 
 
 @pytest.mark.parametrize("column", ["task", "topic", "Frage"])
-def test_a_text_prompt_is_not_implied_beside_another_text_column(column: str) -> None:
-    row = {column: "What is 0*12?", "chosen": "Step 1: multiply. 0", "rejected": "Step 1: add. 12"}
+@pytest.mark.parametrize("value", ["What is 0*12?", [{"role": "user", "content": "What is 0*12?"}], ["What is 0*12?"], {"text": "0*12?"}])
+def test_a_text_prompt_is_not_implied_beside_another_text_column(column: str, value: object) -> None:
+    row = {column: value, "chosen": "Step 1: multiply. 0", "rejected": "Step 1: add. 12"}
     with pytest.raises(DataFormatError, match=rf"(?s)fits no known format.*trl: .*another text column: {column}.*describe"):
         chosen(row)
-    assert chosen({"chosen": row["chosen"], "rejected": row["rejected"], "language": "en"}) == "trl"
+    assert chosen({"chosen": row["chosen"], "rejected": row["rejected"], "language": "en", "meta": {"a": "b"}, "n": [1]}) == "trl"
 
 
 def test_that_holds_for_other_names_of_the_two_texts_too() -> None:

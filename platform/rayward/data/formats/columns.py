@@ -65,7 +65,7 @@ _HARMLESS_LAST = _words(
     id ids uid uuid guid hash md5 sha sha1 sha256 index idx url urls uri link links lang language languages locale model
     models name names type types source sources count counts len length lengths num tokens date time timestamp version
     license licence split subset category categories kind kinds dataset author creator annotator annotators worker workers judge status
-    file filename path
+    file filename path meta metadata tag tags
     """
 )
 """A name that ends so speaks about the word before it: `prompt_id`, `response_model`, `input_tokens`."""
@@ -127,6 +127,19 @@ def present(value: Any) -> bool:
     return False
 
 
+def _holds_text(value: Any) -> bool:
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, str):
+            return True
+        if isinstance(current, list | tuple):
+            pending += current
+        elif isinstance(current, dict):
+            pending += current.values()
+    return False
+
+
 def type_of(value: Any) -> str:
     """The type of a value in a word: text, number, boolean, list, object."""
     names = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", tuple: "list", dict: "object"}
@@ -170,8 +183,8 @@ class Columns:
         return [name for name in self.unused(row) if name not in (self.settings or ()) and matters(name)]
 
     def other_texts(self, row: Mapping[str, Any]) -> list[str]:
-        """Of the unused ones those that may hold the prompt: texts whose name is not that of metadata."""
-        return [name for name in self.unused(row) if isinstance(row[name], str) and not is_metadata(name)]
+        """Of the unused ones those that may hold the prompt: texts, turns or other values with a text inside, not named as metadata is."""
+        return [name for name in self.unused(row) if _holds_text(row[name]) and not is_metadata(name)]
 
 
 def described(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int, Any]]:
