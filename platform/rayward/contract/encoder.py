@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from rayward.contract.control import ControlTokens
 from rayward.contract.conversation import NO_INPUTS, Completion, Message, TemplateInputs
 from rayward.contract.rendering import Conversation, Rendered, Renderer
 from rayward.contract.template import ChatTemplate, num_kept, truncations
-from rayward.contract.tokens import TextTokenizer, Tokens
+from rayward.contract.tokens import Head, TextTokenizer, Tokens
 from rayward.errors import ContractError, ContractMismatchError, TooLongError
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _MARK = "rayward-critique-stands-here"
+CHARS_PER_CALL = 4_000_000
+"""Rendered texts that are in memory at once, for very long conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Encoder:
             )
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self._control, always_literal = self._control_tokens()
+        self._prompt = ""
         self._tokens = TextTokenizer(self._backend, self._control, self._template)
         self._renderer = Renderer(contract, self._template, self._control, always_literal=always_literal)
 
@@ -127,25 +129,37 @@ class Encoder:
         return self.encode_sure([Conversation(prompt, completion, critique, inputs)], separator=separator)[0]
 
     def encode_all(self, conversations: Sequence[Conversation], *, separator: str | None = None) -> list[Encoding | ContractError]:
-        """Every conversation as `encode_parts`, in one call of the tokenizer; what it raises is the value of that conversation.
+        """Every conversation as `encode_parts`, many in one call of the tokenizer; what it raises is the value of that conversation.
 
         Args:
             separator: text between two steps of every completion.
         """
-        rendered: list[Rendered | ContractError] = []
+        found: list[Encoding | ContractError] = []
+        waiting: list[tuple[Conversation, Rendered | ContractError]] = []
+        num_chars = 0
         for conversation in conversations:
             try:
-                rendered.append(self._renderer.render(conversation, conversation.prompt))
+                rendered = self._renderer.render(conversation, conversation.prompt)
             except ContractError as exc:
-                rendered.append(exc)
-        tokenized = iter(self._tokens.tokenize([each for each in rendered if not isinstance(each, ContractError)]))
-        found: list[Encoding | ContractError] = []
-        for conversation, each in zip(conversations, rendered, strict=True):
-            if isinstance(each, ContractError):
-                found.append(each)
+                waiting.append((conversation, exc))
                 continue
+            waiting.append((conversation, rendered))
+            num_chars += len(rendered.text)
+            if num_chars > CHARS_PER_CALL:
+                found += self._encoded(waiting, separator)
+                waiting, num_chars = [], 0
+        return found + self._encoded(waiting, separator)
+
+    def _encoded(
+        self, conversations: Sequence[tuple[Conversation, Rendered | ContractError]], separator: str | None
+    ) -> list[Encoding | ContractError]:
+        tokens = iter(self._tokens.tokenize([each for _, each in conversations if isinstance(each, Rendered)]))
+        found: list[Encoding | ContractError] = []
+        for conversation, rendered in conversations:
             try:
-                found.append(self._encoding(conversation, each, next(tokenized), separator))
+                found.append(
+                    rendered if isinstance(rendered, ContractError) else self._encoding(conversation, rendered, next(tokens), separator)
+                )
             except ContractError as exc:
                 found.append(exc)
         return found
@@ -172,8 +186,8 @@ class Encoder:
         conversation = Conversation(prompt, completion, _MARK, inputs)
         rendered = self._renderer.render(conversation, prompt)
         (whole,) = self._tokens.tokenize([rendered])
-        if len(whole.ids) > self.contract.max_tokens:
-            rendered, _ = self._truncated(conversation, len(whole.ids))
+        if len(whole) > self.contract.max_tokens:
+            rendered, _ = self._truncated(conversation, len(whole))
         opened = rendered._replace(text=rendered.text[: rendered.text.rindex(_MARK)])
         ids: list[int] = self._tokens.tokenize([opened])[0].ids
         return ids
@@ -193,12 +207,16 @@ class Encoder:
         return self._control.restored(self._renderer.render(Conversation(prompt, completion, critique, inputs), prompt).text)
 
     def _encoding(self, conversation: Conversation, rendered: Rendered, tokens: Tokens, separator: str | None) -> Encoding:
-        num_tokens, key = len(tokens.ids), self._prompt_key(rendered, tokens)
-        texts = self._as_read(rendered.text[: rendered.prompt_end]), self._as_read(rendered.text[rendered.prompt_end :])
+        num_tokens, key = len(tokens), self._prompt_key(rendered, tokens)
+        prompt, rest = self._as_read(rendered.text[: rendered.prompt_end]), self._as_read(rendered.text[rendered.prompt_end :])
+        # One text for all completions of a prompt, which may be long.
+        self._prompt = prompt = self._prompt if prompt == self._prompt else prompt
         if num_tokens > self.contract.max_tokens:
             rendered, tokens = self._truncated(conversation, num_tokens)
         steps = None if separator is None else self._step_ends(rendered, tokens, conversation.completion, separator)
-        return Encoding(tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, *texts, rendered.trimmed, rendered.changed)
+        return Encoding(
+            tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, prompt, rest, rendered.trimmed, rendered.changed
+        )
 
     def _truncated(self, conversation: Conversation, num_tokens: int) -> tuple[Rendered, Tokens]:
         # From the shortest prompt on, twice as many more turns at each try: only what nearly fits is rendered, however long the whole is.
@@ -210,8 +228,8 @@ class Encoder:
             nonlocal best, num_tokens
             rendered = self._renderer.render(conversation, [*kept, *prompt[starts[index] :]])
             (tokens,) = self._tokens.tokenize([rendered])
-            if len(tokens.ids) > self.contract.max_tokens:
-                num_tokens = len(tokens.ids)
+            if len(tokens) > self.contract.max_tokens:
+                num_tokens = len(tokens)
                 return False
             best = rendered, tokens
             return True
@@ -246,17 +264,17 @@ class Encoder:
         for char in range(place, self._place(rendered, len(rendered.text))):
             if (index := tokens.at(char)) is not None:
                 return index
-        return len(tokens.ids) - 1
+        return len(tokens) - 1
 
     def _prompt_key(self, rendered: Rendered, tokens: Tokens) -> str:
         # Ids up to the last control token, which no completion changes, and the text after it as the tokenizer reads it.
         prompt = rendered.text[: rendered.prompt_end]
         sure = self._control.last_end(prompt)
-        num_sure = tokens.num_head
-        if not num_sure and sure and (last := tokens.at(self._place(rendered, sure) - 1)) is not None:
-            num_sure = last + 1
-        state = hashlib.blake2b(array("q", tokens.ids[:num_sure]).tobytes(), digest_size=16)
-        state.update(self._as_read(prompt[sure:] if num_sure else prompt).encode("utf-8", "surrogatepass"))
+        head = tokens.head
+        if not head.ids and sure and (last := tokens.at(self._place(rendered, sure) - 1)) is not None:
+            head = Head(tokens.ids[: last + 1], sure)
+        state = hashlib.blake2b(head.key, digest_size=16)
+        state.update(self._as_read(prompt[sure:] if head.ids else prompt).encode("utf-8", "surrogatepass"))
         return state.hexdigest()
 
     def _as_read(self, text: str) -> str:
@@ -274,7 +292,7 @@ class Encoder:
                 remedy="use a template that prints it as it is",
             )
         stops = [self._place(rendered, start + stop) for _, stop in split_steps(body, separator)[:-1]]
-        return (*tokens.before(stops), len(tokens.ids) - 1)
+        return (*tokens.before(stops), len(tokens) - 1)
 
 
 def split_steps(text: str, separator: str) -> list[tuple[str, int]]:

@@ -7,6 +7,8 @@ Tokenizers for which that is not so (checked once, on the template's own control
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,25 @@ from rayward.errors import ContractError
 if TYPE_CHECKING:
     import tokenizers
 
+HEADS_KEPT = 4
 _PROBES = ("x", " x", "\nx", "Hello there.", "x\n\n", "12 é")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What texts begin with in common: it ends with a control token of the prompt, or is empty.
+
+    Attributes:
+        num_chars: of the text that was tokenized.
+    """
+
+    ids: list[int]
+    num_chars: int
+
+    @cached_property
+    def key(self) -> bytes:
+        """Hash of the ids."""
+        return hashlib.blake2b(array("q", self.ids).tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +50,30 @@ class Tokens:
     """A rendered text as token ids.
 
     Attributes:
-        ids: all of them.
-        num_head: how many belong to the head, which ends with a control token of the prompt; 0 without a head.
-        head_chars: where the head ends in the text that was tokenized.
+        head: shared with the other texts that begin so.
         tail: the rest, with offsets.
     """
 
-    ids: list[int]
-    num_head: int
-    head_chars: int
+    head: Head
     tail: tokenizers.Encoding
+
+    def __len__(self) -> int:
+        return len(self.head.ids) + len(self.tail)
+
+    @property
+    def ids(self) -> list[int]:
+        """All of them, in a new list: many texts of one long prompt are short as long as nobody asks."""
+        return [*self.head.ids, *self.tail.ids]
 
     def at(self, place: int) -> int | None:
         """The token of a character that is not in the head; None where it belongs to none."""
-        index = self.tail.char_to_token(place - self.head_chars)
-        return None if index is None else self.num_head + int(index)
+        index = self.tail.char_to_token(place - self.head.num_chars)
+        return None if index is None else len(self.head.ids) + int(index)
 
     def before(self, places: Sequence[int]) -> list[int]:
         """For each place after the head, the last token that begins before it."""
         begins = [begin for begin, _ in self.tail.offsets]
-        return [self.num_head + bisect_right(begins, place - self.head_chars - 1) - 1 for place in places]
+        return [len(self.head.ids) + bisect_right(begins, place - self.head.num_chars - 1) - 1 for place in places]
 
 
 class TextTokenizer:
@@ -65,6 +89,7 @@ class TextTokenizer:
         self._backend = backend
         self._control = control
         self._template = template
+        self._known: dict[bool, dict[str, Head]] = {False: {}, True: {}}
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = False
@@ -80,21 +105,20 @@ class TextTokenizer:
 
     def _alike(self, rendered: Sequence[Rendered], *, literal: bool) -> list[Tokens]:
         backend = self._control.renamed if literal else self._backend
-        ends = [self._control.last_end(each.text[: each.prompt_end]) if self._cuts_exactly else 0 for each in rendered]
-        heads, tails = ([each.text[:end], each.text[end:]] for each, end in zip(rendered, ends, strict=True)), []
-        places: dict[str, int] = {}
-        of_head: list[int] = []
-        for head, tail in heads:
-            of_head.append(places.setdefault(head, len(places)))
-            tails.append(tail)
         read = self._control.for_tokenizer if literal else str
-        texts = [read(head) for head in places]
-        head_ids = [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        encoded = backend.encode_batch([read(tail) for tail in tails], add_special_tokens=False)
-        return [
-            Tokens([*head_ids[place], *tail.ids], len(head_ids[place]), len(texts[place]), tail)
-            for place, tail in zip(of_head, encoded, strict=True)
-        ]
+        cuts = [self._control.last_end(each.text[: each.prompt_end]) if self._cuts_exactly else 0 for each in rendered]
+        begun = [each.text[:cut] for each, cut in zip(rendered, cuts, strict=True)]
+        known = self._known[literal]
+        heads = {text: known[text] for text in dict.fromkeys(begun) if text in known}
+        new = [text for text in dict.fromkeys(begun) if text not in heads]
+        texts = [read(text) for text in new]
+        found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        heads |= {text: Head(each.ids, len(as_read)) for text, as_read, each in zip(new, texts, found, strict=True)}
+        # The last ones are often those of the next calls: a long prompt whose completions do not fit into one, and what is left of it.
+        latest = {**known, begun[-1]: heads[begun[-1]]}
+        self._known[literal] = dict(list(latest.items())[-HEADS_KEPT:])
+        tails = backend.encode_batch([read(each.text[cut:]) for each, cut in zip(rendered, cuts, strict=True)], add_special_tokens=False)
+        return [Tokens(heads[text], tail) for text, tail in zip(begun, tails, strict=True)]
 
     @cached_property
     def _cuts_exactly(self) -> bool:
