@@ -79,7 +79,7 @@ class Encoder:
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self._control, always_literal = self._control_tokens()
         self._prompt = ""
-        self._tokens = TextTokenizer(self._backend, self._control, self._template)
+        self._tokens = TextTokenizer(self._backend, self._control, self._template, contract.end_token)
         self._renderer = Renderer(contract, self._template, self._control, always_literal=always_literal)
 
     def _control_tokens(self) -> tuple[ControlTokens, bool]:
@@ -153,7 +153,8 @@ class Encoder:
     def _encoded(
         self, conversations: Sequence[tuple[Conversation, Rendered | ContractError]], separator: str | None
     ) -> list[Encoding | ContractError]:
-        tokens = iter(self._tokens.tokenize([each for _, each in conversations if isinstance(each, Rendered)]))
+        rendered_all = [each for _, each in conversations if isinstance(each, Rendered)]
+        tokens = iter(self._tokens.tokenize(rendered_all, offsets=separator is not None))
         found: list[Encoding | ContractError] = []
         for conversation, rendered in conversations:
             try:
@@ -212,13 +213,11 @@ class Encoder:
         # One text for all completions of a prompt, which may be long.
         self._prompt = prompt = self._prompt if prompt == self._prompt else prompt
         if num_tokens > self.contract.max_tokens:
-            rendered, tokens = self._truncated(conversation, num_tokens)
+            rendered, tokens = self._truncated(conversation, num_tokens, offsets=separator is not None)
         steps = None if separator is None else self._step_ends(rendered, tokens, conversation.completion, separator)
-        return Encoding(
-            tokens.ids, self._token_at(rendered, tokens), steps, num_tokens, key, prompt, rest, rendered.trimmed, rendered.changed
-        )
+        return Encoding(tokens.ids, tokens.start, steps, num_tokens, key, prompt, rest, rendered.trimmed, rendered.changed)
 
-    def _truncated(self, conversation: Conversation, num_tokens: int) -> tuple[Rendered, Tokens]:
+    def _truncated(self, conversation: Conversation, num_tokens: int, *, offsets: bool = False) -> tuple[Rendered, Tokens]:
         # From the shortest prompt on, twice as many more turns at each try: only what nearly fits is rendered, however long the whole is.
         prompt = conversation.prompt
         kept, starts = prompt[: num_kept(prompt)], list(truncations(prompt))
@@ -227,7 +226,7 @@ class Encoder:
         def fits(index: int) -> bool:
             nonlocal best, num_tokens
             rendered = self._renderer.render(conversation, [*kept, *prompt[starts[index] :]])
-            (tokens,) = self._tokens.tokenize([rendered])
+            (tokens,) = self._tokens.tokenize([rendered], offsets=offsets)
             if len(tokens) > self.contract.max_tokens:
                 num_tokens = len(tokens)
                 return False
@@ -259,20 +258,13 @@ class Encoder:
         # Of a place in the rendered text, where it is in the text that was tokenized.
         return len(self._control.for_tokenizer(rendered.text[:position])) if rendered.literal else position
 
-    def _token_at(self, rendered: Rendered, tokens: Tokens) -> int:
-        place = self._place(rendered, rendered.start)
-        for char in range(place, self._place(rendered, len(rendered.text))):
-            if (index := tokens.at(char)) is not None:
-                return index
-        return len(tokens) - 1
-
     def _prompt_key(self, rendered: Rendered, tokens: Tokens) -> str:
         # Ids up to the last control token, which no completion changes, and the text after it as the tokenizer reads it.
         prompt = rendered.text[: rendered.prompt_end]
         sure = self._control.last_end(prompt)
         head = tokens.head
-        if not head.ids and sure and (last := tokens.at(self._place(rendered, sure) - 1)) is not None:
-            head = Head(tokens.ids[: last + 1], sure)
+        if not head.ids and sure:
+            head = Head(self._tokens.beginning(rendered, sure), sure)
         state = hashlib.blake2b(head.key, digest_size=16)
         state.update(self._as_read(prompt[sure:] if head.ids else prompt).encode("utf-8", "surrogatepass"))
         return state.hexdigest()

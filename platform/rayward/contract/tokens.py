@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rayward.contract.control import ControlTokens
 from rayward.contract.conversation import NO_INPUTS, Message
-from rayward.contract.rendering import Rendered
+from rayward.contract.rendering import Rendered, common_length
 from rayward.contract.template import ChatTemplate
 from rayward.errors import ContractError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 HEADS_KEPT = 4
+BEFORES_KEPT = 1024
 _PROBES = ("x", " x", "\nx", "Hello there.", "x\n\n", "12 é")
 
 
@@ -51,11 +52,13 @@ class Tokens:
 
     Attributes:
         head: shared with the other texts that begin so.
-        tail: the rest, with offsets.
+        tail: the rest, with offsets where they were asked for.
+        start: the first token of what was written last.
     """
 
     head: Head
     tail: tokenizers.Encoding
+    start: int
 
     def __len__(self) -> int:
         return len(self.head.ids) + len(self.tail)
@@ -64,11 +67,6 @@ class Tokens:
     def ids(self) -> list[int]:
         """All of them, in a new list: many texts of one long prompt are short as long as nobody asks."""
         return [*self.head.ids, *self.tail.ids]
-
-    def at(self, place: int) -> int | None:
-        """The token of a character that is not in the head; None where it belongs to none."""
-        index = self.tail.char_to_token(place - self.head.num_chars)
-        return None if index is None else len(self.head.ids) + int(index)
 
     def before(self, places: Sequence[int]) -> list[int]:
         """For each place after the head, the last token that begins before it."""
@@ -83,27 +81,34 @@ class TextTokenizer:
         backend: the tokenizer.
         control: its control tokens.
         template: what writes the texts.
+        end_token: that of the contract.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, control: ControlTokens, template: ChatTemplate) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, control: ControlTokens, template: ChatTemplate, end_token: str) -> None:
         self._backend = backend
         self._control = control
         self._template = template
+        self._end = end_token
+        self._befores: dict[tuple[bool, str], list[int]] = {}
         self._known: dict[bool, dict[str, Head]] = {False: {}, True: {}}
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = False
 
-    def tokenize(self, rendered: Sequence[Rendered]) -> list[Tokens]:
-        """The tokens of every text."""
+    def tokenize(self, rendered: Sequence[Rendered], *, offsets: bool = False) -> list[Tokens]:
+        """The tokens of every text.
+
+        Args:
+            offsets: whether places in the text will be asked for.
+        """
         found: dict[int, Tokens] = {}
         for literal in (False, True):
             chosen = [index for index, each in enumerate(rendered) if each.literal == literal]
             if chosen:
-                found.update(zip(chosen, self._alike([rendered[index] for index in chosen], literal=literal), strict=True))
+                found.update(zip(chosen, self._alike([rendered[index] for index in chosen], literal, offsets), strict=True))
         return [found[index] for index in range(len(rendered))]
 
-    def _alike(self, rendered: Sequence[Rendered], *, literal: bool) -> list[Tokens]:
+    def _alike(self, rendered: Sequence[Rendered], literal: bool, offsets: bool) -> list[Tokens]:
         backend = self._control.renamed if literal else self._backend
         read = self._control.for_tokenizer if literal else str
         cuts = [self._control.last_end(each.text[: each.prompt_end]) if self._cuts_exactly else 0 for each in rendered]
@@ -117,8 +122,30 @@ class TextTokenizer:
         # The last ones are often those of the next calls: a long prompt whose completions do not fit into one, and what is left of it.
         latest = {**known, begun[-1]: heads[begun[-1]]}
         self._known[literal] = dict(list(latest.items())[-HEADS_KEPT:])
-        tails = backend.encode_batch([read(each.text[cut:]) for each, cut in zip(rendered, cuts, strict=True)], add_special_tokens=False)
-        return [Tokens(heads[text], tail) for text, tail in zip(begun, tails, strict=True)]
+        encode = backend.encode_batch if offsets else backend.encode_batch_fast
+        tails = encode([read(each.text[cut:]) for each, cut in zip(rendered, cuts, strict=True)], add_special_tokens=False)
+        starts = [self._before(read(each.text[cut : each.start]), literal=literal) for each, cut in zip(rendered, cuts, strict=True)]
+        return [
+            Tokens(heads[text], tail, len(heads[text].ids) + common_length(tail.ids, before))
+            for text, tail, before in zip(begun, tails, starts, strict=True)
+        ]
+
+    def beginning(self, rendered: Rendered, end: int) -> list[int]:
+        """The ids of a text up to the end of one of its control tokens."""
+        backend = self._control.renamed if rendered.literal else self._backend
+        text = self._control.for_tokenizer(rendered.text[:end]) if rendered.literal else rendered.text[:end]
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def _before(self, text: str, *, literal: bool) -> list[int]:
+        # What stands before the completion, as it is tokenized where the completion is empty: a token over the border is the completion's.
+        if (literal, text) not in self._befores:
+            if len(self._befores) >= BEFORES_KEPT:
+                self._befores.clear()
+            backend = self._control.renamed if literal else self._backend
+            end = self._control.for_tokenizer(self._end) if literal else self._end
+            self._befores[literal, text] = backend.encode_batch_fast([text + end], add_special_tokens=False)[0].ids[:-1]
+        return self._befores[literal, text]
 
     @cached_property
     def _cuts_exactly(self) -> bool:

@@ -97,10 +97,10 @@ class PanicException(BaseException):
 def test_a_tokenizer_that_raises_for_one_item(scorer: Scorer, raised: BaseException) -> None:
     tokenize = scorer._encoder._tokens.tokenize
 
-    def tokenized(rendered: Sequence[Rendered]) -> list[Any]:
+    def tokenized(rendered: Sequence[Rendered], *, offsets: bool = False) -> list[Any]:
         if any(POISON in each.text for each in rendered):
             raise raised
-        return tokenize(rendered)
+        return tokenize(rendered, offsets=offsets)
 
     scorer._encoder._tokens.tokenize = tokenized  # type: ignore[method-assign]
     assert_only_the_poisoned_fails(scorer, item(POISON), "failed", type(raised).__name__)
@@ -108,7 +108,7 @@ def test_a_tokenizer_that_raises_for_one_item(scorer: Scorer, raised: BaseExcept
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_no_fault_of_an_item(scorer: Scorer, raised: type[BaseException]) -> None:
-    def tokenized(rendered: Sequence[Rendered]) -> list[Any]:
+    def tokenized(rendered: Sequence[Rendered], *, offsets: bool = False) -> list[Any]:
         raise raised
 
     scorer._encoder._tokens.tokenize = tokenized  # type: ignore[method-assign]
