@@ -88,7 +88,7 @@ class Renderer:
             )
         hidden: list[Message] = self._control.stand_in(turns)
         variables = {"tools": list(inputs.tools), "kwargs": dict(inputs.chat_template_kwargs)}
-        given = variables if inputs is NO_INPUTS else self._control.stand_in(variables)
+        given: dict[str, Any] = variables if inputs is NO_INPUTS else self._control.stand_in(variables)
         literal = self._always_literal or hidden is not turns or given is not variables
         if given is not variables:
             inputs = TemplateInputs(tuple(given["tools"]), given["kwargs"])
