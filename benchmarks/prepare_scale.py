@@ -264,7 +264,7 @@ def report(results: list[dict[str, Any]]) -> str:
         hours = max(factor * 1e7**power, 1e7 * largest["seconds"] / largest["rows"]) / 3600
         lines.append(
             f"The driver's peak is {min(memories):.2f} to {max(memories):.2f} GiB over the sizes. Ten million pairs of this kind would "
-            f"take {max(factor * 1e7**power, 1e7 * largest['seconds'] / largest['rows']) / 3600:.1f} hours on {PROCESSES} cores, and hold {per_row['disk']:.0f} GiB of disk at the fullest "
+            f"take {hours:.1f} hours on {PROCESSES} cores, and hold {per_row['disk']:.0f} GiB of disk at the fullest "
             f"and {per_row['object_store']:.1f} GiB in the object store."
         )
     return "\n\n".join(lines)
