@@ -8,7 +8,7 @@ mapping or listed in `data.ignore`. No Ray and no tokenizer here.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -112,8 +112,7 @@ def is_metadata(name: str) -> bool:
     return tokens[-1] in _HARMLESS_LAST or (len(tokens) > 1 and tokens[0] in _HARMLESS_FIRST)
 
 
-def present(value: Any) -> bool:
-    """Whether a value says anything: not null, and no empty text, list or object, nor a list of such."""
+def _leaves(value: Any) -> Iterator[Any]:
     # No recursion: JSON may be nested deeper than what is left of the stack.
     pending = [value]
     while pending:
@@ -122,22 +121,17 @@ def present(value: Any) -> bool:
             pending += current
         elif isinstance(current, dict):
             pending += current.values()
-        elif current is not None and not (isinstance(current, str) and not current.strip()):
-            return True
-    return False
+        else:
+            yield current
+
+
+def present(value: Any) -> bool:
+    """Whether a value says anything: not null, and no empty text, list or object, nor a list of such."""
+    return any(leaf is not None and not (isinstance(leaf, str) and not leaf.strip()) for leaf in _leaves(value))
 
 
 def _holds_text(value: Any) -> bool:
-    pending = [value]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, str):
-            return True
-        if isinstance(current, list | tuple):
-            pending += current
-        elif isinstance(current, dict):
-            pending += current.values()
-    return False
+    return any(isinstance(leaf, str) for leaf in _leaves(value))
 
 
 def type_of(value: Any) -> str:
