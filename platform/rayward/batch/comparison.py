@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from rayward.contract.encoder import Encoding
 from rayward.contract.reading import Place
+from rayward.contract.rendering import common_length
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -101,17 +102,7 @@ def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     limit = min(len(sequence) for sequence in sequences) - 1
     # What the first and the last in order have in common, all have.
     ordered = sorted(map(list, sequences))
-    first, last = ordered[0], ordered[-1]
-    if first[:limit] == last[:limit]:
-        return limit
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[low:middle] == last[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
+    return min(limit, common_length(ordered[0], ordered[-1]))
 
 
 def comparison_of(

@@ -36,7 +36,7 @@ class ControlTokens:
 
     def __init__(self, backend: Tokenizer, texts: Iterable[str], *, always: bool = False) -> None:
         self._backend = backend
-        self._always = always
+        self.always = always
         # The longest first, as the tokenizer takes them.
         self.texts = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))[:_NUM_STAND_INS]
         self._stand_ins = {text: chr(_STAND_IN + index) for index, text in enumerate(self.texts)}
@@ -71,7 +71,7 @@ class ControlTokens:
             ContractError: a text holds one of the characters that stand for control tokens.
         """
         texts = "\0".join(strings_in(value))
-        if self._pattern is None or not (self._pattern.search(texts) or (self._always and _FOREIGN.search(texts))):
+        if self._pattern is None or not (self._pattern.search(texts) or (self.always and _FOREIGN.search(texts))):
             return value
         return self._replaced(value)
 

@@ -77,12 +77,12 @@ class Encoder:
                 remedy="use the tokenizer that was exported with the contract",
             )
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
-        self._control, always_literal = self._control_tokens()
+        self._control = self._control_tokens()
         self._prompt = ""
         self._tokens = TextTokenizer(self._backend, self._control, self._template, contract.end_token)
-        self._renderer = Renderer(contract, self._template, self._control, always_literal=always_literal)
+        self._renderer = Renderer(contract, self._template, self._control)
 
-    def _control_tokens(self) -> tuple[ControlTokens, bool]:
+    def _control_tokens(self) -> ControlTokens:
         around = self._template.around_turns
         control = {self.contract.end_token, self.contract.bos_token or "", self.contract.pad_token}
         normalised = False
@@ -91,7 +91,7 @@ class Encoder:
                 control.add(token.content)
                 normalised |= token.normalized and self._backend.normalizer is not None
         # A normaliser could make a control token of a text that holds none, where the tokenizer looks for them after it.
-        return ControlTokens(self._backend, control, always=normalised), normalised
+        return ControlTokens(self._backend, control, always=normalised)
 
     def encode(
         self, prompt: Sequence[Message], completion: Completion, critique: str | None = None, *, inputs: TemplateInputs = NO_INPUTS

@@ -47,17 +47,12 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Conversations to text by a contract.
+    """Conversations to text by a contract."""
 
-    Args:
-        always_literal: whether the tokenizer could find a control token in a text that holds none.
-    """
-
-    def __init__(self, contract: Contract, template: ChatTemplate, control: ControlTokens, *, always_literal: bool) -> None:
+    def __init__(self, contract: Contract, template: ChatTemplate, control: ControlTokens) -> None:
         self._contract = contract
         self._template = template
         self._control = control
-        self._always_literal = always_literal
 
     def render(self, conversation: Conversation, prompt: Sequence[Message]) -> Rendered:
         """The conversation with another prompt in the place of its own.
@@ -89,7 +84,7 @@ class Renderer:
         hidden: list[Message] = self._control.stand_in(turns)
         variables = {"tools": list(inputs.tools), "kwargs": dict(inputs.chat_template_kwargs)}
         given: dict[str, Any] = variables if inputs is NO_INPUTS else self._control.stand_in(variables)
-        literal = self._always_literal or hidden is not turns or given is not variables
+        literal = self._control.always or hidden is not turns or given is not variables
         if given is not variables:
             inputs = TemplateInputs(tuple(given["tools"]), given["kwargs"])
         text = self._template.render(hidden, inputs)
@@ -165,7 +160,8 @@ class Renderer:
             return None
         hidden = self._control.stand_in(body)
         text = begun + hidden + (self._template.closing or end)
-        return Rendered(text, len(begun), self._prompt_end(text, len(begun), begun=False), hidden is not body, False, None)
+        literal = self._control.always or hidden is not body
+        return Rendered(text, len(begun), self._prompt_end(text, len(begun), begun=False), literal, False, None)
 
     def _header_start(self, opening: str) -> int:
         # Of what stands between a user's text and the assistant's, the turn of the user ends with the first control token.
@@ -208,5 +204,16 @@ class Renderer:
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items two sequences begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    """How many items two sequences of one type begin with in common."""
+    limit = min(len(first), len(second))
+    if first[:limit] == second[:limit]:
+        return limit
+    # By halves: slices are compared far quicker than items, and texts may be long.
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -15,7 +15,7 @@ from rayward.cli import app
 from rayward.config.data import DataConfig
 from rayward.config.load import parse_config
 from rayward.config.reading import reading_config
-from rayward.data.formats.suggest import TODO, suggest
+from rayward.data.formats.suggest import UNTOLD, suggest
 from rayward.data.formats.table import choose_format
 from rayward.data.prepared import told_unused
 from rayward.evaluation.held_out import read_raw
@@ -90,7 +90,7 @@ def test_the_format_that_fits_is_named(tmp_path: Path) -> None:
             {"completions": "items.*.text", "scores": "items.*.score", "prompt": "topic"},
         ),
         ({"question": "q", "answer": "a", "feedback": "good"}, {"completion": "answer", "critiques": "feedback", "prompt": "question"}),
-        ({"x": 1}, {"completion": TODO, "prompt": TODO}),
+        ({"x": 1}, {"completion": UNTOLD, "prompt": UNTOLD}),
     ],
 )
 def test_blocks_are_guessed_from_names_and_values(row: dict[str, Any], columns: dict[str, str]) -> None:

@@ -155,6 +155,7 @@ def load_adapter(adapter: Adapter) -> Function:
     sys.meta_path.insert(0, texts)
     try:
         found: Any = importlib.import_module(module_name)
+    # Whatever stops the import, an interrupt too, leaves the modules as they were; it goes on from here.
     except BaseException:
         sys.modules.update(before)
         raise

@@ -33,7 +33,7 @@ _VOTES = ("value", "vote", "label", "choice", "preference")
 _NUMBERS = ("score", "rating", "rank_score", "preference", "reward", "rank")
 _ANSWERS = ("completion", "response", "answer", "output", "reply", "system_output", "target")
 _CRITIQUES = ("critique", "feedback", "rationale", "explanation", "review")
-TODO = "SAY-WHICH-COLUMN"
+UNTOLD = "SAY-WHICH-COLUMN"
 """Stands where nothing was found."""
 
 
@@ -122,7 +122,7 @@ def _answers(sample: _Sample, block: dict[str, Any], notes: list[str]) -> None:
             inner = next((key for key in _VOTES if isinstance(value[0], dict) and key in value[0]), None)
             columns["votes"] = label if inner is None else f"{label}.*.{inner}"
         else:
-            columns["label"] = label or TODO
+            columns["label"] = label or UNTOLD
         block["judgement"] = _meaning(sample.values(label) if label else [], pair)
         notes.append("check which values of the label find the first answer better, which the second, and which are ties")
         return
@@ -137,7 +137,7 @@ def _answers(sample: _Sample, block: dict[str, Any], notes: list[str]) -> None:
             notes.append("of scores the highest is the best; judgement: {lower_is_better: true} turns them round")
             return
     answer = next((name for word in _ANSWERS for name in sample.names if word in name.lower() and sample.is_text(name)), None)
-    columns["completion"] = answer or TODO
+    columns["completion"] = answer or UNTOLD
     critique = next((name for name in sample.names if any(word in name.lower() for word in _CRITIQUES) and sample.is_text(name)), None)
     if critique is not None:
         columns["critiques"] = critique
@@ -148,7 +148,7 @@ def _answers(sample: _Sample, block: dict[str, Any], notes: list[str]) -> None:
         return
     numbers = {name: name for name in sample.names if _is_number(sample.value(name)) and name not in ("id", "index")}
     nested = next((name for name in sample.names if _is_ratings(sample.value(name))), None)
-    block["ratings"] = nested or numbers or {"quality": TODO}
+    block["ratings"] = nested or numbers or {"quality": UNTOLD}
     notes.append("name the ratings to keep in data.attributes")
 
 
@@ -175,7 +175,7 @@ def _meaning(values: Sequence[Any], pair: tuple[str, str]) -> dict[str, list[Any
             found["first"].append(value)
         elif tokens & marks[1]:
             found["second"].append(value)
-    return {side: listed or [TODO] for side, listed in found.items() if listed or side != "tie"}
+    return {side: listed or [UNTOLD] for side, listed in found.items() if listed or side != "tie"}
 
 
 def _prompt(sample: _Sample, block: dict[str, Any], used: set[str]) -> None:
@@ -197,7 +197,7 @@ def _prompt(sample: _Sample, block: dict[str, Any], used: set[str]) -> None:
         if named is not None:
             block["columns"]["prompt"] = named
         elif not whole:
-            block["columns"]["prompt"] = TODO
+            block["columns"]["prompt"] = UNTOLD
     if "system" in by_name:
         block["columns"]["system"] = by_name["system"]
 
