@@ -24,7 +24,11 @@
     │       └── CheckpointVersionError  a checkpoint was written by another Rayward
     └── ScoringError           a score could not be produced
         ├── RequestError       the request breaks a rule of the wire schema or a limit                (400)
-        ├── OverloadedError    the bounded queue is full; retry later                                 (503, retryable)
+        │   ├── RuleError      the same, with the code of the rule on the wire                        (by its code)
+        │   ├── VersionError   the version that a request pins is not served; nothing was scored      (409)
+        │   └── AccessError    no key, an unknown one, or one without the right that is needed        (401, 403)
+        ├── OverloadedError    the backlog, or what one key may send, is full; retry later            (429, retryable)
+        ├── UnavailableError   no replica can take the request now                                    (503, retryable)
         ├── DeadlineError      no answer within the caller's deadline                                 (504, retryable)
         └── ServerError        the server failed or answered something that is not a reward           (502, retryable)
 
@@ -294,8 +298,43 @@ class RequestError(ScoringError):
         self.item = item
 
 
+class VersionError(RequestError):
+    """Example: a group of samples pins version 3f2a9c01b7de, which was retired while it was sampled."""
+
+    http_status = 409
+
+
+class AccessError(RequestError):
+    """Example: a key whose scope is `score`, and a request that promotes a version.
+
+    Args:
+        status: 401 where no known key was given, 403 where the key has not the scope.
+    """
+
+    http_status = 401
+
+    def __init__(self, problem: str, *, remedy: str, status: int = 401) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.status = status
+
+
 class OverloadedError(ScoringError):
-    """Example: 4,000 requests wait while the deployment's queue holds 2,000."""
+    """Example: the items that wait on a replica are three minutes of its work, and the bound is one.
+
+    Args:
+        retry_after_s: when the backlog will have room, at the rate measured now.
+    """
+
+    retryable = True
+    http_status = 429
+
+    def __init__(self, problem: str, *, remedy: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(ScoringError):
+    """Example: the only replica was killed, and the next one is loading the model."""
 
     retryable = True
     http_status = 503
@@ -315,7 +354,7 @@ class ServerError(ScoringError):
     http_status = 502
 
 
-STATUS_BY_CODE = {
+STATUS_BY_CODE: dict[str, int] = {
     "invalid_json": 400,
     "unknown_model": 404,
     "body_too_large": 413,

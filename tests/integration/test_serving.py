@@ -221,7 +221,7 @@ def client_url(client: RewardClient) -> str:
 
 
 def test_full_queue_is_refused_with_a_retryable_503(app: ModuleType, config: ScoringConfig, url: str) -> None:
-    small = config.model_copy(update={"max_ongoing_requests": 1, "max_queued_requests": 1, "tokens_per_batch": 64})
+    small = config.model_copy(update={"max_ongoing_requests": 1, "tokens_per_batch": 64})
     base = app.serve_model(small, name=f"{APP}-small", route_prefix="/small")
     assert base == f"{url}/small"
     item = {"prompt": "p", "completions": [f"{i} {'word ' * 20}" for i in range(50)]}

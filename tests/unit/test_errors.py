@@ -59,7 +59,14 @@ def test_type_and_fields_survive_json_and_pickle(kind: type[RaywardError]) -> No
 
 def test_what_may_be_retried() -> None:
     retryable = {kind.__name__ for kind in KINDS if kind.retryable}
-    assert retryable == {"StreamOrderError", "CheckpointDamagedError", "OverloadedError", "DeadlineError", "ServerError"}
+    assert retryable == {
+        "StreamOrderError",
+        "CheckpointDamagedError",
+        "OverloadedError",
+        "UnavailableError",
+        "DeadlineError",
+        "ServerError",
+    }
 
 
 def test_a_type_of_a_newer_version_becomes_the_nearest_base_and_keeps_its_fields() -> None:

@@ -1,8 +1,8 @@
-"""The configuration of a Serve application."""
+"""The configuration of a Serve application and of its scorers."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,45 +11,43 @@ from rayward.schema import Frozen
 from rayward.wire.rules import Limits
 
 
-class ScoringConfig(Frozen):
-    """Configuration of one Serve application; the `args:` block of `serve/*.yaml`."""
+class ReplicaConfig(Frozen):
+    """How the replicas of one version of a model run; kept with the version in the table of routes."""
 
-    model: str = "model"
-    """Directory of an exported model (or of any Hugging Face sequence-classification reward model)."""
-    model_name: str | None = None
-    """Name in replies; default: the last part of `model`."""
     device: Device = "auto"
     """Where a replica computes; `auto` takes CUDA when a replica reserves a GPU."""
     tokens_per_batch: int = Field(8192, ge=64)
-    """Token budget of one forward pass over the requests that wait."""
-    batch_wait_s: float = Field(0.005, ge=0.0)
-    """How long a batch waits for company."""
-    max_ongoing_requests: int = Field(256, ge=1)
-    """Requests one replica works on; Serve's default of 5 would cap batching at 5."""
-    max_queued_requests: int = Field(2048, ge=1)
-    """Requests that may wait; more are refused with 503."""
+    """Token budget of one forward over whatever waits."""
+    batch_invariant: bool = False
+    """Bitwise the same reward whatever is scored beside it; slower (docs/serving.md has the price)."""
     min_replicas: int = Field(1, ge=0)
-    """Replicas that always run."""
+    """Replicas that always run; 0 stops them all when nothing is asked."""
     max_replicas: int = Field(1, ge=1)
-    """Replicas at most; more than min_replicas scales with the load."""
-    target_ongoing_requests: float = Field(32.0, gt=0.0)
-    """Requests per replica that autoscaling aims at."""
+    """Replicas at most; more than min_replicas scales with the backlog."""
+    target_queue_s: float = Field(1.0, gt=0.0)
+    """How long a token should wait: autoscaling aims at a backlog of so many seconds of a replica's work."""
+    max_queue_s: float = Field(30.0, gt=0.0)
+    """A replica whose backlog would be more seconds of its work than this refuses with 429."""
+    max_queued_tokens: int = Field(4_000_000, ge=1024)
+    """The same bound in tokens, for as long as a replica's speed is not known, and at most."""
+    upscale_delay_s: float = Field(5.0, ge=0.0)
+    """How long the backlog is too long before replicas are added."""
+    downscale_delay_s: float = Field(300.0, ge=0.0)
+    """How long fewer replicas would do before some are removed."""
+    max_ongoing_requests: int = Field(1024, ge=1)
+    """Requests one replica holds, waiting ones included; the bound that is meant to hold is the one in tokens."""
+    drain_s: float = Field(120.0, gt=0.0)
+    """How long a replica that is removed may finish what it holds."""
+    encoder_processes: int = Field(1, ge=1)
+    """Processes beside the compute thread that render and tokenize."""
+    encoding_timeout_s: float = Field(10.0, gt=0.0)
+    """Longest rendering and tokenizing of one item; then its process is ended and the item fails alone."""
     cpus_per_replica: float = Field(1.0, gt=0.0)
     """Logical CPUs that Ray reserves for a replica."""
     gpus_per_replica: float = Field(0.0, ge=0.0)
     """GPUs that Ray reserves for a replica."""
     threads_per_replica: int = Field(1, ge=1)
     """Compute threads of a replica on CPU."""
-    max_items_per_request: int = Field(1024, ge=1)
-    """More items are refused with 413."""
-    max_completions_per_item: int = Field(256, ge=1)
-    """More completions of one item are refused with 413."""
-    max_chars_per_text: int = Field(200_000, ge=1)
-    """A longer prompt turn or completion is refused with 413, before it is tokenized."""
-    max_critiques: int = Field(16, ge=1)
-    """More `n_critiques` than these are refused with 422."""
-    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
-    """A larger request body is refused with 413, before it is parsed."""
     verify_golden: bool = True
     """Check files, head and golden scores against the contract at start and refuse to serve when they differ."""
     hash_weights: HashWeights = "sampled"
@@ -71,6 +69,61 @@ class ScoringConfig(Frozen):
             verify=self.verify_golden,
             hash_weights=self.hash_weights,
         )
+
+
+class ScoringConfig(ReplicaConfig):
+    """Configuration of one Serve application; the `args:` block of `serve/*.yaml`.
+
+    What it says of replicas holds for the models that it names; a version that is published later brings its own, or takes these.
+    """
+
+    model: str | None = None
+    """Directory, URI (`s3://…`) or hub name of an exported model, or of any Hugging Face sequence-classification reward model."""
+    model_name: str | None = None
+    """Name of `model` in requests and replies; default: the last part of `model`."""
+    models: dict[str, str] = Field(default_factory=dict)
+    """Further models: name -> directory, URI or hub name."""
+    default_model: str | None = None
+    """Who answers a request that names no model; default: the first one."""
+    state: str | None = None
+    """Directory or URI where the table of routes is kept; default: one per application under `~/.rayward/serving`, for one machine only."""
+    ingress_replicas: int = Field(1, ge=1)
+    """Processes that speak HTTP."""
+    max_requests: int = Field(4096, ge=1)
+    """Requests that one ingress holds; more are refused with 429."""
+    default_deadline_s: float = Field(300.0, gt=0.0)
+    """For requests that say none."""
+    max_deadline_s: float = Field(3600.0, gt=0.0)
+    """No request may ask for a longer one."""
+    body_timeout_s: float = Field(30.0, gt=0.0)
+    """A body must have come in by then."""
+    keys_file: str | None = None
+    """JSON lines `{"name", "key" or "sha256", "scopes": ["score", "admin"], …}`, read again when it changes; else RAYWARD_API_KEYS."""
+    allow_anonymous: bool = False
+    """Let anybody who reaches a non-loopback address score; publishing always needs a key with scope admin."""
+    flat_text: Literal["as_given", "refuse"] = "as_given"
+    """A text of a flat dialect that went through no template: tokenized as it stands, and the reply says so; or an error."""
+    trace_share: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of requests whose spans go to the OpenTelemetry collector that OTEL_EXPORTER_OTLP_ENDPOINT names."""
+    log_texts: bool = False
+    """Let errors in the log quote what users sent."""
+    page: bool = True
+    """Serve the page at `/`."""
+    max_items_per_request: int = Field(1024, ge=1)
+    """More items are refused with 413."""
+    max_completions_per_item: int = Field(256, ge=1)
+    """More completions of one item are refused with 413."""
+    max_chars_per_text: int = Field(200_000, ge=1)
+    """A longer prompt turn or completion is refused with 413, before it is tokenized."""
+    max_critiques: int = Field(16, ge=1)
+    """More `n_critiques` than these are refused with 422."""
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+    """A larger request body, also after inflation, is refused with 413, before it is parsed."""
+
+    @property
+    def replica(self) -> ReplicaConfig:
+        """What a scorer needs of it."""
+        return ReplicaConfig(**{name: getattr(self, name) for name in ReplicaConfig.model_fields})
 
     @property
     def limits(self) -> Limits:

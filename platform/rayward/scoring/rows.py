@@ -39,7 +39,7 @@ class Adapter(Protocol):
         ...
 
 
-RESULT_NAMES = ("file", "row", "rewards", "outputs", "steps", "critiques", "reward_std", "error", "version")
+RESULT_NAMES = ("file", "row", "rewards", "outputs", "steps", "critiques", "reward_std", "num_tokens", "error", "version")
 
 
 @dataclass(frozen=True)
@@ -288,8 +288,9 @@ def result_schema(outputs: Sequence[str], *, keep: bool) -> pa.Schema:
     named = pa.list_(pa.struct([(name, pa.float64()) for name in outputs])) if len(outputs) > 1 else pa.list_(numbers)
     columns = [
         ("id", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("rewards", numbers), ("outputs", named),
-        ("steps", pa.list_(numbers)), ("critiques", pa.list_(pa.list_(pa.string()))), ("reward_std", numbers),
-        ("error", pa.struct([("code", pa.string()), ("message", pa.string())])), ("version", pa.string()),
+        ("steps", pa.list_(numbers)), ("critiques", pa.list_(pa.list_(pa.string()))),
+        ("reward_std", numbers), ("num_tokens", pa.list_(pa.int64())),
+        ("error", pa.struct([("code", pa.string()), ("message", pa.string()), ("retryable", pa.bool_())])), ("version", pa.string()),
     ]  # fmt: skip
     return pa.schema([*columns, ("input_json", pa.string())] if keep else columns)
 
@@ -308,5 +309,6 @@ def table_of(rows: Sequence[FileRow], results: Sequence[ItemResult], file: str, 
     return pa.Table.from_pylist(values, schema=result_schema(model.facts.outputs, keep=keep))
 
 
-def _encodable(error: Mapping[str, str]) -> dict[str, str]:
-    return {name: text.encode("utf-8", "backslashreplace").decode() for name, text in error.items()}
+def _encodable(error: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {name: error[name].encode("utf-8", "backslashreplace").decode() for name in ("code", "message")}
+    return {**error, **texts}

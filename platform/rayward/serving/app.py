@@ -30,7 +30,7 @@ INGRESS_SLACK = 64
 
 def build(args: ScoringConfig) -> serve.Application:
     """The application; `import_path: rayward.serving.app:build` in a Serve config file."""
-    model_name = args.model_name or Path(args.model).resolve().name
+    model_name = args.model_name or Path(args.model or "").resolve().name
     scaling: dict[str, Any] = (
         {"num_replicas": args.min_replicas}
         if args.min_replicas == args.max_replicas
@@ -38,7 +38,7 @@ def build(args: ScoringConfig) -> serve.Application:
             "autoscaling_config": {
                 "min_replicas": args.min_replicas,
                 "max_replicas": args.max_replicas,
-                "target_ongoing_requests": args.target_ongoing_requests,
+                "target_ongoing_requests": 32,
             }
         }
     )
@@ -53,7 +53,7 @@ def build(args: ScoringConfig) -> serve.Application:
         cast(serve.Deployment, ScorerDeployment)
         .options(
             max_ongoing_requests=args.max_ongoing_requests,
-            max_queued_requests=args.max_queued_requests,
+            max_queued_requests=2048,
             ray_actor_options={
                 "num_cpus": args.cpus_per_replica,
                 "num_gpus": args.gpus_per_replica,
@@ -71,7 +71,7 @@ def build(args: ScoringConfig) -> serve.Application:
         .bind(args, model_name)
     )
     # Room for all that the scorers run and queue, so that refusals come from our code, with our error body.
-    capacity = args.max_ongoing_requests * args.max_replicas + args.max_queued_requests + INGRESS_SLACK
+    capacity = args.max_ongoing_requests * args.max_replicas + 2048 + INGRESS_SLACK
     ingress = (
         cast(serve.Deployment, Ingress)
         .options(
@@ -116,9 +116,9 @@ def serve_model(
         ConfigError: the port is taken.
         ServerError: the application did not start for another reason.
     """
-    check_model(Path(config.model), verify=config.verify_golden)
+    check_model(Path(config.model or ""), verify=config.verify_golden)
     # Replicas have another working directory than the driver.
-    config = config.model_copy(update={"model": str(Path(config.model).resolve())})
+    config = config.model_copy(update={"model": str(Path(config.model or "").resolve())})
     connect()
     running = running_address()
     if running is None:

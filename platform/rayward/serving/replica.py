@@ -73,7 +73,7 @@ class ScorerDeployment:
 
         torch.set_num_threads(config.threads_per_replica)
         self._config = config
-        self._scorer = load_scored_model(config.model, config.placement)
+        self._scorer = load_scored_model(config.model or "", config.placement)
         facts = self._scorer.facts
         self._info = ModelInfo(
             id=model_name,
@@ -91,7 +91,7 @@ class ScorerDeployment:
         self._failure: str | None = None
         # Units of 1 / max_ongoing_requests of the token budget: Serve warns when a batch can hold more than a replica may run.
         self._score_batch.set_max_batch_size(config.max_ongoing_requests)
-        self._score_batch.set_batch_wait_timeout_s(config.batch_wait_s)
+        self._score_batch.set_batch_wait_timeout_s(0.005)
 
     def info(self) -> ModelInfo:
         """What is served."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
@@ -12,6 +12,15 @@ from rayward.contract.contract import Normalise
 from rayward.contract.conversation import Completion, Message, TemplateInputs
 
 FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Form: TypeAlias = Literal["conversation", "text"]
+"""What an item is: a prompt and completions for the template, or one finished text of a flat dialect."""
+
+TakenAs: TypeAlias = Literal["templated", "rendered", "as_given"]
+"""What became of the texts of an item: put through the contract's template; recognised as templated before and taken as they are; or plain
+texts without roles, which no template can be applied to, tokenized as they stand."""
+
+RETRYABLE_CODES = frozenset({"deadline_exceeded", "overloaded", "interrupted", "encoder_lost"})
+"""Errors of items that another try may not meet: the time was up, the replica went away, a neighbour took the process down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,8 @@ class ScoreItem:
         tools, chat_template_kwargs: what the chat template is given besides turns.
         critiques: given critiques of each completion, which are then not written.
         seed: of the sampling of critiques. Neither is on the wire.
+        form: `text`: there is no prompt, and one completion, a whole text of a flat dialect: templated before or plain.
+        trace: the reward at every token of the completions is asked for.
     """
 
     prompt: tuple[Message, ...]
@@ -55,6 +66,8 @@ class ScoreItem:
     seed: int = 0
     tools: tuple[dict[str, Any], ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    form: Form = "conversation"
+    trace: bool = False
 
     @property
     def inputs(self) -> TemplateInputs:
@@ -67,13 +80,36 @@ class ItemError:
     """Why one item has no rewards.
 
     Codes: `too_long`, `template`, `unsupported_message`, `already_templated`, `changed_by_template`, `token_out_of_range`, `non_finite`,
-    `unknown_weights`, `no_normaliser`, `no_critiques`; `failed`: anything else.
+    `unknown_weights`, `no_normaliser`, `no_critiques`, `no_trace`; `encoding_timeout` (template or tokenizer did not end in time),
+    `poisoned` (replicas died of it); `deadline_exceeded`, `overloaded`, `interrupted`, `encoder_lost`, which another try may not meet;
+    `failed`: anything else.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     code: str
     message: str
+    retryable: bool = False
+
+    @classmethod
+    def of(cls, code: str, message: str) -> Self:
+        """The error of a code, which says whether another try may help."""
+        return cls(code, message, code in RETRYABLE_CODES)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """What the head says at every token of one completion, as if the conversation ended there.
+
+    Attributes:
+        tokens: the texts of the tokens, which joined are the completion as it was scored.
+        rewards: as many; the last one is the reward of the completion.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    tokens: tuple[str, ...]
+    rewards: tuple[FiniteFloat, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +121,9 @@ class ItemResult:
         steps: of a process reward model, the probability that each step is right, for each completion.
         critiques: of a model that writes them, the critiques of each completion.
         reward_std: population standard deviation of the rewards over several critiques, for each completion.
+        traces: of each completion, where they were asked for.
+        taken_as: what became of the texts.
+        num_tokens: of each completion's whole conversation.
         tokens: tokens of the K conversations; tokens_computed: of these, after sharing prefixes. Sums of them are in the usage of a reply.
     """
 
@@ -96,7 +135,10 @@ class ItemResult:
     steps: tuple[tuple[FiniteFloat, ...], ...] | None = None
     critiques: tuple[tuple[str, ...], ...] | None = None
     reward_std: tuple[FiniteFloat, ...] | None = None
+    traces: tuple[TokenTrace, ...] | None = None
     error: ItemError | None = None
+    num_tokens: tuple[int, ...] | None = None
+    taken_as: Annotated[TakenAs, Field(exclude=True)] = "templated"
     tokens: Annotated[int, Field(exclude=True)] = 0
     tokens_computed: Annotated[int, Field(exclude=True)] = 0
 
@@ -106,7 +148,8 @@ class ItemResult:
 
     def is_finite(self) -> bool:
         """Whether every number in it is finite."""
-        rows = (self.rewards or (), self.reward_std or (), *(self.outputs or ()), *(self.steps or ()))
+        traces = (trace.rewards for trace in self.traces or ())
+        rows = (self.rewards or (), self.reward_std or (), *(self.outputs or ()), *(self.steps or ()), *traces)
         return all(math.isfinite(value) for row in rows for value in row)
 
     def as_json(self) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def test_parts_have_one_schema_whatever_they_hold(scorer: Scorer) -> None:
     failed = [read("{broken")]
     table = table_of(failed, [ItemResult(error=ItemError("unparsable", "\ud800"))], FILE, scorer, keep=False)
     assert table.schema == result_schema(("a", "b.c"), keep=False)
-    assert table["error"].to_pylist() == [{"code": "unparsable", "message": "\\ud800"}]
+    assert table["error"].to_pylist() == [{"code": "unparsable", "message": "\\ud800", "retryable": False}]
 
 
 def test_the_next_chunk_is_tokenized_while_one_goes_through_the_model(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,18 +47,15 @@ def test_there_is_a_serve_file() -> None:
 def test_replicas_and_limits_reach_serve() -> None:
     from rayward.serving.app import build
 
-    config = ScoringConfig(
-        model="x/my-model", min_replicas=1, max_replicas=3, target_ongoing_requests=7, max_ongoing_requests=11, max_queued_requests=13
-    )
+    config = ScoringConfig(model="x/my-model", min_replicas=1, max_replicas=3, max_ongoing_requests=11)
     application = build(config)
     ingress = application._bound_deployment
     scorer = ingress.init_args[0]._bound_deployment
     assert scorer.max_ongoing_requests == 11
-    assert scorer.max_queued_requests == 13
     scaling = scorer._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 7)
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
     # All that the scorers run and queue fits through the ingress, else refusals would come from Serve without our body.
-    assert ingress.max_ongoing_requests >= 3 * 11 + 13
+    assert ingress.max_ongoing_requests >= 3 * 11
     assert scorer.init_args[1] == "my-model"
 
 

@@ -267,7 +267,11 @@ def test_reply_holds_rewards_or_error_in_order() -> None:
         "id": "score-1",
         "model": "rm",
         "version": "abc",
-        "results": [{"rewards": [1.5, -0.25]}, {"error": {"code": "too_long", "message": "9 tokens"}}, {"rewards": [0.0]}],
+        "results": [
+            {"rewards": [1.5, -0.25]},
+            {"error": {"code": "too_long", "message": "9 tokens", "retryable": False}},
+            {"rewards": [0.0]},
+        ],
         "usage": {"tokens": 13, "tokens_computed": 9},
     }
 
