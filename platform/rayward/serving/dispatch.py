@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
 
 from rayward.errors import DeadlineError, OverloadedError, RaywardError, ServerError, UnavailableError
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
@@ -22,14 +21,12 @@ from rayward.serving.poison import Quarantine
 from rayward.serving.routes import Choice, RouteTable
 from rayward.serving.shadow import Shadows
 from rayward.serving.tally import Tally
+from rayward.serving.view import Handles, ReadTable, ScorerHandle, TableView
 from rayward.wire.dialect import Timings
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 from rayward.wire.native import ModelInfo
 
 logger = logging.getLogger("ray.serve")
-
-REFRESH_S = 1.0
-"""How often the table of routes is read."""
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
@@ -70,34 +67,6 @@ class ReplicaDiedError(UnavailableError):
     def __init__(self, problem: str, *, remedy: str = "retry", by_order: bool = False) -> None:
         super().__init__(problem, remedy=remedy)
         self.by_order = by_order
-
-
-class ScorerHandle(Protocol):
-    """The replicas of one version. Whatever it raises is of our tree; a cancelled call is cancelled at the replica too."""
-
-    async def score(self, call: ScoreCall) -> ScoredCall:
-        """Raises ReplicaDiedError, UnavailableError, OverloadedError, ServerError, DeadlineError."""
-        ...
-
-    async def info(self) -> ModelInfo:
-        """What is served; may wait for a replica."""
-        ...
-
-
-class Handles(Protocol):
-    """Where the scorers are."""
-
-    def of(self, model: str, version: str) -> ScorerHandle:
-        """The handle of one version; the same one for every call."""
-        ...
-
-    def keep(self, versions: set[tuple[str, str]]) -> None:
-        """Only these are still in the table; others may be let go."""
-        ...
-
-
-ReadTable: TypeAlias = Callable[[], RouteTable | None]
-"""Reads the table from storage; blocks; None: there is none yet."""
 
 
 @dataclass(slots=True)
@@ -158,7 +127,7 @@ class Dispatcher:
         jitter: Callable[[], float] = random.random,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self._read = read
+        self._view = TableView(read, handles, clock)
         self._handles = handles
         self._source = source
         self._clock = clock
@@ -167,102 +136,29 @@ class Dispatcher:
         self._quarantine = quarantine or Quarantine(clock)
         self._tally = Tally()
         self._shadows = Shadows(self._tally)
-        self._table: RouteTable | None = None
-        self._read_at = float("-inf")
-        self._reading = asyncio.Lock()
         # Suspects of one version go through one by one, so that a death has one cause.
         self._lanes: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._infos: dict[tuple[str, str], ModelInfo] = {}
-        self._asking: dict[tuple[str, str], asyncio.Task[None]] = {}
-
-    # The table of routes
 
     async def run(self) -> None:
         """Read the table every second, until cancelled."""
-        while True:
-            await self.refresh()
-            await self._sleep(REFRESH_S)
+        await self._view.run(self._sleep)
 
-    async def refresh(self, *, not_older_than_s: float = 0.0) -> None:
-        """Read the table now, unless it was read so lately. While storage does not answer, the last one stands."""
-        async with self._reading:
-            if self._clock() - self._read_at <= not_older_than_s and self._table is not None:
-                return
-            try:
-                table = await asyncio.to_thread(self._read)
-            # Whatever goes wrong with the storage, requests go on by the table that was read last.
-            except Exception as exc:
-                logger.warning("the table of routes cannot be read (%s: %s); the last one stands", type(exc).__name__, exc)
-                return
-            self._read_at = self._clock()
-            if table is None or (self._table is not None and table.generation == self._table.generation):
-                return
-            self._table = table
-        known = {(model, version) for model, routes in table.models.items() for version in routes.releases}
-        self._handles.keep(known)
-        self._infos = {key: info for key, info in self._infos.items() if key in known}
-        self._ask_for_infos(table)
+    async def refresh(self) -> None:
+        """Read the table now."""
+        await self._view.refresh()
 
-    def _ask_for_infos(self, table: RouteTable) -> None:
-        for model, routes in table.models.items():
-            release = routes.releases.get(routes.current or "")
-            key = (model, routes.current or "")
-            # A version that is scaled to zero is not woken for this.
-            if release is None or release.info is not None or key in self._infos or key in self._asking or not release.config.min_replicas:
-                continue
-            task = self._asking[key] = asyncio.get_running_loop().create_task(self._ask_for_info(*key))
-            task.add_done_callback(lambda _, key=key: self._asking.pop(key, None))  # type: ignore[misc]
-
-    async def _ask_for_info(self, model: str, version: str) -> None:
-        try:
-            info = await self._handles.of(model, version).info()
-        except RaywardError as exc:
-            logger.info("version %s of %s does not say what it is: %s", version, model, exc.problem)
-            return
-        self._infos[model, version] = info.model_copy(update={"id": model})
+    @property
+    def table(self) -> RouteTable | None:
+        """As it was read last; None: not yet."""
+        return self._view.table
 
     def models(self) -> list[ModelInfo]:
         """Every model that is served, with the version that answers for it; without waiting for a replica."""
-        found = []
-        for model, routes in (self._table.models if self._table is not None else {}).items():
-            release = routes.releases.get(routes.current or "")
-            if release is None:
-                continue
-            info = release.info or self._infos.get((model, release.version))
-            if info is not None:
-                found.append(info.model_copy(update={"id": model}))
-        return found
-
-    def table(self) -> RouteTable | None:
-        """The table as it was read last."""
-        return self._table
+        return self._view.models()
 
     def ready(self) -> bool:
         """Whether every model has a version that can score, or can be started from zero."""
-        if self._table is None or not self._table.models:
-            return False
-        for routes in self._table.models.values():
-            release = routes.releases.get(routes.current or "")
-            if release is None or release.state != "ready":
-                return False
-        return True
-
-    async def _choose(self, request: _Request) -> Choice:
-        if self._table is None:
-            await self.refresh()
-        try:
-            return self._chosen(request)
-        except RaywardError:
-            # Published a moment ago, perhaps; but a client that asks for nonsense makes nobody read all the time.
-            await self.refresh(not_older_than_s=REFRESH_S / 2)
-            return self._chosen(request)
-
-    def _chosen(self, request: _Request) -> Choice:
-        if self._table is None:
-            raise UnavailableError("the table of routes was not read yet", remedy="retry; see the server's log if this stays so")
-        return self._table.choose(request.model, request.version, request.request_id)
-
-    # Scoring
+        return self._view.ready()
 
     async def score(
         self, items: Sequence[ScoreItem], *, request_id: str, caller: str, budget_s: float | None, model: str | None, version: str | None
@@ -277,7 +173,7 @@ class Dispatcher:
         choice, outcome = None, "cancelled"
         try:
             async with asyncio.timeout(budget_s):
-                choice = await self._choose(request)
+                choice = await self._view.choose(request.model, request.version, request.request_id)
                 choice = await self._until_answered(choice, request)
             outcome = "answered"
         except TimeoutError as exc:
@@ -310,7 +206,7 @@ class Dispatcher:
             await self._sleep(pause_s * (0.5 + self._jitter()))
             pause_s = min(2.0 * pause_s, LONGEST_PAUSE_S)
             # The version may have been retired in the meantime; the same request id meets the same canary.
-            again = await self._choose(request)
+            again = await self._view.choose(request.model, request.version, request.request_id)
             if again.version != choice.version:
                 request.answers.clear()
             choice = again
@@ -411,9 +307,7 @@ class Dispatcher:
         return scored
 
     def _num_tries(self, choice: Choice) -> int:
-        assert self._table is not None
-        routes = self._table.models.get(choice.model)
-        release = routes.releases.get(choice.version) if routes is not None else None
+        release = self._view.release(choice.model, choice.version)
         return 1 if release is None else min(release.config.max_replicas, MAX_OVERLOADED_TRIES)
 
     def _budget_s(self, request: _Request) -> float | None:
@@ -422,21 +316,18 @@ class Dispatcher:
         left_s = max(0.0, request.deadline - self._clock())
         return left_s - min(REPLY_S, REPLY_SHARE * left_s)
 
-    # Seeing
-
     def stats(self) -> Stats:
         """What was counted since the start."""
         gauges = dict(self._tally.gauges)
         gauges[QUARANTINED, ()] = self._quarantine.num_convicts
-        gauges[TABLE_GENERATION, ()] = -1.0 if self._table is None else self._table.generation
-        if self._table is not None:
-            gauges[TABLE_AGE, ()] = self._clock() - self._read_at
+        if self._view.table is not None:
+            gauges[TABLE_GENERATION, ()] = self._view.table.generation
+            gauges[TABLE_AGE, ()] = self._view.age_s
         return Stats(self._source, "ingress", time.time(), counters=dict(self._tally.counters), gauges=gauges)
 
     async def close(self) -> None:
         """End what runs in the background."""
-        for task in list(self._asking.values()):
-            task.cancel()
+        await self._view.close()
         await self._shadows.close()
 
 
