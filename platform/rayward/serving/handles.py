@@ -7,7 +7,19 @@ import logging
 from typing import Any
 
 from ray import serve
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RpcError,
+    TaskCancelledError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -22,8 +34,21 @@ logger = logging.getLogger("ray.serve")
 SCORER = "scorer"
 """Name of the deployment of a version's application."""
 
-BY_ORDER = ("node has died", "node was terminated", "ray.kill", "terminated by", "preempted")
-"""In Ray's account of a death: the process did not end of what it computed."""
+BY_ORDER = ("node has died", "ray.kill")
+"""In Ray's account of the death of an actor: it did not end of what it computed."""
+
+# What is given back when the process, the node, or a large reply on it is gone; and what is not the replica's own word.
+DIED = (ActorDiedError, OutOfMemoryError, NodeDiedError)
+UNAVAILABLE = (
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    TaskCancelledError,
+    RayActorError,
+    ObjectLostError,
+    OwnerDiedError,
+    RpcError,
+    GetTimeoutError,
+)
 
 
 def our_error(exc: BaseException) -> RaywardError:
@@ -37,18 +62,18 @@ def our_error(exc: BaseException) -> RaywardError:
             remedy="retry after the given delay",
             retry_after_s=exc.retry_after_s or 1.0,
         )
-    # Raised inside of the replica, the death of another actor would be its cause; that one says nothing about ours.
-    if isinstance(exc, ActorDiedError) and not isinstance(exc, RayTaskError):
-        account = str(exc)
-        by_order = exc.preempted or any(words in account for words in BY_ORDER)
-        logger.error("a scorer replica died under a call: %s", account)
-        return ReplicaDiedError("a replica died under the call", by_order=by_order)
-    if isinstance(exc, DeploymentUnavailableError | ReplicaUnavailableError | TaskCancelledError) or (
-        isinstance(exc, RayActorError) and not isinstance(exc, RayTaskError)
-    ):
-        logger.warning("no scorer replica took a call: %s: %s", type(exc).__name__, exc)
-        return UnavailableError("no replica could take the call", remedy="retry; a replica is being started")
-    # The text may quote the request; it belongs into the server's log, not into a reply.
+    # A task error has the type of its cause too; raised inside of the replica, that says nothing about the replica.
+    if not isinstance(exc, RayTaskError):
+        if isinstance(exc, DIED):
+            account = str(exc)
+            preempted = isinstance(exc, RayActorError) and exc.preempted
+            by_order = preempted or isinstance(exc, NodeDiedError) or any(words in account for words in BY_ORDER)
+            logger.error("a scorer replica died under a call: %s", account)
+            return ReplicaDiedError("a replica died under the call", by_order=by_order)
+        if isinstance(exc, UNAVAILABLE):
+            logger.warning("no scorer replica took a call: %s: %s", type(exc).__name__, exc)
+            return UnavailableError("no replica could take the call", remedy="retry; a replica is being started")
+    # Its text may quote the request: the replica has logged it, as far as it may.
     cause = exc.cause if isinstance(exc, RayTaskError) and exc.cause is not None else exc
     logger.error("a scorer failed: %s", type(cause).__name__)
     return ServerError(f"the scorer failed ({type(cause).__name__})", remedy="retry; look into the server's log")
