@@ -16,6 +16,7 @@ from pydantic import Field
 from rayward.config.scoring import ReplicaConfig
 from rayward.errors import RuleError, UnavailableError, VersionError
 from rayward.schema import Frozen, Versioned
+from rayward.wire.native import ModelInfo
 
 State: TypeAlias = Literal["loading", "ready", "failed"]
 
@@ -35,6 +36,8 @@ class Release(Frozen):
     """Why it failed: `RaywardError.to_json`."""
     published_at: float = 0.0
     """Seconds since 1970."""
+    info: ModelInfo | None = None
+    """What it said of itself when it became ready; so that nobody has to wake a replica to know."""
 
 
 class Canary(Frozen):
