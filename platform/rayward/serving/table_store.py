@@ -62,7 +62,8 @@ class TableStore:
             return RouteTable()
         except (OSError, pa.ArrowException) as exc:
             raise UnavailableError(
-                f"the table of routes {self.location}/{TABLE_FILE} cannot be read ({exc})", remedy="retry; see that its storage is reachable"
+                f"the table of routes {self.location}/{TABLE_FILE} cannot be read ({exc})",
+                remedy="retry; see that its storage is reachable",
             ) from exc
         return RouteTable.parse(text, where=f"{self.location}/{TABLE_FILE}", error=ConfigError)
 
@@ -88,7 +89,8 @@ class TableStore:
                 write_text(self._filesystem, self._path, after.model_dump_json(indent=1) + "\n")
             except (OSError, pa.ArrowException) as exc:
                 raise UnavailableError(
-                    f"the table of routes {self.location}/{TABLE_FILE} cannot be written ({exc})", remedy="retry; see that its storage is writable"
+                    f"the table of routes {self.location}/{TABLE_FILE} cannot be written ({exc})",
+                    remedy="retry; see that its storage is writable",
                 ) from exc
             return after
 
