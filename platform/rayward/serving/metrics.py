@@ -16,7 +16,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -29,10 +29,11 @@ Labels: TypeAlias = tuple[tuple[str, str], ...]
 Key: TypeAlias = tuple[str, Labels]
 Kind: TypeAlias = Literal["counter", "gauge", "histogram"]
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-DEVIATIONS = (-5.0, -4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
-REWARDS = (-50.0, -20.0, -10.0, -5.0, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DEVIATIONS = (-4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+UNITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+REWARDS = (-100.0, -50.0, -20.0, -10.0, -5.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,50 +54,71 @@ class Metric:
     bounds: tuple[float, ...] = ()
 
 
+_OF_VERSION = ("model", "version")
+_OF_SHADOW = ("model", "current", "shadow")
+
 METRICS: tuple[Metric, ...] = (
+    # HTTP
     Metric("requests_total", "counter", "ingress", "Requests answered, by path, dialect and HTTP status.", ("route", "dialect", "status")),
     Metric("request_seconds", "histogram", "ingress", "From the end of the body to the reply.", ("route",), SECONDS),
     Metric("requests_in_flight", "gauge", "ingress", "Requests that this process holds."),
     Metric("refusals_total", "counter", "ingress, replica", "Requests refused before anything was scored, by reason.", ("reason",)),
-    Metric("answers_total", "counter", "ingress", "Requests that a version answered, by its part.", ("model", "version", "part")),
-    Metric("dispatch_retries_total", "counter", "ingress", "Calls repeated on another replica, by reason.", ("reason",)),
-    Metric("quarantined_total", "counter", "ingress", "Items quarantined because replicas died of them."),
-    Metric("shadow_rewards_total", "counter", "ingress", "Rewards that a shadow version gave too.", ("model", "version")),
-    Metric("shadow_mean_difference", "gauge", "ingress", "Mean |shadow - current| of their rewards.", ("model", "version")),
-    Metric("shadow_max_difference", "gauge", "ingress", "Largest |shadow - current| of their rewards.", ("model", "version")),
-    Metric("shadow_rank_agreement", "gauge", "ingress", "Share of pairs that the shadow orders as the current one.", ("model", "version")),
-    Metric("items_total", "counter", "replica", "Items answered, with rewards or with an error."),
-    Metric("item_errors_total", "counter", "replica", "Items answered with an error, by its code.", ("code",)),
-    Metric("completions_total", "counter", "replica", "Completions with a reward."),
-    Metric("tokens_total", "counter", "replica", "Tokens of the conversations asked for."),
-    Metric("tokens_computed_total", "counter", "replica", "Tokens that went through the model; less by what prefixes share."),
-    Metric("batches_total", "counter", "replica", "Forwards."),
-    Metric("batch_fill", "histogram", "replica", "Tokens of a forward over the budget of one.", (), FRACTIONS),
-    Metric("stage_seconds", "histogram", "replica", "Where a request's time went: encode, queue, compute.", ("stage",), SECONDS),
-    Metric(QUEUED_TOKENS, "gauge", "replica", "Tokens that wait or are computed, prompts counted once."),
-    Metric("queued_items", "gauge", "replica", "Items that wait or are computed."),
-    Metric(TOKENS_PER_S, "gauge", "replica", "What it computes while it is busy, over its last forwards; 0: not known yet."),
-    Metric("busy_seconds_total", "counter", "replica", "Time spent in forwards."),
+    # From the ingress to a replica
+    Metric("dispatched_requests_total", "counter", "ingress", "Requests that went to a version, by outcome.", (*_OF_VERSION, "outcome")),
+    Metric("dispatch_repeats_total", "counter", "ingress", "Tries beyond the first, by reason.", ("reason",)),
+    Metric("replica_deaths_total", "counter", "ingress", "Calls that a replica died under: by a crash, or by order.", ("cause",)),
+    Metric("poisoned_items_total", "counter", "ingress", "Items refused because replicas died of them."),
+    Metric("quarantined_contents", "gauge", "ingress", "Contents that are refused for a while, because replicas died of them."),
+    Metric("route_table_age_seconds", "gauge", "ingress", "Since the table of routes was last read from storage."),
+    Metric("route_table_generation", "gauge", "ingress", "Of the table of routes that this process goes by; -1: none read yet."),
+    Metric("shadow_completions_total", "counter", "ingress", "Completions that a shadow version gave a reward too.", _OF_SHADOW),
+    Metric("shadow_abs_difference_total", "counter", "ingress", "Sum of |shadow - current| over these.", _OF_SHADOW),
+    Metric("shadow_difference_sum", "gauge", "ingress", "Sum of shadow - current over these; a gauge, because it may fall.", _OF_SHADOW),
+    Metric("shadow_max_abs_difference", "gauge", "ingress", "Largest |shadow - current| since the process started.", _OF_SHADOW),
+    Metric("shadow_pairs_total", "counter", "ingress", "Pairs of completions of one prompt that the current version orders.", _OF_SHADOW),
+    Metric("shadow_agreeing_pairs_total", "counter", "ingress", "Of these, what the shadow orders alike.", _OF_SHADOW),
+    Metric("shadow_uncompared_total", "counter", "ingress", "Items without a comparison, by reason.", (*_OF_SHADOW, "reason")),
+    # In a replica
+    Metric("items_total", "counter", "replica", "Items answered, by outcome: `scored`, or the code of the error.", ("outcome",)),
+    Metric("completions_total", "counter", "replica", "Completions that got a reward."),
+    Metric("tokens_total", "counter", "replica", "Tokens of the conversations of scored items, each counted whole."),
+    Metric("tokens_computed_total", "counter", "replica", "Of these, what went through the model after sharing prefixes."),
+    Metric("forwards_total", "counter", "replica", "Forwards."),
+    Metric("forward_units", "histogram", "replica", "Comparisons in a forward.", (), UNITS),
+    Metric("compute_seconds_total", "counter", "replica", "Time spent in forwards; its rate is the share of time that it computes."),
+    Metric("batch_fill_ratio", "histogram", "replica", "Tokens of a forward over the budget of one.", (), FRACTIONS),
+    Metric(
+        "stage_seconds", "histogram", "replica", "Where a request's time went: encode, queue, compute; replica: all.", ("stage",), SECONDS
+    ),
+    Metric("dropped_units_total", "counter", "replica", "Comparisons that nobody waited for any more, by reason.", ("reason",)),
     Metric("encoder_restarts_total", "counter", "replica", "Encoder processes replaced, by reason.", ("reason",)),
-    Metric("non_finite_total", "counter", "replica", "Rewards that were NaN or infinite, and became errors."),
-    Metric("reward", "histogram", "replica", "Raw rewards, as many as conversations; their sum may fall, so no rate of it.", (), REWARDS),
-    Metric("reward_standardised", "histogram", "replica", "(reward - reference mean) / reference std.", (), DEVIATIONS),
-    Metric("reward_squares_total", "counter", "replica", "Sum of the squares of the rewards."),
-    Metric("reward_length_total", "counter", "replica", "Sum of the tokens of their conversations."),
-    Metric("reward_length_squares_total", "counter", "replica", "Sum of the squares of these."),
-    Metric("reward_by_length", "gauge", "replica", "Sum of reward times tokens; a gauge, because it may fall."),
+    Metric("encoder_processes", "gauge", "replica", "Encoder processes that have loaded their tokenizer."),
+    Metric(QUEUED_TOKENS, "gauge", "replica", "Tokens that wait or are computed, prompts counted once."),
+    Metric("queued_shadow_tokens", "gauge", "replica", "Tokens of shadow traffic that wait or are computed."),
+    Metric("queued_items", "gauge", "replica", "Items that wait to be encoded or computed."),
+    Metric("waiting_callers", "gauge", "replica", "Callers with work in the queue."),
+    Metric(TOKENS_PER_S, "gauge", "replica", "What it computes while it is busy, over its last forwards; 0: not known yet."),
+    Metric("healthy", "gauge", "replica", "1, or 0 when the replica asks to be replaced."),
+    Metric("non_finite_total", "counter", "replica", "Items for which the model gave NaN or Inf, which became errors."),
+    Metric("reward", "histogram", "replica", "Rewards as the model gives them; their sum may fall, so it has no rate.", (), REWARDS),
+    Metric("reward_standardised", "histogram", "replica", "The same less the reference mean, over the reference std.", (), DEVIATIONS),
+    Metric("reward_sums", "gauge", "replica", "Sums over these and their tokens: n, reward, reward_squared, tokens, ….", ("of",)),
+    Metric("reward_mean", "gauge", "replica", "Mean of about the last thousand rewards of this replica."),
+    Metric("reward_std", "gauge", "replica", "Standard deviation of the same."),
+    Metric("reward_length_correlation", "gauge", "replica", "Pearson's correlation of reward and tokens, of the same."),
     Metric("reference_mean", "gauge", "replica", "Mean reward of the contract's reference set."),
     Metric("reference_std", "gauge", "replica", "Standard deviation of the rewards of the contract's reference set."),
-    Metric("start_time_seconds", "gauge", "ingress, replica, manager", "When the process started, in seconds since 1970."),
-    Metric("window_reward_mean", "gauge", "manager", "Mean raw reward over the last ten minutes.", ("model", "version")),
-    Metric("window_reward_std", "gauge", "manager", "Standard deviation of the rewards of the last ten minutes.", ("model", "version")),
-    Metric("window_rewards", "gauge", "manager", "Rewards of the last ten minutes.", ("model", "version")),
-    Metric("reward_drift", "gauge", "manager", "(window mean - reference mean) / reference std; 0 is the reference.", ("model", "version")),
-    Metric("reward_spread", "gauge", "manager", "window std / reference std; 1 is the reference.", ("model", "version")),
-    Metric("reward_length_correlation", "gauge", "manager", "Pearson's, of reward and tokens, same window.", ("model", "version")),
-    Metric("replicas", "gauge", "manager", "Replicas heard of in the last ten seconds.", ("model", "version")),
-    Metric("version_state", "gauge", "manager", "1 for the state that a version is in.", ("model", "version", "state")),
-    Metric("version_part", "gauge", "manager", "Share of unpinned requests meant for it, by part.", ("model", "version", "part")),
+    Metric("start_time_seconds", "gauge", "ingress, replica", "When the process started, in seconds since 1970."),
+    # Over all replicas of a version, by the manager
+    Metric("replicas", "gauge", "manager", "Replicas heard of in the last ten seconds.", _OF_VERSION),
+    Metric("version_state", "gauge", "manager", "1 for the state that a version is in.", (*_OF_VERSION, "state")),
+    Metric("version_share", "gauge", "manager", "Share of unpinned requests that is meant for it, by its part.", (*_OF_VERSION, "part")),
+    Metric("window_rewards", "gauge", "manager", "Rewards of the last ten minutes.", _OF_VERSION),
+    Metric("window_reward_mean", "gauge", "manager", "Their mean.", _OF_VERSION),
+    Metric("window_reward_std", "gauge", "manager", "Their standard deviation.", _OF_VERSION),
+    Metric("window_reward_drift", "gauge", "manager", "(their mean - reference mean) / reference std; 0: as the reference.", _OF_VERSION),
+    Metric("window_reward_spread", "gauge", "manager", "Their std / reference std; 1: as the reference.", _OF_VERSION),
+    Metric("window_reward_length_correlation", "gauge", "manager", "Pearson's correlation of reward and tokens.", _OF_VERSION),
 )
 """Every metric of the service."""
 
@@ -151,31 +173,6 @@ class Recorder:
             return
         with self._lock:
             self._buckets(key).add(value)
-
-    def observe_rewards(self, rewards: Sequence[float], num_tokens: Sequence[int], reference: tuple[float, float] | None = None) -> None:
-        """Rewards that were given, and the tokens of their conversations.
-
-        Args:
-            reference: mean and standard deviation of the contract's reference set.
-        """
-        mean, std = reference or (0.0, 0.0)
-        with self._lock:
-            raw = self._buckets(("reward", ()))
-            standardised = self._buckets(("reward_standardised", ())) if std > 0.0 else None
-            for reward in rewards:
-                raw.add(reward)
-                if standardised is not None:
-                    standardised.add((reward - mean) / std)
-            sums = (
-                (self._counters, "reward_squares_total", math.fsum(r * r for r in rewards)),
-                (self._counters, "reward_length_total", float(sum(num_tokens))),
-                (self._counters, "reward_length_squares_total", float(sum(n * n for n in num_tokens))),
-                (self._gauges, "reward_by_length", math.fsum(r * n for r, n in zip(rewards, num_tokens, strict=True))),
-            )
-            for into, name, amount in sums:
-                into[(name, ())] = into.get((name, ()), 0.0) + amount
-            if standardised is not None:
-                self._gauges[("reference_mean", ())], self._gauges[("reference_std", ())] = mean, std
 
     def stats(self) -> Stats:
         """All of it as it stands, in records that no later count changes."""

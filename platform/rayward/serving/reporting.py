@@ -30,10 +30,10 @@ STEP_S = 5.0
 WINDOW_S = 600.0
 
 DRIFT_THRESHOLD = 2.0
-"""Of |reward_drift|, in standard deviations of the reference set: beyond it, most rewards lie where the model was never calibrated."""
+"""Of |window_reward_drift|, in reference deviations: beyond it, most rewards lie where nobody has calibrated the model."""
 
 CORRELATION_THRESHOLD = 0.6
-"""Of |reward_length_correlation|: beyond it, more than a third of the variance of the rewards is explained by length alone."""
+"""Of |window_reward_length_correlation|: beyond it, more than a third of the variance of the rewards is explained by length alone."""
 
 MIN_REWARDS = 200
 """Fewer rewards in a window than these say nothing about drift; the derived gauges are absent then."""
@@ -176,20 +176,19 @@ class Board:
 
     def rewards(self, model: str, version: str) -> Rewards | None:
         """What a version's rewards of the window look like; None where there are none."""
-        observed = self.observed("reward", since_s=self._window_s, model=model, version=version).get(())
-        num = sum(observed.counts) if observed is not None else 0
-        if observed is None or not num:
+        sums = {
+            dict(labels).get("of", ""): amount
+            for labels, amount in self.grown("reward_sums", since_s=self._window_s, model=model, version=version).items()
+        }
+        num = round(sums.get("n", 0.0))
+        if num <= 0:
             return None
-
-        def mean_of(name: str) -> float:
-            return self.grown(name, since_s=self._window_s, model=model, version=version).get((), 0.0) / num
-
-        mean, length = observed.total / num, mean_of("reward_length_total")
-        std = math.sqrt(max(0.0, mean_of("reward_squares_total") - mean * mean))
-        length_std = math.sqrt(max(0.0, mean_of("reward_length_squares_total") - length * length))
+        mean, length = sums.get("reward", 0.0) / num, sums.get("tokens", 0.0) / num
+        std = math.sqrt(max(0.0, sums.get("reward_squared", 0.0) / num - mean * mean))
+        length_std = math.sqrt(max(0.0, sums.get("tokens_squared", 0.0) / num - length * length))
         # Below these the difference of two large sums is rounding.
         varies = std > 1e-6 * abs(mean) and length_std > 1e-6 * length
-        correlation = (mean_of("reward_by_length") - mean * length) / (std * length_std) if varies else None
+        correlation = (sums.get("reward_tokens", 0.0) / num - mean * length) / (std * length_std) if varies else None
         reference = self._reference(model, version)
         return Rewards(
             num=num,
@@ -253,9 +252,9 @@ class Board:
                 values = {
                     "window_reward_mean": rewards.mean,
                     "window_reward_std": rewards.std,
-                    "reward_length_correlation": rewards.length_correlation,
-                    "reward_drift": rewards.drift,
-                    "reward_spread": rewards.spread,
+                    "window_reward_length_correlation": rewards.length_correlation,
+                    "window_reward_drift": rewards.drift,
+                    "window_reward_spread": rewards.spread,
                 }
                 for name, value in values.items():
                     if value is not None:
@@ -264,7 +263,7 @@ class Board:
             for version, release in routes.releases.items():
                 recorder.set("version_state", 1, model=model, version=version, state=release.state)
                 for part, share in parts_of(table, model, version).items():
-                    recorder.set("version_part", share, model=model, version=version, part=part)
+                    recorder.set("version_share", share, model=model, version=version, part=part)
         return recorder.stats()
 
 
@@ -287,22 +286,23 @@ def _in_table(table: RouteTable | None) -> set[tuple[str, str]]:
     return set() if table is None else {(model, version) for model, routes in table.models.items() for version in routes.releases}
 
 
-_MAY_FALL = {"reward_by_length"}
+_MAY_FALL = {"reward_sums"}
 
 
 def _add_growth(step: _Step, before: Stats, after: Stats) -> None:
     owner = (after.model, after.version)
+    # A process that began again under its old name has counted all of it since.
+    began_again = any(after.counters.get(key, 0.0) < value for key, value in before.counters.items())
     for key, value in after.counters.items():
-        # A process that began again under its old name has counted all of it since.
-        old = before.counters.get(key, 0.0)
-        grown = value - old if value >= old else value
+        grown = value if began_again else value - before.counters.get(key, 0.0)
         if grown:
             step.counters[(*owner, key)] = step.counters.get((*owner, key), 0.0) + grown
     for key, value in after.gauges.items():
         if key[0] in _MAY_FALL:
-            step.counters[(*owner, key)] = step.counters.get((*owner, key), 0.0) + value - before.gauges.get(key, 0.0)
+            old = 0.0 if began_again else before.gauges.get(key, 0.0)
+            step.counters[(*owner, key)] = step.counters.get((*owner, key), 0.0) + value - old
     for key, histogram in after.histograms.items():
-        gained = _gained(before.histograms.get(key), histogram)
+        gained = _gained(None if began_again else before.histograms.get(key), histogram)
         if any(gained.counts):
             known = step.histograms.get((*owner, key))
             step.histograms[(*owner, key)] = gained if known is None else added(known, gained)

@@ -134,7 +134,7 @@ def build_status(table: RouteTable, board: Board, *, wall_clock: Callable[[], fl
         queued_tokens=sum(heard.stats.gauges.get((QUEUED_TOKENS, ()), 0.0) for heard in replicas),
         latencies=_latencies(board),
         refusals=_by_label(board, "refusals_total"),
-        item_errors=_by_label(board, "item_errors_total"),
+        item_errors={code: num for code, num in _by_label(board, "items_total").items() if code != "scored"},
         ingresses=sum(heard.stats.role == "ingress" for heard in board.heard()),
         past=PastStatus(
             step_s=board.step_s,
@@ -157,7 +157,7 @@ def _versions(table: RouteTable, board: Board, model: str, replicas: list[Heard]
             sum(board.grown(name, since_s=RECENT_S, model=model, version=version).values())
             for name in ("tokens_total", "tokens_computed_total")
         )
-        fill = board.observed("batch_fill", since_s=RECENT_S, model=model, version=version).get(())
+        fill = board.observed("batch_fill_ratio", since_s=RECENT_S, model=model, version=version).get(())
         found.append(
             VersionStatus(
                 version=version,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import statistics
+from collections.abc import Sequence
 
 import pytest
 
@@ -39,6 +41,21 @@ def board(clock: Clock) -> Board:
 
 def _replica(clock: Clock, source: str = "r1", version: str = "aaa") -> Recorder:
     return Recorder(source, "replica", model="helper", version=version, clock=lambda: WALL + clock.now_s)
+
+
+def _observe(recorder: Recorder, rewards: Sequence[float], num_tokens: Sequence[int], reference: tuple[float, float] | None = None) -> None:
+    sums = {
+        "n": len(rewards),
+        "reward": math.fsum(rewards),
+        "reward_squared": math.fsum(r * r for r in rewards),
+        "tokens": sum(num_tokens),
+        "tokens_squared": sum(n * n for n in num_tokens),
+        "reward_tokens": math.fsum(r * n for r, n in zip(rewards, num_tokens, strict=True)),
+    }
+    for of, amount in sums.items():
+        recorder.move("reward_sums", amount, of=of)
+    for name, value in zip(("reference_mean", "reference_std"), reference or (), strict=False):
+        recorder.set(name, value)
 
 
 TABLE = RouteTable(
@@ -94,7 +111,7 @@ def test_a_process_that_dies_takes_nothing_of_the_past_with_it(clock: Clock, boa
 def test_a_process_that_begins_again_under_its_name_is_counted_from_zero(clock: Clock, board: Board) -> None:
     old = _replica(clock)
     old.add("completions_total", 100)
-    old.observe("batch_fill", 0.5)
+    old.observe("batch_fill_ratio", 0.5)
     board.report(old.stats())
     clock.now_s += 1
     new = _replica(clock)
@@ -153,7 +170,7 @@ def test_rewards_of_the_window_equal_those_computed_directly(clock: Clock, board
         for recorder in recorders:
             some = [drawn.randrange(20, 900) for _ in range(4)]
             given = [-40.0 + 0.002 * length + drawn.gauss(0.0, 0.5) for length in some]
-            recorder.observe_rewards(given, some, reference=(-39.0, 0.25))
+            _observe(recorder, given, some, reference=(-39.0, 0.25))
             rewards += given
             lengths += some
             board.report(recorder.stats())
@@ -171,7 +188,7 @@ def test_rewards_of_the_window_equal_those_computed_directly(clock: Clock, board
 def test_equal_rewards_have_no_correlation(clock: Clock, board: Board) -> None:
     recorder = _replica(clock)
     board.report(recorder.stats())
-    recorder.observe_rewards([0.1] * 1000, list(range(1000)))
+    _observe(recorder, [0.1] * 1000, list(range(1000)))
     board.report(recorder.stats())
     seen = board.rewards("helper", "aaa")
     assert seen is not None
@@ -183,18 +200,18 @@ def test_equal_rewards_have_no_correlation(clock: Clock, board: Board) -> None:
 def test_drift_is_a_metric_once_it_says_something(clock: Clock, board: Board) -> None:
     recorder = _replica(clock)
     board.report(recorder.stats())
-    recorder.observe_rewards([5.0, 7.0] * (MIN_REWARDS // 2 - 1), list(range(MIN_REWARDS - 2)), reference=(0.0, 2.0))
+    _observe(recorder, [5.0, 7.0] * (MIN_REWARDS // 2 - 1), list(range(MIN_REWARDS - 2)), reference=(0.0, 2.0))
     board.report(recorder.stats())
-    assert "rayward_reward_drift" not in render(board.stats(TABLE))
+    assert "rayward_window_reward_drift" not in render(board.stats(TABLE))
     clock.now_s += 1
-    recorder.observe_rewards([5.0, 7.0], [1, 2], reference=(0.0, 2.0))
+    _observe(recorder, [5.0, 7.0], [1, 2], reference=(0.0, 2.0))
     board.report(recorder.stats())
     lines = render(board.stats(TABLE)).splitlines()
-    assert 'rayward_reward_drift{role="manager",source="manager",model="helper",version="aaa"} 3' in lines
-    assert 'rayward_reward_spread{role="manager",source="manager",model="helper",version="aaa"} 0.5' in lines
+    assert 'rayward_window_reward_drift{role="manager",source="manager",model="helper",version="aaa"} 3' in lines
+    assert 'rayward_window_reward_spread{role="manager",source="manager",model="helper",version="aaa"} 0.5' in lines
     assert 'rayward_replicas{role="manager",source="manager",model="helper",version="bbb"} 0' in lines
     assert 'rayward_version_state{role="manager",source="manager",model="helper",version="ccc",state="failed"} 1' in lines
-    assert 'rayward_version_part{role="manager",source="manager",model="helper",version="aaa",part="current"} 0.75' in lines
+    assert 'rayward_version_share{role="manager",source="manager",model="helper",version="aaa",part="current"} 0.75' in lines
 
 
 def test_parts_of_a_version() -> None:
@@ -205,9 +222,9 @@ def test_parts_of_a_version() -> None:
 
 def test_histograms_of_two_programs_are_not_added() -> None:
     one, other = Recorder("a", "replica"), Recorder("b", "replica")
-    one.observe("batch_fill", 0.5)
+    one.observe("batch_fill_ratio", 0.5)
     other.observe("reward", 0.5)
-    first, second = one.stats().histograms[("batch_fill", ())], other.stats().histograms[("reward", ())]
+    first, second = one.stats().histograms[("batch_fill_ratio", ())], other.stats().histograms[("reward", ())]
     assert added(first, second) is second
 
 
@@ -219,7 +236,7 @@ def test_status_shows_versions_replicas_and_the_past(clock: Clock, board: Board)
             recorder.add("tokens_total", 400)
             recorder.add("tokens_computed_total", 100)
             recorder.add("completions_total", 4)
-            recorder.observe("batch_fill", 0.5)
+            recorder.observe("batch_fill_ratio", 0.5)
             recorder.observe("stage_seconds", 0.02, stage="queue")
             recorder.set(QUEUED_TOKENS, 10 * second)
             recorder.set(TOKENS_PER_S, 250)
