@@ -59,9 +59,12 @@ _OF_SHADOW = ("model", "current", "shadow")
 
 METRICS: tuple[Metric, ...] = (
     # HTTP
-    Metric("requests_total", "counter", "ingress", "Requests answered, by path, dialect and HTTP status.", ("route", "dialect", "status")),
-    Metric("request_seconds", "histogram", "ingress", "From the end of the body to the reply.", ("route",), SECONDS),
+    Metric("requests_total", "counter", "ingress", "Requests answered; dialect `none`: what does not score.", ("dialect", "status")),
+    Metric("request_seconds", "histogram", "ingress", "From the head of a request to its reply.", ("dialect",), SECONDS),
     Metric("requests_in_flight", "gauge", "ingress", "Requests that this process holds."),
+    Metric("body_bytes_held", "gauge", "ingress", "Bytes of request bodies that this process holds."),
+    Metric("replies_total", "counter", "ingress", "Replies with rewards, by the version that gave them.", _OF_VERSION),
+    Metric("answered_items_total", "counter", "ingress", "Items in these replies, by outcome.", (*_OF_VERSION, "outcome")),
     Metric("refusals_total", "counter", "ingress, replica", "Requests refused before anything was scored, by reason.", ("reason",)),
     # From the ingress to a replica
     Metric("dispatched_requests_total", "counter", "ingress", "Requests that went to a version, by outcome.", (*_OF_VERSION, "outcome")),
@@ -106,8 +109,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward_mean", "gauge", "replica", "Mean of about the last thousand rewards of this replica."),
     Metric("reward_std", "gauge", "replica", "Standard deviation of the same."),
     Metric("reward_length_correlation", "gauge", "replica", "Pearson's correlation of reward and tokens, of the same."),
-    Metric("reference_mean", "gauge", "replica", "Mean reward of the contract's reference set."),
-    Metric("reference_std", "gauge", "replica", "Standard deviation of the rewards of the contract's reference set."),
     Metric("start_time_seconds", "gauge", "ingress, replica", "When the process started, in seconds since 1970."),
     # Over all replicas of a version, by the manager
     Metric("replicas", "gauge", "manager", "Replicas heard of in the last ten seconds.", _OF_VERSION),

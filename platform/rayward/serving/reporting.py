@@ -13,8 +13,8 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from rayward.serving.calls import Histogram, Stats
 from rayward.serving.metrics import Key, Labels, Recorder
@@ -161,9 +161,18 @@ class Board:
                     found[labels] = found.get(labels, 0.0) + amount
         return found
 
-    def rate(self, name: str, *, since_s: float = 2 * STEP_S, model: str | None = None, version: str | None = None) -> float:
-        """A counter's growth per second."""
-        return sum(self.grown(name, since_s=since_s, model=model, version=version).values()) / self._covered_s(since_s)
+    def rate(
+        self,
+        name: str,
+        *,
+        since_s: float = 2 * STEP_S,
+        model: str | None = None,
+        version: str | None = None,
+        only: Collection[Labels] | None = None,
+    ) -> float:
+        """A counter's growth per second; `only` with some of its labels."""
+        grown = self.grown(name, since_s=since_s, model=model, version=version)
+        return sum(amount for labels, amount in grown.items() if only is None or labels in only) / self._covered_s(since_s)
 
     def observed(self, name: str, *, since_s: float, model: str | None = None, version: str | None = None) -> dict[Labels, Histogram]:
         """The observations that a histogram has gained, by its labels."""
@@ -174,8 +183,12 @@ class Board:
                     found[labels] = added(found[labels], gained) if labels in found else gained
         return found
 
-    def rewards(self, model: str, version: str) -> Rewards | None:
-        """What a version's rewards of the window look like; None where there are none."""
+    def rewards(self, model: str, version: str, reference: tuple[float, float] | None = None) -> Rewards | None:
+        """What a version's rewards of the window look like; None where there are none.
+
+        Args:
+            reference: mean and standard deviation of the rewards of the contract's reference set.
+        """
         sums = {
             dict(labels).get("of", ""): amount
             for labels, amount in self.grown("reward_sums", since_s=self._window_s, model=model, version=version).items()
@@ -189,7 +202,8 @@ class Board:
         # Below these the difference of two large sums is rounding.
         varies = std > 1e-6 * abs(mean) and length_std > 1e-6 * length
         correlation = (sums.get("reward_tokens", 0.0) / num - mean * length) / (std * length_std) if varies else None
-        reference = self._reference(model, version)
+        if reference is not None and not reference[1] > 0.0:
+            reference = None
         return Rewards(
             num=num,
             mean=mean,
@@ -232,21 +246,13 @@ class Board:
         steps, now = self._since(since_s), self._clock()
         return max(self.step_s, now - steps[0].start_s) if steps else self.step_s
 
-    def _reference(self, model: str, version: str) -> tuple[float, float] | None:
-        for heard in self._heard.values():
-            if (heard.stats.model, heard.stats.version) == (model, version):
-                std = heard.stats.gauges.get(("reference_std", ()), 0.0)
-                if std > 0.0:
-                    return heard.stats.gauges.get(("reference_mean", ()), 0.0), std
-        return None
-
     def _summary(self, table: RouteTable | None) -> Stats:
         recorder = Recorder("manager", "manager")
         living = [heard.stats for heard in self.heard() if heard.stats.role == "replica"]
         for model, version in sorted({(stats.model, stats.version) for stats in living} | _in_table(table)):
             named = {"model": model, "version": version}
             recorder.set("replicas", sum((stats.model, stats.version) == (model, version) for stats in living), **named)
-            rewards = self.rewards(model, version)
+            rewards = self.rewards(model, version, reference_of(table, model, version))
             recorder.set("window_rewards", 0 if rewards is None else rewards.num, **named)
             if rewards is not None and rewards.are_enough:
                 values = {
@@ -280,6 +286,25 @@ def parts_of(table: RouteTable | None, model: str, version: str) -> dict[str, fl
         "previous": (routes.previous, 0.0),
     }
     return {part: share for part, (named, share) in shares.items() if named == version}
+
+
+def reference_of(table: RouteTable | None, model: str, version: str) -> tuple[float, float] | None:
+    """Mean and standard deviation of a version's reference set, where its contract has one."""
+    routes = None if table is None else table.models.get(model)
+    release = None if routes is None else routes.releases.get(version)
+    normaliser = None if release is None or release.info is None else release.info.normaliser
+    return None if normaliser is None else (normaliser.mean, normaliser.std)
+
+
+def merged(first: Stats, *others: Stats) -> Stats:
+    """What several parts of one process have counted, as that of the first."""
+    parts = (first, *others)
+    return replace(
+        first,
+        counters={key: value for part in parts for key, value in part.counters.items()},
+        gauges={key: value for part in parts for key, value in part.gauges.items()},
+        histograms={key: value for part in parts for key, value in part.histograms.items()},
+    )
 
 
 def _in_table(table: RouteTable | None) -> set[tuple[str, str]]:

@@ -13,13 +13,16 @@ from rayward.errors import RaywardError
 from rayward.schema import Frozen
 from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S
 from rayward.serving.metrics import quantile
-from rayward.serving.reporting import DRIFT_THRESHOLD, Board, Heard, added, parts_of
+from rayward.serving.reporting import DRIFT_THRESHOLD, Board, Heard, added, parts_of, reference_of
 from rayward.serving.routes import Release, RouteTable, State
 
 RECENT_S = 60.0
 """Of latencies, refusals and errors."""
 
 PAST_S = 300.0
+
+NO_DIALECT = "none"
+"""Of requests that do not score: health, this status itself."""
 
 
 class ReplicaStatus(Frozen):
@@ -128,7 +131,7 @@ def build_status(table: RouteTable, board: Board, *, wall_clock: Callable[[], fl
         at=wall_clock(),
         generation=table.generation,
         models=models,
-        requests_per_s=board.rate("requests_total"),
+        requests_per_s=_requests_per_s(board),
         tokens_per_s=board.rate("tokens_computed_total"),
         completions_per_s=board.rate("completions_total"),
         queued_tokens=sum(heard.stats.gauges.get((QUEUED_TOKENS, ()), 0.0) for heard in replicas),
@@ -172,7 +175,7 @@ def _versions(table: RouteTable, board: Board, model: str, replicas: list[Heard]
                 completions_per_s=board.rate("completions_total", model=model, version=version),
                 prefix_saving=1.0 - computed / asked if asked else None,
                 batch_fill=fill.total / sum(fill.counts) if fill is not None else None,
-                rewards=_rewards(board, model, version),
+                rewards=_rewards(board, model, version, reference_of(table, model, version)),
             )
         )
     order = ("current", "canary", "shadow", "previous")
@@ -190,8 +193,8 @@ def _replica(board: Board, heard: Heard, now: float) -> ReplicaStatus:
     )
 
 
-def _rewards(board: Board, model: str, version: str) -> RewardStatus | None:
-    rewards = board.rewards(model, version)
+def _rewards(board: Board, model: str, version: str, reference: tuple[float, float] | None) -> RewardStatus | None:
+    rewards = board.rewards(model, version, reference)
     if rewards is None:
         return None
     return RewardStatus(
@@ -212,9 +215,16 @@ def _problem(error: str) -> str:
         return error
 
 
+def _requests_per_s(board: Board) -> float:
+    scoring = {labels for labels in board.grown("requests_total", since_s=RECENT_S) if dict(labels).get("dialect") != NO_DIALECT}
+    return board.rate("requests_total", only=scoring)
+
+
 def _latencies(board: Board) -> list[LatencyStatus]:
     stages = {dict(labels).get("stage", ""): seen for labels, seen in board.observed("stage_seconds", since_s=RECENT_S).items()}
-    for seen in board.observed("request_seconds", since_s=RECENT_S).values():
+    for labels, seen in board.observed("request_seconds", since_s=RECENT_S).items():
+        if dict(labels).get("dialect") == NO_DIALECT:
+            continue
         stages["total"] = added(stages["total"], seen) if "total" in stages else seen
     found = []
     for stage in ("encode", "queue", "compute", "total"):

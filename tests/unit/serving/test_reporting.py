@@ -14,9 +14,10 @@ import pytest
 from rayward.errors import ConfigError
 from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S, Stats
 from rayward.serving.metrics import Recorder, render
-from rayward.serving.reporting import EXPIRY_S, MIN_REWARDS, Board, added, parts_of, report_forever
+from rayward.serving.reporting import EXPIRY_S, MIN_REWARDS, Board, added, merged, parts_of, report_forever
 from rayward.serving.routes import Canary, ModelRoutes, Release, RouteTable
 from rayward.serving.status import ServiceStatus, build_status
+from rayward.wire.native import ModelInfo, WireNormaliser
 
 WALL = 1_700_000_000.0
 
@@ -43,7 +44,7 @@ def _replica(clock: Clock, source: str = "r1", version: str = "aaa") -> Recorder
     return Recorder(source, "replica", model="helper", version=version, clock=lambda: WALL + clock.now_s)
 
 
-def _observe(recorder: Recorder, rewards: Sequence[float], num_tokens: Sequence[int], reference: tuple[float, float] | None = None) -> None:
+def _observe(recorder: Recorder, rewards: Sequence[float], num_tokens: Sequence[int]) -> None:
     sums = {
         "n": len(rewards),
         "reward": math.fsum(rewards),
@@ -54,9 +55,15 @@ def _observe(recorder: Recorder, rewards: Sequence[float], num_tokens: Sequence[
     }
     for of, amount in sums.items():
         recorder.move("reward_sums", amount, of=of)
-    for name, value in zip(("reference_mean", "reference_std"), reference or (), strict=False):
-        recorder.set(name, value)
 
+
+INFO = ModelInfo(
+    id="helper",
+    version="aaa",
+    max_tokens=4096,
+    outputs=["reward"],
+    normaliser=WireNormaliser(mean=0.0, std=2.0, num_rewards=1000, reference="held-out prompts"),
+)
 
 TABLE = RouteTable(
     generation=7,
@@ -64,7 +71,7 @@ TABLE = RouteTable(
     models={
         "helper": ModelRoutes(
             releases={
-                "aaa": Release(version="aaa", source="/models/aaa", state="ready", published_at=1.0),
+                "aaa": Release(version="aaa", source="/models/aaa", state="ready", published_at=1.0, info=INFO),
                 "bbb": Release(version="bbb", source="/models/bbb", state="ready", published_at=2.0),
                 "ccc": Release(
                     version="ccc",
@@ -170,11 +177,11 @@ def test_rewards_of_the_window_equal_those_computed_directly(clock: Clock, board
         for recorder in recorders:
             some = [drawn.randrange(20, 900) for _ in range(4)]
             given = [-40.0 + 0.002 * length + drawn.gauss(0.0, 0.5) for length in some]
-            _observe(recorder, given, some, reference=(-39.0, 0.25))
+            _observe(recorder, given, some)
             rewards += given
             lengths += some
             board.report(recorder.stats())
-    seen = board.rewards("helper", "aaa")
+    seen = board.rewards("helper", "aaa", (-39.0, 0.25))
     assert seen is not None
     assert seen.num == 1200
     assert seen.mean == pytest.approx(statistics.fmean(rewards), rel=1e-9)
@@ -200,11 +207,11 @@ def test_equal_rewards_have_no_correlation(clock: Clock, board: Board) -> None:
 def test_drift_is_a_metric_once_it_says_something(clock: Clock, board: Board) -> None:
     recorder = _replica(clock)
     board.report(recorder.stats())
-    _observe(recorder, [5.0, 7.0] * (MIN_REWARDS // 2 - 1), list(range(MIN_REWARDS - 2)), reference=(0.0, 2.0))
+    _observe(recorder, [5.0, 7.0] * (MIN_REWARDS // 2 - 1), list(range(MIN_REWARDS - 2)))
     board.report(recorder.stats())
     assert "rayward_window_reward_drift" not in render(board.stats(TABLE))
     clock.now_s += 1
-    _observe(recorder, [5.0, 7.0], [1, 2], reference=(0.0, 2.0))
+    _observe(recorder, [5.0, 7.0], [1, 2])
     board.report(recorder.stats())
     lines = render(board.stats(TABLE)).splitlines()
     assert 'rayward_window_reward_drift{role="manager",source="manager",model="helper",version="aaa"} 3' in lines
@@ -218,6 +225,15 @@ def test_parts_of_a_version() -> None:
     assert parts_of(TABLE, "helper", "aaa") == {"current": 0.75}
     assert parts_of(TABLE, "helper", "bbb") == {"canary": 0.25, "shadow": 0.0}
     assert parts_of(TABLE, "helper", "ccc") == parts_of(TABLE, "nobody", "aaa") == parts_of(None, "helper", "aaa") == {}
+
+
+def test_parts_of_one_process_report_as_one() -> None:
+    http, dispatcher = Recorder("i", "ingress"), Recorder("other", "ingress")
+    http.add("requests_total", 2, dialect="rayward", status="200")
+    dispatcher.add("poisoned_items_total")
+    whole = merged(http.stats(), dispatcher.stats())
+    assert whole.source == "i"
+    assert whole.counters == http.stats().counters | dispatcher.stats().counters
 
 
 def test_histograms_of_two_programs_are_not_added() -> None:
@@ -240,8 +256,10 @@ def test_status_shows_versions_replicas_and_the_past(clock: Clock, board: Board)
             recorder.observe("stage_seconds", 0.02, stage="queue")
             recorder.set(QUEUED_TOKENS, 10 * second)
             recorder.set(TOKENS_PER_S, 250)
-        ingress.observe("request_seconds", 0.07, route="/v1/score")
-        ingress.add("requests_total", route="/v1/score", dialect="native", status="200")
+        ingress.observe("request_seconds", 0.07, dialect="rayward")
+        ingress.add("requests_total", dialect="rayward", status="200")
+        ingress.add("requests_total", 50, dialect="none", status="200")
+        ingress.observe("request_seconds", 9.0, dialect="none")
         ingress.add("refusals_total", reason="overloaded")
         for recorder in (*replicas, ingress):
             board.report(recorder.stats())
