@@ -16,7 +16,7 @@ from ray import serve
 
 from rayward.cluster import connect, device_environment
 from rayward.config.scoring import ScoringConfig
-from rayward.serving.ingress import Ingress
+from rayward.serving.ingress import Ingress, one_scorer
 from rayward.serving.preflight import check_model, free_port, startup_error
 from rayward.serving.proxies import running_address
 from rayward.serving.replica import ScorerDeployment
@@ -81,7 +81,7 @@ def build(args: ScoringConfig) -> serve.Application:
             ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
             **common,
         )
-        .bind(scorer, args, model_name)
+        .bind(args, one_scorer, scorer)
     )
     application: serve.Application = ingress
     return application
