@@ -71,7 +71,7 @@ def build(args: ScoringConfig) -> serve.Application:
             ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
             **HEALTH,
         )
-        .bind(manager, config)
+        .bind(config, assemble, manager)
     )
     application: serve.Application = ingress
     return application

@@ -113,6 +113,7 @@ class Route:
         dialect: name of the dialect, for metrics and headers.
         statuses: those of our HTTP statuses that the dialect's clients know by another one.
         request, reply: JSON schemas for the OpenAPI document.
+        content_types: of the bodies that `parse` reads.
         foreign_models: whether `Call.model` is a name of the other system's configuration, and the default model answers for any.
     """
 
@@ -126,6 +127,7 @@ class Route:
     methods: tuple[str, ...] = ("POST",)
     statuses: Mapping[int, int] = field(default_factory=dict)
     foreign_models: bool = False
+    content_types: tuple[str, ...] = ("application/json",)
 
 
 class ItemFailedError(RequestError):
