@@ -56,7 +56,7 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
     if len(body) > limits.max_body_bytes:
         body_too_large(len(body), limits)
     # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
-    return check_request(_decode(body), limits, escapes=has_escapes(body))
+    return check_request(decode(body), limits, escapes=has_escapes(body))
 
 
 def has_escapes(body: bytes) -> bool:
@@ -97,7 +97,12 @@ def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
     )
 
 
-def _decode(body: bytes) -> Any:
+def decode(body: bytes) -> Any:
+    """The JSON value of a body.
+
+    Raises:
+        RuleError: `invalid_json`; also for NaN and Infinity, which JSON does not have.
+    """
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
     except RecursionError:
