@@ -41,14 +41,18 @@ def free_port(host: str, port: int) -> int:
     """The port if it can be bound, any free one for 0.
 
     Raises:
-        ConfigError: it is taken or not allowed.
+        ConfigError: it is no port, taken or not allowed; or the host is no address of this machine.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; the rule is 0 (any free one) to 65535", remedy="choose another port")
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as exc:
-            raise ConfigError(f"port {port} on {host} cannot be used ({exc.strerror})", remedy="choose another port") from exc
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({exc.strerror})", remedy="choose another port, or another host"
+            ) from exc
         chosen: int = probe.getsockname()[1]
         return chosen
 
