@@ -127,6 +127,7 @@ class Manager:
         self._unwanted_since: dict[str, float] = {}
         self._tried_at: dict[str, float] = {}
         self._standing: dict[str, Standing] = {}
+        self._busy = True
         # One writer in this process; across processes the store watches the generation.
         self._writing = threading.Lock()
 
@@ -182,9 +183,13 @@ class Manager:
     def listing(self) -> dict[str, Any]:
         """Models, versions, their parts and states, as JSON."""
         table = self._store.read()
-        models = {name: self._describe(table, name, routes) for name, routes in table.models.items()}
-        unread = {name: _error(error) for name, (_, error) in self._unread.items()}
-        return {"generation": table.generation, "default_model": table.default_model, "models": models, "unreadable": unread}
+        return {
+            "generation": table.generation,
+            "default_model": table.default_model,
+            "models": {name: self._describe(table, name, routes) for name, routes in table.models.items()},
+            "declared": {name: declared.source for name, declared in table.declared.items()},
+            "unreadable": {name: _error(error) for name, (_, error) in self._unread.items()},
+        }
 
     def _describe(self, table: RouteTable, model: str, routes: ModelRoutes) -> dict[str, Any]:
         versions = []
@@ -201,6 +206,7 @@ class Manager:
                     "error": None if release.error is None else _error(RaywardError.from_json(release.error)),
                     "application": application,
                     "serve": None if standing is None else standing.state,
+                    "message": "" if standing is None or standing.state == "running" else standing.message,
                     "num_replicas": 0 if standing is None else standing.num_replicas,
                 }
             )
@@ -230,7 +236,20 @@ class Manager:
                 self._settle(table, model, version, release)
             except StaleTableError:
                 logger.info("the table of routes changed meanwhile; the next round goes on")
-        self._take_down(self._store.read())
+        table = self._store.read()
+        self._take_down(table)
+        waits = any(
+            release.state == "loading" or not self._runs(table, model, version) for model, version, release in rollout.releases(table)
+        )
+        self._busy = waits or bool(self._unwanted_since)
+
+    def is_busy(self) -> bool:
+        """Whether something is being started or taken down, so that the next round should come soon."""
+        return self._busy
+
+    def _runs(self, table: RouteTable, model: str, version: str) -> bool:
+        standing = self._standing.get(table.application(self.front, model, version))
+        return standing is not None and standing.state == "running"
 
     def _settle(self, table: RouteTable, model: str, version: str, release: Release) -> None:
         application = table.application(self.front, model, version)
