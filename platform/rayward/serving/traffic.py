@@ -1,6 +1,6 @@
 """What one ingress process counts: requests by outcome, refusals by reason, latencies, items by version.
 
-    counters      requests_total{dialect, status} · refusals_total{reason} · items_total{model, version, outcome} ·
+    counters      requests_total{dialect, status} · refusals_total{reason} · answered_items_total{model, version, outcome} ·
                   replies_total{model, version}
     gauges        requests_in_flight · body_bytes_held
     histograms    request_seconds{dialect}
@@ -54,7 +54,7 @@ class Traffic:
         self._counters[series("replies_total", model=model, version=version)] += 1
         for result in results:
             outcome = "scored" if result.error is None else result.error.code
-            self._counters[series("items_total", model=model, version=version, outcome=outcome)] += 1
+            self._counters[series("answered_items_total", model=model, version=version, outcome=outcome)] += 1
 
     def stats(self, source: str, gauges: Mapping[str, float], clock: Callable[[], float]) -> Stats:
         """The counts as they stand.
