@@ -6,30 +6,29 @@ reward it compares completions of one prompt only. There are no golden scores: s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
-import numpy as np
 import torch
 
-from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.comparison import EncodedComparison
 from rayward.batch.layout import pack
-from rayward.batch.planner import group_by_budget
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
-from rayward.contract.rendering import Conversation
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ModelLoadError
 from rayward.model.language_model import LanguageModel
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.combining import ImplicitRule
-from rayward.scoring.isolation import each, settled, together
-from rayward.scoring.scored_model import ModelFacts, check_ids
+from rayward.scoring.encoding import TextEncoder, TextEncoderSpec, UnitRules
+from rayward.scoring.forward import Forward
+from rayward.scoring.isolation import settled
+from rayward.scoring.scored_model import ModelFacts
+from rayward.scoring.units import EncodedItem, Unit, UnitValues, Values, computed, usage
 from rayward.scoring.verify import pick_device, read_config
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -40,11 +39,24 @@ class ImplicitScorer:
     """Policy and reference, loaded; scores like a `Scorer`."""
 
     def __init__(
-        self, rule: ImplicitRule, encoder: Encoder, models: tuple[LanguageModel, LanguageModel], *, model_id: str, version: str, budget: int
+        self,
+        rule: ImplicitRule,
+        encoder: Encoder,
+        models: tuple[LanguageModel, LanguageModel],
+        *,
+        model_id: str,
+        version: str,
+        tokens_per_batch: int,
+        directory: Path | None = None,
+        alone: bool = False,
     ) -> None:
-        self._rule, self._encoder, self._models, self._budget = rule, encoder, models, budget
+        self._rule, self._contract, self._models, self._directory = rule, encoder.contract, models, directory
         self.model_id, self.version = model_id, version
         self.facts = ModelFacts(OUTPUTS, encoder.contract.max_tokens, (), rule.normaliser)
+        vocabulary = min(model.num_embeddings for model in models)
+        self._rules = UnitRules(self.facts, vocabulary, tokens_per_batch, alone=alone, num_members=len(models))
+        self._texts = TextEncoder(encoder, self._rules)
+        self._forwards = [Forward(model.layout, next(model.parameters()).device, tokens_per_batch, alone) for model in models]
 
     @classmethod
     def load(
@@ -55,6 +67,7 @@ class ImplicitScorer:
         tokens_per_batch: int = 8192,
         verify: bool = True,
         hash_weights: HashWeights = "sampled",
+        batch_invariant: bool = False,
     ) -> Self:
         """Load both models; the text rules are those of the policy's tokenizer and template. The version covers what both directories
         hold, not where they lie.
@@ -86,64 +99,70 @@ class ImplicitScorer:
             (policy, reference),
             model_id=directory.resolve().name,
             version=f"unverified-{digest(content)[:12]}",
-            budget=tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
+            directory=where[0],
+            alone=batch_invariant,
         )
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item, in order; errors and what is raised as `Scorer.score`."""
-        encoded = each(items, lambda item: self.facts.refusal(item.asked) or self._encode(item), doing="while it was made into tokens")
-        comparisons = [found for found in encoded if not isinstance(found, ItemError)]
-        values = zip(*(self._log_probs(model, comparisons) for model in self._models), strict=True)
-        results: list[ItemResult] = []
-        for item, found in zip(items, encoded, strict=True):
-            if isinstance(found, ItemError):
-                results.append(ItemResult(error=found))
-            else:
-                policy, reference = next(values)
-                results.append(settled(partial(self._result, item, found, policy, reference)))
-        return results
+        return computed(self, [self.encode_item(item) for item in items])
 
-    def _encode(self, item: ScoreItem) -> EncodedComparison:
-        split = self._encoder.encode_sure([Conversation(item.prompt, text, None, item.inputs) for text in item.completions])
-        check_ids((encoding.ids for encoding in split), min(model.num_embeddings for model in self._models))
-        shortest = min(encoding.text_start for encoding in split)
-        shared = next((i for i in range(shortest) if len({encoding.ids[i] for encoding in split}) > 1), shortest)
-        # Completions that were cut differently, or whose first token swallowed the end of the prompt, start where they differ.
-        return EncodedComparison(
-            id="item",
-            prefix_ids=np.array(split[0].ids[:shared], dtype=np.int32),
-            branch_ids=tuple(np.array(encoding.ids[shared:], dtype=np.int32) for encoding in split),
-            labels=Labels(),
-        )
+    def encoder_spec(self) -> TextEncoderSpec | None:
+        """What encodes as this scorer does; None where nobody said where the policy's tokenizer lies."""
+        return None if self._directory is None else TextEncoderSpec.of(self._directory, self._contract, self._rules)
 
-    def _log_probs(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[list[float] | ItemError]:
-        found: list[list[float] | ItemError] = [[] for _ in comparisons]
-        device = next(model.parameters()).device
-        for group in group_by_budget(comparisons, tokens_per_microbatch=self._budget, layout=model.layout):
-            outputs = together([comparisons[i] for i in group], partial(self._group, model), device=device, good=_is_finite)
-            for index, values in zip(group, outputs, strict=True):
-                found[index] = values
-        return found
+    def encode_item(self, item: ScoreItem) -> EncodedItem:
+        """One item as units of the policy and of the reference, or its error."""
+        return self._texts.encode(item)
+
+    def forward(self, units: Sequence[Unit]) -> list[Values]:
+        """For each unit the log-probabilities of its completions under its model, float32 [completions, 1]; raises as `Scorer.forward`."""
+        found: dict[int, Values] = {}
+        for number, (model, forward) in enumerate(zip(self._models, self._forwards, strict=True)):
+            indices = [index for index, unit in enumerate(units) if unit.member == number]
+            if indices:
+                comparisons = [units[index].comparison for index in indices]
+                found |= zip(indices, forward.shared(comparisons, partial(self._run, model), "end"), strict=True)
+        return [found[index] for index in range(len(units))]
 
     @torch.inference_mode()
-    def _group(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[list[float]]:
-        values = iter(model.completion_log_probs(pack(comparisons, layout=model.layout, pad_token_id=0)).tolist())
-        return [[next(values) for _ in range(comparison.num_completions)] for comparison in comparisons]
+    def _run(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[torch.Tensor]:
+        values = model.completion_log_probs(pack(comparisons, layout=model.layout, pad_token_id=0)).cpu()[:, None]
+        return list(torch.split(values, [comparison.num_completions for comparison in comparisons]))
 
-    def _result(
-        self, item: ScoreItem, comparison: EncodedComparison, policy: list[float] | ItemError, reference: list[float] | ItemError
-    ) -> ItemResult:
-        if isinstance(policy, ItemError) or isinstance(reference, ItemError):
-            return ItemResult(error=policy if isinstance(policy, ItemError) else cast(ItemError, reference))
-        lengths = [len(branch) if self._rule.per_token else 1 for branch in comparison.branch_ids]
-        rewards = [self._rule.beta * (p - r) / n for p, r, n in zip(policy, reference, lengths, strict=True)]
+    def finish(self, encoded: EncodedItem, values: Sequence[Values]) -> ItemResult:
+        """The result of an item from the values of its units."""
+        if encoded.error is not None:
+            return ItemResult(error=encoded.error, taken_as=encoded.taken_as)
+        failed = next((value for value in values if isinstance(value, ItemError)), None)
+        if failed is not None:
+            return ItemResult(error=failed, taken_as=encoded.taken_as)
+        return settled(partial(self._result, encoded, cast(Sequence[UnitValues], values)))
+
+    def _result(self, encoded: EncodedItem, values: Sequence[UnitValues]) -> ItemResult:
+        policy, reference = (
+            [
+                log_prob
+                for unit, value in zip(encoded.units, values, strict=True)
+                if unit.member == number
+                for log_prob in value.outputs[:, 0].tolist()
+            ]
+            for number in range(2)
+        )
+        lengths = [length for unit in encoded.units if unit.member == 0 for length in _num_taught(unit.comparison)]
+        rewards = [
+            self._rule.beta * (p - r) / (n if self._rule.per_token else 1) for p, r, n in zip(policy, reference, lengths, strict=True)
+        ]
         return ItemResult(
-            rewards=self.facts.normalised(rewards, item.asked),
+            rewards=self.facts.normalised(rewards, encoded.item.asked),
             outputs=tuple(zip(policy, reference, strict=True)),
-            tokens=2 * comparison.num_tokens_unshared,
-            tokens_computed=2 * comparison.num_tokens,
+            **usage(encoded, values),
         )
 
 
-def _is_finite(values: list[float]) -> bool:
-    return all(map(math.isfinite, values))
+def _num_taught(comparison: EncodedComparison) -> list[int]:
+    # Tokens of each completion.
+    assert comparison.text_starts is not None
+    prefix = len(comparison.prefix_ids)
+    return [prefix + len(branch) - start for branch, start in zip(comparison.branch_ids, comparison.text_starts, strict=True)]

@@ -1,16 +1,17 @@
-"""One item cannot hurt another: whatever an item does ends in its own result. No Ray."""
+"""One item cannot hurt another: whatever an item does ends in its own result. No Ray, and torch only where something is computed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from rayward.errors import ContractError
 from rayward.scoring.scored_model import encoding_error
 from rayward.wire.items import ItemError, ItemResult
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def together(
 
 
 def _alone(part: T, compute: Callable[[Sequence[T]], Sequence[R]], device: torch.device) -> R | ItemError:
+    import torch
+
     try:
         (value,) = compute([part])
     except (torch.OutOfMemoryError, torch.AcceleratorError):
