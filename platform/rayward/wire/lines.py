@@ -24,7 +24,7 @@ INVALID = "invalid_item"
 """Code of an item that breaks a rule before anything is computed; the message begins with the rule."""
 
 BOM = b"\xef\xbb\xbf"
-OPTIONS = frozenset(ScoreRequest.model_fields) - {"items", "model"}
+OPTIONS = frozenset(ScoreRequest.model_fields) - {"items", "model", "version", "deadline_ms", "trace"}
 FIELDS = frozenset(WireItem.model_fields) | {"completion", "id"} | OPTIONS
 """Names that mean something in an item."""
 

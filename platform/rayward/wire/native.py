@@ -89,6 +89,12 @@ class ScoreRequest(_Wire):
     normalise: Normalise = "raw"
     n_critiques: Annotated[int, Field(ge=1)] = 1
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    version: str | None = None
+    """Pinned: nothing is scored, and the status is 409, where it is not served."""
+    deadline_ms: Annotated[int, Field(ge=1)] | None = None
+    """What is left of the caller's time; work that cannot be done in it is not begun."""
+    trace: bool = False
+    """Also the reward at every token of each completion."""
 
     @property
     def asked(self) -> Asked:
