@@ -43,6 +43,7 @@ MAY_IMPORT_RAY = {
     "serving.app",
     "serving.handles",
     "serving.ingress",
+    "serving.loopback",
     "serving.proxies",
     "serving.replica",
     "training.trainer",
