@@ -68,6 +68,7 @@ class ReplicaConfig(Frozen):
             tokens_per_batch=self.tokens_per_batch,
             verify=self.verify_golden,
             hash_weights=self.hash_weights,
+            batch_invariant=self.batch_invariant,
         )
 
 

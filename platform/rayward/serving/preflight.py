@@ -6,9 +6,11 @@ import socket
 from contextlib import closing
 from pathlib import Path
 
+from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError, find_in
 from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
+from rayward.serving.sources import is_elsewhere, look_up
 
 
 def check_model(directory: Path, *, verify: bool = True) -> None:
@@ -35,6 +37,22 @@ def check_model(directory: Path, *, verify: bool = True) -> None:
             contract.require_golden(directory)
     elif not (directory / "config.json").is_file():
         raise ModelLoadError(f"{directory} has neither {CONTRACT_FILE} nor config.json", remedy="point at an exported or downloaded model")
+
+
+def check_sources(config: ScoringConfig) -> None:
+    """Catch the usual mistakes of every model that the settings name, and places that do not answer, before anything starts.
+
+    Raises:
+        ConfigError: there is nothing to serve.
+        ModelLoadError, ContractError: as `check_model`; a place elsewhere does not answer, or has no model there.
+    """
+    sources = [*([config.model] if config.model is not None else []), *config.models.values()]
+    if not sources and config.state is None:
+        raise ConfigError("there is no model to serve", remedy="name one: `rayward serve MODEL`; or the `state` of a service that had some")
+    for source in sources:
+        look_up(source)
+        if not is_elsewhere(source):
+            check_model(Path(source).expanduser(), verify=config.verify_golden)
 
 
 def free_port(host: str, port: int) -> int:
