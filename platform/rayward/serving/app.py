@@ -12,9 +12,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -183,6 +183,11 @@ def take_down(config: ScoringConfig, name: str, *, started_serve: bool = False) 
         serve.shutdown()
 
 
+def cluster_address() -> str:
+    """Of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple[str, int, bool]:
     # Where the proxies listen, and whether they were started here.
     running = running_address()
@@ -207,8 +212,8 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     if wrong:
         raise ConfigError(
             f"{' and '.join(wrong)}, and Serve listens on {running[0]}:{running[1]} on this cluster already",
-            remedy=f"leave --host and --port out to serve there (with a --name and a --route-prefix of its own), add the model to what is "
-            f"served with `rayward models publish --url http://{_shown(running[0])}:{running[1]}`, or start another cluster with RAY_ADDRESS=local",
+            remedy="leave --host and --port out to serve there (with a --name and a --route-prefix of its own), or add the model to what is "
+            f"served: `rayward models publish --url http://{_shown(running[0])}:{running[1]}`; RAY_ADDRESS=local starts another cluster",
         )
     check_exposure(running[0], config, Keys.of(config))
     return *running, False
@@ -259,7 +264,7 @@ def _error_of(told: dict[str, str]) -> RaywardError:
 
 
 def _shown(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound, only shown
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
