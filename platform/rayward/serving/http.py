@@ -144,7 +144,7 @@ class Http:
         caller = self._caller_of(request)
         caller.require("score")
         with self._gate.admit(caller) as admission:
-            types = route.content_types
+            types = route.media_types
             body = await self._bodies.read(request.headers, request.stream(), max_bytes=caller.limits.max_body_bytes, media_types=types)
             num_bytes = len(body)
             try:

@@ -65,7 +65,7 @@ def _scoring(route: Route, method: str, native: JSON, schemas: dict[str, JSON]) 
         "summary": route.summary,
         "tags": [route.dialect],
         "security": _KEY,
-        "requestBody": {"required": True, "content": {media_type: {"schema": request} for media_type in route.content_types}},
+        "requestBody": {"required": True, "content": {media_type: {"schema": request} for media_type in route.media_types}},
         "responses": {"200": _content("Scored", reply)} | _refusals(refusals, error),
     }
 
