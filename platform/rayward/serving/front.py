@@ -9,8 +9,8 @@ Nothing but `backends` has to exist:
     endpoints     everything else: `Endpoint(method, path, summary, answer, scope)`, where `answer(Incoming) -> Body | JSON`, plain or
                   async; what it raises of our tree becomes the native error body. Here stand /admin/models… (scope `admin`),
                   /metrics and /v1/status (scope `any`), and the page (scope None: open to who reaches the server)
-    background    coroutine functions that run as long as the application does (reading the table of routes, reporting); each is given
-                  a function that returns the `Stats` of this process
+    background    coroutine functions that run as long as the application does: reading the table of routes, reporting
+    recorder      counts what this process does; give the dispatcher the same one
     span          opens a trace span around one request: `span(name, headers) -> context manager`
 
 The application itself answers /livez, /readyz, /health, /v1/models and /openapi.json. None of them waits for a replica.
@@ -20,13 +20,15 @@ The application itself answers /livez, /readyz, /health, /v1/models and /openapi
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from rayward.serving.auth import Scope
-from rayward.serving.calls import Backends, Stats
+from rayward.serving.calls import Backends
+from rayward.serving.metrics import Recorder
 from rayward.wire.dialect import JSON, Route
 from rayward.wire.rules import decode
 
@@ -87,5 +89,6 @@ class Front:
     backends: Backends
     routes: Sequence[Route] = ()
     endpoints: Sequence[Endpoint] = ()
-    background: Sequence[Callable[[Callable[[], Stats]], Awaitable[None]]] = ()
+    background: Sequence[Callable[[], Awaitable[None]]] = ()
+    recorder: Recorder = field(default_factory=lambda: Recorder(f"ingress-{uuid.uuid4().hex[:12]}", "ingress"))
     span: Callable[[str, Mapping[str, str]], AbstractContextManager[Any]] = field(default=lambda _name, _headers: contextlib.nullcontext())

@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -25,7 +23,7 @@ from rayward.serving.auth import Keys
 from rayward.serving.calls import ScoredCall
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
-from rayward.wire.endpoints import ENDPOINTS
+from rayward.serving.mounts import all_routes, page
 from rayward.wire.items import ScoreItem
 from rayward.wire.native import ModelInfo
 
@@ -50,9 +48,8 @@ class Ingress:
         self._front = assemble(config, *handles)
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        source = f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         # Serve's proxy reads x-request-id, makes one where there is none, and puts it into the reply.
-        return build_http(self._front, self._config, self._keys, echo_request_id=False, source=source)
+        return build_http(self._front, self._config, self._keys, echo_request_id=False)
 
 
 class OneScorer:
@@ -92,7 +89,7 @@ class OneScorer:
         """As `Backends.ready`."""
         return self._info is not None
 
-    async def learn(self, _stats: object) -> None:
+    async def learn(self) -> None:
         """Ask the scorer what it serves."""
         self._info = await self._scorer.info.remote()
 
@@ -101,4 +98,4 @@ def one_scorer(config: ScoringConfig, scorer: DeploymentHandle[Any]) -> Front:
     """The native schema over one deployment."""
     name = config.model_name or (config.model or "").rstrip("/").rsplit("/", 1)[-1]
     backends = OneScorer(scorer, name)
-    return Front(backends, routes=ENDPOINTS, background=(backends.learn,))
+    return Front(backends, routes=all_routes(), endpoints=(page(),), background=(backends.learn,))

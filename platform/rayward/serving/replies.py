@@ -13,7 +13,7 @@ from starlette.responses import Response
 from rayward.errors import OverloadedError, RaywardError
 from rayward.wire.dialect import JSON, Answered, Body
 from rayward.wire.endpoints import native_error
-from rayward.wire.native import code_of, status_of
+from rayward.wire.native import status_of
 
 VERSION_HEADER = "x-rayward-version"
 """Of a request: the version that it pins, where the body pins none. Of a reply: the version that scored."""
@@ -52,10 +52,10 @@ def refusal(content: JSON, status: int, error: RaywardError) -> Response:
     return json_response(content, status, headers)
 
 
-def native_refusal(error: RaywardError) -> Response:
+def native_refusal(error: RaywardError, code: str) -> Response:
     """The native error body."""
     status = status_of(error)
-    return refusal(native_error(status, error, code_of(error)), status, error)
+    return refusal(native_error(status, error, code), status, error)
 
 
 def describe(exc: BaseException, *, texts: bool) -> str:

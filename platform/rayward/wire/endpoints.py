@@ -171,23 +171,21 @@ def native_error(status: int, error: RaywardError, code: str) -> JSON:
     return error_reply(error, code)[1].model_dump(mode="json", exclude_none=True)
 
 
-ENDPOINTS: tuple[Route, ...] = (
-    Route(
-        path="/v1/score",
-        dialect=NATIVE,
-        summary="Rewards for each item's completions, in the shape and order of the request",
-        parse=parse_score,
-        error=native_error,
-        request=ScoreRequest.model_json_schema(),
-        reply=ScoreReply.model_json_schema(mode="serialization"),
-    ),
-    Route(
-        path="/v1/best_of_n",
-        dialect=NATIVE,
-        summary="The completions of one prompt from the best down",
-        parse=parse_best_of_n,
-        error=native_error,
-        request=BestOfNRequest.model_json_schema(),
-        reply=BestOfNReply.model_json_schema(mode="serialization"),
-    ),
+SCORE = Route(
+    path="/v1/score",
+    dialect=NATIVE,
+    summary="Rewards for each item's completions, in the shape and order of the request",
+    parse=parse_score,
+    error=native_error,
+    request=ScoreRequest.model_json_schema(),
+    reply=ScoreReply.model_json_schema(mode="serialization"),
+)
+BEST_OF_N = Route(
+    path="/v1/best_of_n",
+    dialect=NATIVE,
+    summary="The completions of one prompt from the best down",
+    parse=parse_best_of_n,
+    error=native_error,
+    request=BestOfNRequest.model_json_schema(),
+    reply=BestOfNReply.model_json_schema(mode="serialization"),
 )

@@ -19,8 +19,9 @@ from rayward.errors import DeadlineError, OverloadedError, ServerError, Unavaila
 from rayward.serving.auth import Keys, parse_variable
 from rayward.serving.front import Endpoint, Front, Incoming
 from rayward.serving.http import build_http
+from rayward.serving.metrics import Recorder
 from rayward.wire.dialect import Body
-from rayward.wire.endpoints import ENDPOINTS
+from rayward.wire.endpoints import BEST_OF_N, SCORE
 from rayward.wire.items import ItemResult
 from rayward.wire.native import ErrorReply, ScoreReply
 
@@ -32,7 +33,7 @@ SECRET = "a private sentence of a user"
 
 
 def app_of(backends: FakeBackends | None = None, config: ScoringConfig = CONFIG, keys: str = "", **front: Any) -> Any:
-    given = Front(backends or FakeBackends(), routes=ENDPOINTS, **front)
+    given = Front(backends or FakeBackends(), routes=(SCORE, BEST_OF_N), **front)
     return build_http(given, config, Keys(parse_variable(keys), allow_anonymous=config.allow_anonymous))
 
 
@@ -326,16 +327,17 @@ def test_a_body_that_does_not_come_is_given_up() -> None:
 
 
 def test_nothing_is_held_after_any_outcome() -> None:
-    app = app_of(keys=KEYS)
+    recorder = Recorder("here", "ingress")
+    app = app_of(keys=KEYS, recorder=recorder)
     good = {"authorization": f"Bearer {SCORE_KEY}"}
     send(app, json=GOOD, headers=good)
     send(app, content=b"{", headers=good)
     send(app, content=b" " * 200_001, headers=good)
     send(app, content=gzip.compress(b" " * 10**6), headers={**good, "content-encoding": "gzip"})
     send(app, json=GOOD)
-    gauges = {name: value for (name, _), value in app.state.http.stats().gauges.items()}
-    assert gauges == {"requests_in_flight": 0.0, "body_bytes_held": 0.0}
-    counters = app.state.http.stats().counters
+    stats = recorder.stats()
+    assert stats.gauges[("requests_in_flight", ())] == stats.gauges[("body_bytes_held", ())] == 0.0
+    counters = stats.counters
     assert sum(value for (name, _), value in counters.items() if name == "requests_total") == 5
     refusals = {dict(labels)["reason"]: value for (name, labels), value in counters.items() if name == "refusals_total"}
     assert refusals == {"invalid_json": 1, "body_too_large": 2, "unauthorized": 1}
@@ -410,14 +412,14 @@ def test_endpoints_get_what_was_sent_and_their_scope_is_kept() -> None:
 
 def test_two_things_at_one_path_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="two things are mounted at POST /v1/score"):
-        build_http(Front(FakeBackends(), routes=(*ENDPOINTS, ENDPOINTS[0])), CONFIG, Keys())
+        build_http(Front(FakeBackends(), routes=(SCORE, SCORE)), CONFIG, Keys())
 
 
 def test_a_dialect_has_its_own_errors_and_statuses() -> None:
     def error(status: int, exc: Exception, code: str) -> Any:
         return {"error": code, "was": status}
 
-    route = replace(ENDPOINTS[0], path="/flat", dialect="flat", error=error, statuses={422: 400}, foreign_models=True)
+    route = replace(SCORE, path="/flat", dialect="flat", error=error, statuses={422: 400}, foreign_models=True)
     backends = FakeBackends()
     app = build_http(Front(backends, routes=(route,)), CONFIG, Keys())
     response = send(app, path="/flat", json={"items": []})
@@ -429,8 +431,8 @@ def test_a_dialect_has_its_own_errors_and_statuses() -> None:
 def test_work_in_the_background_runs_as_long_as_the_application() -> None:
     events: list[str] = []
 
-    async def background(stats: Callable[[], Any]) -> None:
-        events.append(stats().role)
+    async def background() -> None:
+        events.append("started")
         try:
             await asyncio.Event().wait()
         finally:
@@ -441,10 +443,10 @@ def test_work_in_the_background_runs_as_long_as_the_application() -> None:
     async def run() -> None:
         async with app.router.lifespan_context(app):
             await asyncio.sleep(0)
-            assert events == ["ingress"]
+            assert events == ["started"]
 
     asyncio.run(run())
-    assert events == ["ingress", "stopped"]
+    assert events == ["started", "stopped"]
 
 
 def test_work_ends_when_the_client_has_gone() -> None:
@@ -452,7 +454,8 @@ def test_work_ends_when_the_client_has_gone() -> None:
 
     async def run() -> list[Any]:
         backends.release = asyncio.Event()
-        app = app_of(backends)
+        recorder = Recorder("here", "ingress")
+        app = app_of(backends, recorder=recorder)
         messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         sent: list[Any] = []
         scope = {
@@ -478,7 +481,7 @@ def test_work_ends_when_the_client_has_gone() -> None:
             await asyncio.sleep(0)
         await messages.put({"type": "http.disconnect"})
         await task
-        assert app.state.http.stats().gauges[("requests_in_flight", ())] == 0
+        assert recorder.stats().gauges[("requests_in_flight", ())] == 0
         return sent
 
     sent = asyncio.run(run())

@@ -7,7 +7,7 @@ ms-swift's `deploy` of a model of one output answers with the number as a text; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema
 
@@ -22,7 +22,7 @@ WITHOUT_EFFECT = frozenset(
     {
         # Of sampling: nothing is sampled. Of bookkeeping.
         "temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "seed", "stop", "presence_penalty",
-        "frequency_penalty", "repetition_penalty", "length_penalty", "num_beams", "logit_bias", "logprobs", "top_logprobs", "n",
+        "frequency_penalty", "repetition_penalty", "length_penalty", "num_beams", "logit_bias", "logprobs", "top_logprobs",
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "tool_choice",
         "return_details", "stream_options", "reasoning_effort", "verbosity",
     }
@@ -50,6 +50,7 @@ class ChatRequest(Peer):
     model: str | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    n: Literal[1] | None = None
 
 
 FORM = Form(ChatRequest, WITHOUT_EFFECT, REFUSED)
