@@ -90,6 +90,9 @@ class WordsEncoder:
         return EncodedItem(item, (Unit(comparison(ids_of(prompt), *(ids_of(text_of(c)) for c in item.completions))),))
 
 
+FACTS = ModelFacts(("reward",), 1000, (), None)
+
+
 @dataclass
 class WordsModel:
     """Counts words. Forwards are recorded; `gate` holds them until it is set, `fault` may raise.
@@ -104,7 +107,7 @@ class WordsModel:
     gate: threading.Event = field(default_factory=threading.Event)
     forwards: list[list[Unit]] = field(default_factory=list)
     started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    facts: ModelFacts = ModelFacts(("reward",), 1000, (), None)
+    facts: ModelFacts = FACTS
     model_id: str = "words"
     version: str = "words-1"
 
