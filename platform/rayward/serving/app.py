@@ -212,8 +212,8 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     if wrong:
         raise ConfigError(
             f"{' and '.join(wrong)}, and Serve listens on {running[0]}:{running[1]} on this cluster already",
-            remedy="leave --host and --port out to serve there (with a --name and a --route-prefix of its own), or add the model to what is "
-            f"served: `rayward models publish --url http://{_shown(running[0])}:{running[1]}`; RAY_ADDRESS=local starts another cluster",
+            remedy="leave --host and --port out to serve there (with a --name and a --route-prefix of its own), or add the model to what is"
+            f" served: `rayward models publish --url http://{_shown(running[0])}:{running[1]}`; RAY_ADDRESS=local starts another cluster",
         )
     check_exposure(running[0], config, Keys.of(config))
     return *running, False
