@@ -31,6 +31,7 @@ from rayward.serving.preflight import check_sources, free_port, startup_error
 from rayward.serving.proxies import running_address
 from rayward.serving.rollout import check_front
 from rayward.serving.sources import settled_source
+from rayward.storage import absolute
 
 INGRESS_SLACK = 256
 """Requests that Serve lets an ingress hold beyond its own bound, so that refusals come from our code, with our error body."""
@@ -99,7 +100,8 @@ def settled(config: ScoringConfig) -> ScoringConfig:
         raise ConfigError(f"default_model is {config.default_model!r}; the models are: {known}", remedy="name one of these")
     placed = {name: settled_source(source) for name, source in models.items()}
     default = config.default_model or next(iter(models), None)
-    return config.model_copy(update={"model": None, "model_name": None, "models": placed, "default_model": default})
+    places = {key: absolute(value) for key in ("state", "keys_file") if (value := getattr(config, key)) is not None}
+    return config.model_copy(update={"model": None, "model_name": None, "models": placed, "default_model": default, **places})
 
 
 def serve_model(
