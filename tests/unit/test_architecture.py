@@ -41,6 +41,7 @@ MAY_IMPORT_RAY = {
     "data.stream.stream",
     "scoring.batch",
     "serving.app",
+    "serving.handles",
     "serving.ingress",
     "serving.proxies",
     "serving.replica",

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from rayward.errors import ModelLoadError
+from rayward.model.block_mask import flex_mask
 
 PACKED_ATTENTION = "rayward_packed"
 
@@ -43,7 +44,7 @@ def packed_mask(segments: Tensor, num_tokens: int, device: torch.device) -> Tens
         segments: int64 [S, 4] on the CPU, the `PackedBatch.segments` table.
         num_tokens: T.
     """
-    return flex_mask(segments.to(device), num_tokens) if device.type == "cuda" else segments[None, None]
+    return flex_mask(segments, num_tokens, device) if device.type == "cuda" else segments[None, None]
 
 
 def packed_attention(
@@ -131,32 +132,6 @@ def _comparison_mask(prefix: int, branches: list[tuple[int, int]], start: int, d
     for first, last in branches:
         mask[first - start : last - start, first - start : last - start] = True
     return mask.tril_()
-
-
-def flex_mask(segments: Tensor, num_tokens: int) -> BlockMask:
-    """The same rule as a FlexAttention block mask.
-
-    Args:
-        segments: int64 [S, 4] on the target device.
-        num_tokens: T.
-    """
-    device = segments.device
-    owner = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
-    branch = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    comparison = -1
-    previous = None
-    for index, (start, prefix, first, length) in enumerate(segments.tolist()):
-        if start != previous:
-            comparison, previous = comparison + 1, start
-            owner[start : start + prefix] = comparison
-        owner[first : first + length] = comparison
-        branch[first : first + length] = index + 1
-
-    def visible(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (owner[q] == owner[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
-        return same & (k <= q)
-
-    return create_block_mask(visible, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=device)
 
 
 def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:

@@ -52,6 +52,8 @@ class ScoreItem:
         critiques: given critiques of each completion, which are then not written.
         seed: of the sampling of critiques. Neither is on the wire.
         form: `text`: there is no prompt, and one completion, a whole text of a flat dialect: templated before or plain.
+        prompt_text: of a text, the beginning that its sender calls the prompt; where no template has been applied, the contract's is
+            applied to it and to what follows. None: not said.
         trace: the reward at every token of the completions is asked for.
     """
 
@@ -63,6 +65,7 @@ class ScoreItem:
     tools: tuple[dict[str, Any], ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     form: Form = "conversation"
+    prompt_text: str | None = None
     trace: bool = False
 
     @property
