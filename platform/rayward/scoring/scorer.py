@@ -241,7 +241,7 @@ class Scorer:
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
-        found = each(items, lambda item: self.facts.refusal(item.asked) or item, doing="while it was checked")
+        found = each(items, lambda item: self._texts.refusal(item) or item, doing="while it was checked")
         if self._writer is None:
             return found
         waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]
