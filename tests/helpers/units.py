@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.layout import Layout
 from rayward.contract.conversation import text_of
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.units import EncodedItem, EncoderSpec, Unit
@@ -110,6 +111,7 @@ class WordsModel:
     facts: ModelFacts = FACTS
     model_id: str = "words"
     version: str = "words-1"
+    layout: Layout = "packed"
 
     def __post_init__(self) -> None:
         self.gate.set()

@@ -106,7 +106,3 @@ def _replica_name(model_name: str) -> str:
         return str(serve.get_replica_context().replica_id.unique_id)
     except RayServeException:
         return model_name
-
-
-# Until the ingress that asks for it is gone.
-ScoredRequest = ScoredCall

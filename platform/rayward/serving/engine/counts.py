@@ -102,7 +102,7 @@ class Counts(Recorder):
         """All of it as it stands."""
         with self._moments_lock:
             every, recent = self._all, self._recent
-            for name in _Moments.__slots__:  # type: ignore[attr-defined]
+            for name in _Moments.__slots__:
                 self.set("reward_sums", getattr(every, name), of=name)
             if recent.n:
                 self.set("reward_mean", recent.reward / recent.n)

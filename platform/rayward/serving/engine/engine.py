@@ -112,8 +112,7 @@ class Engine:
         self._clock = clock
         self.counts = Counts(name, model=model_name, version=model.version, normaliser=model.facts.normaliser)
         self._changed = threading.Condition()
-        padded = getattr(model, "layout", "packed") == "padded"
-        self._backlog = Backlog(max_tokens=config.max_queued_tokens, max_s=config.max_queue_s, padded=padded)
+        self._backlog = Backlog(max_tokens=config.max_queued_tokens, max_s=config.max_queue_s, padded=model.layout == "padded")
         self._chars_per_token = CHARS_PER_TOKEN
         # Items that the compute thread encodes itself, because the model is needed for it.
         self._raw: FairQueue[_Work] = FairQueue(lambda work: not work.gone)
@@ -347,7 +346,7 @@ class Engine:
         work.encoded_at = self._clock()
         if encoded.error is not None or not encoded.units:
             error = encoded.error or ItemError.of("failed", "it became no tokens")
-            failed.append((work, ItemResult(error=error)))
+            failed.append((work, ItemResult(error=error, taken_as=encoded.taken_as)))
             return
         if self._dead or self._closed:
             failed.append((work, ItemResult(error=interrupted(self._failure or "it was shut down"))))
