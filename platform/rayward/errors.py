@@ -30,7 +30,8 @@
         ├── OverloadedError    the backlog, or what one key may send, is full; retry later            (429, retryable)
         ├── UnavailableError   no replica can take the request now                                    (503, retryable)
         ├── DeadlineError      no answer within the caller's deadline                                 (504, retryable)
-        └── ServerError        the server failed or answered something that is not a reward           (502, retryable)
+        ├── ServerError        the server failed or answered something that is not a reward           (502, retryable)
+        └── PartialError       some items have rewards and some have none; it holds both              (502)
 
 Each message says what was given, which rule it broke and what to do.
 
@@ -354,13 +355,45 @@ class ServerError(ScoringError):
     http_status = 502
 
 
+class PartialError(ScoringError):
+    """Example: of 64 items, two are longer than the contract allows.
+
+    Args:
+        failed: indices of the items without rewards.
+        codes: of their errors, as on the wire.
+        rewards: of every item, None where there are none.
+    """
+
+    http_status = 502
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        remedy: str,
+        failed: tuple[int, ...],
+        codes: tuple[str, ...],
+        rewards: tuple[tuple[float, ...] | None, ...],
+    ) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.failed = failed
+        self.codes = codes
+        self.rewards = rewards
+
+
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_json": 400,
+    "invalid_encoding": 400,
     "unknown_model": 404,
+    "unknown_version": 404,
+    "not_found": 404,
+    "body_timeout": 408,
     "body_too_large": 413,
     "too_many_items": 413,
     "too_many_completions": 413,
     "text_too_long": 413,
+    "unsupported_media_type": 415,
+    "unsupported_encoding": 415,
 }
 """HTTP status of a broken rule; every other rule is 422."""
 

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ def words_item(prompt: str, *completions: str) -> ScoreItem:
 
 
 def ids_of(text: str) -> list[int]:
-    return [sum(word.encode()) for word in text.split()]
+    return [zlib.crc32(word.encode()) >> 1 for word in text.split()]
 
 
 def comparison(prompt: Sequence[int], *completions: Sequence[int]) -> EncodedComparison:

@@ -1,8 +1,6 @@
-"""What the scoring clients do, without doing it: generators that yield `Send` and `Wait` actions and return results.
+"""What scoring clients say and what they make of an answer: items as they travel, results, and when a try may be repeated.
 
-When a request is repeated, how long to wait, how a long list is split and what a reply means is written here once;
-`rayward.client.client` carries the actions out, blocking or on asyncio. Scoring has no side effects, so every request may be
-repeated. A reply that does not hold one finite reward per completion is an error, never a number.
+Nothing here sends or waits. A reply that does not hold one finite reward per completion is an error, never a number.
 """
 
 from __future__ import annotations
@@ -10,39 +8,48 @@ from __future__ import annotations
 import email.utils
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
 
-import httpx
 from pydantic import BaseModel, ValidationError
 
 from rayward.errors import (
+    AccessError,
     AlreadyTemplatedError,
     ChangedTextError,
     ConfigError,
     ContractError,
     DeadlineError,
     OverloadedError,
+    PartialError,
     RaywardError,
     RequestError,
+    RuleError,
     ScoringError,
     ServerError,
     TokenRangeError,
     TooLongError,
+    UnavailableError,
     UnsupportedMessageError,
+    VersionError,
 )
 from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
 from rayward.wire.native import ErrorReply, ScoreReply
 
-RETRYABLE_STATUSES = frozenset({429, 502, 503, 504})
-BACKOFF_BASE_S = 0.1
-BACKOFF_MAX_S = 5.0
 Text: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text, or turns as {"role", "content"} mappings, with calls of tools and thoughts where they have them."""
 
 Item: TypeAlias = Mapping[str, Any] | ScoreItem
 """{"prompt": Text, "completions": [Text, ...], "tools"?: [schema, ...], "chat_template_kwargs"?: {name: value}}."""
+
+CHARS_PER_TOKEN = 4
+"""Of JSON in ASCII; an estimate that only decides how a long list is split."""
+
+NOT_UP = b"/-/routes"
+"""In the 404 of Serve's own proxy, which names its list of routes: no application is mounted there, or not yet."""
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +59,72 @@ class Scores:
     Attributes:
         results: one per item, in order: rewards or an error.
         model: name of the model that scored.
-        versions: model version that scored each item; all completions of one item are scored by one version.
+        versions: model version that scored each item, empty where none did; all completions of one item are scored by one version.
+        request_id: stands in the server's logs.
     """
 
     results: tuple[ItemResult, ...]
     model: str
     versions: tuple[str, ...]
+    request_id: str = ""
+
+    @property
+    def failed(self) -> tuple[int, ...]:
+        """Indices of the items without rewards."""
+        return tuple(index for index, result in enumerate(self.results) if result.rewards is None)
+
+    def rewards(self) -> list[list[float]]:
+        """The rewards of every item, all of them finite.
+
+        Raises:
+            PartialError: an item has none; the error names which, and holds the rewards of the others.
+        """
+        if self.failed:
+            raise partial_error(self.results)
+        return [list(result.rewards or ()) for result in self.results]
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """Send one request and give back an `Answer`, or the transport's exception."""
+class Entry:
+    """One item on its way.
 
-    method: str
-    path: str
-    content: bytes | None
-    timeout_s: float
+    Attributes:
+        index: in the list of the call.
+        payload: what travels: JSON of the wire, or a ScoreItem.
+        num_tokens: an estimate.
+        num_completions: rewards that a reply must hold; None where the item is not even of the right form, and the server will say so.
+    """
+
+    index: int
+    payload: Any
+    num_tokens: int
+    num_completions: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
-    """Wait, and give back None."""
+class Question:
+    """What one call asks besides its items.
 
-    seconds: float
+    Attributes:
+        request_id: the same for every request and every try of the call, so that a canary takes all of it or nothing.
+        version: pinned; None: whatever the server's routes say.
+        trace: also the reward at every token.
+    """
+
+    request_id: str
+    asked: Asked = Asked()
+    model: str | None = None
+    version: str | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The results of the items of one request, in their order."""
+
+    results: tuple[ItemResult, ...]
+    model: str
+    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,131 +136,67 @@ class Answer:
     body: bytes
 
 
-T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
-Outcome: TypeAlias = Answer | httpx.RequestError | None
-Steps: TypeAlias = Generator[Send | Wait, Outcome, T]
+class TryFailedError(Exception):
+    """A try that another one may better.
 
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Everything the two clients share: what to send, when to send it again, what a reply means.
-
-    Attributes:
-        asked: of every item; what is the default is not sent.
+    Args:
+        error: what the call raises when there is no other try.
+        endpoint: who failed, by its number.
+        wait_s: what the server asks for before the next one.
+        unheard: nobody took the request: the connection was refused, or no application is mounted; such tries are repeated until the
+            deadline, whatever `max_retries` says.
     """
 
-    deadline_s: float
-    max_retries: int
-    model: str | None
-    max_items_per_request: int
-    asked: Asked
-    clock: Callable[[], float]
-    jitter: Callable[[], float]
-
-    def score_items(self, items: Sequence[Item]) -> Steps[Scores]:
-        """One request per `max_items_per_request` items, under one deadline."""
-        until = self.clock() + self.deadline_s
-        bodies = [_as_body(item) for item in items]
-        results: list[ItemResult] = []
-        versions: list[str] = []
-        model = ""
-        for start in range(0, max(len(bodies), 1), self.max_items_per_request):
-            chunk = bodies[start : start + self.max_items_per_request]
-            reply = yield from self._score_chunk(chunk, start, until)
-            results += reply.results
-            versions += reply.versions
-            model = reply.model
-        return Scores(tuple(results), model, tuple(versions))
-
-    def score(
-        self,
-        prompt: Text,
-        completions: Sequence[Text],
-        tools: Sequence[Mapping[str, Any]] | None,
-        chat_template_kwargs: Mapping[str, Any] | None,
-    ) -> Steps[list[float]]:
-        """One item; its error is raised."""
-        item: dict[str, Any] = {"prompt": prompt, "completions": completions}
-        if tools is not None:
-            item["tools"] = tools
-        if chat_template_kwargs is not None:
-            item["chat_template_kwargs"] = chat_template_kwargs
-        scores = yield from self.score_items([item])
-        result = scores.results[0]
-        if result.error is not None:
-            raise _item_exception(result.error)
-        assert result.rewards is not None
-        return list(result.rewards)
-
-    def get(self, path: str, schema: type[M]) -> Steps[M]:
-        """GET a page of the server and read it by its schema."""
-        answer = yield from self._exchange("GET", path, None, self.clock() + self.deadline_s, first_item=0)
-        return _parse(answer.body, schema)
-
-    def _score_chunk(self, chunk: list[dict[str, Any]], first_item: int, until: float) -> Steps[Scores]:
-        payload: dict[str, Any] = {"items": chunk}
-        if self.model is not None:
-            payload["model"] = self.model
-        payload |= self.asked.given()
-        content = json.dumps(payload, separators=(",", ":")).encode("ascii")
-        answer = yield from self._exchange("POST", "/v1/score", content, until, first_item)
-        reply = _parse(answer.body, ScoreReply)
-        return Scores(_check_counts(chunk, reply), reply.model, (reply.version,) * len(chunk))
-
-    def _exchange(self, method: str, path: str, content: bytes | None, until: float, first_item: int) -> Steps[Answer]:
-        failures = 0
-        while True:
-            remaining = until - self.clock()
-            if remaining <= 0:
-                _deadline_exceeded(self.deadline_s, "the deadline passed before an answer came")
-            outcome = yield Send(method, path, content, remaining)
-            assert outcome is not None
-            if isinstance(outcome, Answer):
-                if outcome.status == 200:
-                    return outcome
-                if outcome.status not in RETRYABLE_STATUSES:
-                    raise _status_exception(outcome, first_item)
-            delay = self._delay(failures, outcome) if failures < self.max_retries else 0.0
-            if self.clock() + delay >= until:
-                _deadline_exceeded(self.deadline_s, f"the last of {failures + 1} attempts failed: {_describe(outcome)}")
-            if failures == self.max_retries:
-                raise _exhausted(outcome, failures + 1)
-            yield Wait(delay)
-            failures += 1
-
-    def _delay(self, failures: int, outcome: Answer | httpx.RequestError) -> float:
-        ceiling = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2.0**failures)
-        backoff = ceiling * (0.5 + 0.5 * self.jitter())
-        return max(backoff, _retry_after(outcome)) if isinstance(outcome, Answer) else backoff
+    def __init__(self, error: ScoringError, *, endpoint: int = 0, wait_s: float = 0.0, unheard: bool = False) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.endpoint = endpoint
+        self.wait_s = wait_s
+        self.unheard = unheard
 
 
-def checked_url(base_url: str) -> str:
-    """The URL, if a client can use it.
+@dataclass(slots=True)
+class Outcome:
+    """What is known of the items of one call so far."""
+
+    num_items: int
+    model: str = ""
+    results: dict[int, ItemResult] = field(default_factory=dict)
+    versions: dict[int, str] = field(default_factory=dict)
+
+    def take(self, entries: Sequence[Entry], reply: Reply) -> None:
+        """Keep what came back; a later answer for an item goes before an earlier one."""
+        self.model = reply.model
+        for entry, result in zip(entries, reply.results, strict=True):
+            self.results[entry.index] = result
+            self.versions[entry.index] = reply.version
+
+    def fail(self, index: int, error: ItemError) -> None:
+        """An item without an answer."""
+        self.results[index] = ItemResult(error=error)
+
+    def scores(self, request_id: str) -> Scores:
+        """All of it, once every item has a result."""
+        order = range(self.num_items)
+        versions = tuple(self.versions.get(index, "") for index in order)
+        return Scores(tuple(self.results[index] for index in order), self.model, versions, request_id)
+
+
+def json_item(item: Item) -> dict[str, Any]:
+    """An item as JSON values of the wire.
 
     Raises:
-        ConfigError: it has no scheme.
+        ConfigError: it asks for weights, a scale or critiques of its own, or is a flat text.
     """
-    if not base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"base_url {base_url!r} is not an http(s) URL", remedy="write for example http://127.0.0.1:8000")
-    return base_url
-
-
-def request_headers(extra: Mapping[str, str] | None) -> dict[str, str]:
-    """Headers of every request."""
-    return {"content-type": "application/json", "accept": "application/json", **(extra or {})}
-
-
-def _as_body(item: Item) -> dict[str, Any]:
     if isinstance(item, ScoreItem):
         if item != ScoreItem(item.prompt, item.completions, tools=item.tools, chat_template_kwargs=item.chat_template_kwargs):
             raise ConfigError(
-                "an item asks for weights, a scale or critiques of its own; a request asks the same for all its items",
-                remedy="give weights, normalise, n_critiques and temperature to the client",
+                "an item is no conversation, or asks for weights, a scale, critiques or a trace of its own; a request asks the same for "
+                "all its items",
+                remedy="give weights, normalise, n_critiques and temperature to the client, and trace to the call",
             )
         given = {"tools": item.tools, "chat_template_kwargs": item.chat_template_kwargs}
-        body = {"prompt": item.prompt, "completions": item.completions, **{name: value for name, value in given.items() if value}}
-        item = body
+        item = {"prompt": item.prompt, "completions": item.completions, **{name: value for name, value in given.items() if value}}
     # Tuples and other sequences become JSON arrays; keys the schema does not know are refused by the server.
     return {key: _as_json(value) for key, value in item.items()}
 
@@ -223,9 +209,52 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _parse(body: bytes, schema: type[M]) -> M:
+def encoded(index: int, item: Item) -> Entry:
+    """An item as it travels over HTTP.
+
+    Raises:
+        RequestError: it holds something that JSON does not know.
+    """
+    fields = json_item(item)
     try:
-        return schema.model_validate_json(body)
+        payload = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise RequestError(
+            f"item {index} is no JSON: {exc}", remedy="send texts, or turns of texts; no arrays of numbers, no tensors, no NaN", item=index
+        ) from exc
+    completions = fields.get("completions")
+    return Entry(index, payload, len(payload) // CHARS_PER_TOKEN, len(completions) if isinstance(completions, list) else None)
+
+
+def body_of(entries: Sequence[Entry], question: Question, deadline_ms: int) -> bytes:
+    """The body of `POST /v1/score`."""
+    rest: dict[str, Any] = {"deadline_ms": deadline_ms, **question.asked.given()}
+    rest |= {name: value for name, value in (("model", question.model), ("version", question.version)) if value is not None}
+    if question.trace:
+        rest["trace"] = True
+    # Every item was encoded once; a repetition encodes none again.
+    return b'{"items":[' + b",".join(entry.payload for entry in entries) + b"]," + json.dumps(rest, separators=(",", ":")).encode()[1:]
+
+
+def reply_of(entries: Sequence[Entry], body: bytes) -> Reply:
+    """What a 200 reply says.
+
+    Raises:
+        ServerError: it does not hold finite rewards, as many as completions, or an error for every item.
+    """
+    reply = parsed(body, ScoreReply)
+    check_counts(entries, reply.results)
+    return Reply(tuple(reply.results), reply.model, reply.version)
+
+
+def parsed(body: bytes, schema: type[M]) -> M:
+    """A reply by its schema; fields that a newer server adds are passed over.
+
+    Raises:
+        ServerError: it is something else.
+    """
+    try:
+        return schema.model_validate_json(body, extra="ignore")
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -234,72 +263,117 @@ def _parse(body: bytes, schema: type[M]) -> M:
         ) from exc
 
 
-def _check_counts(chunk: Sequence[Mapping[str, Any]], reply: ScoreReply) -> tuple[ItemResult, ...]:
+def check_counts(entries: Sequence[Entry], results: Sequence[ItemResult]) -> None:
+    """As many results as items, as many rewards as completions.
+
+    Raises:
+        ServerError: otherwise.
+    """
     remedy = "report this: the server broke its own schema"
-    if len(reply.results) != len(chunk):
-        raise ServerError(f"{len(chunk)} items were sent and {len(reply.results)} results came back", remedy=remedy)
-    for index, (item, result) in enumerate(zip(chunk, reply.results, strict=True)):
-        if result.rewards is not None and len(result.rewards) != len(item["completions"]):
+    if len(results) != len(entries):
+        raise ServerError(f"{len(entries)} items were sent and {len(results)} results came back", remedy=remedy)
+    for entry, result in zip(entries, results, strict=True):
+        if result.rewards is not None and len(result.rewards) != entry.num_completions:
             raise ServerError(
-                f"item {index} has {len(item['completions'])} completions and got {len(result.rewards)} rewards", remedy=remedy
+                f"item {entry.index} has {entry.num_completions} completions and got {len(result.rewards)} rewards", remedy=remedy
             )
-    return tuple(reply.results)
 
 
-_REFUSED_TURNS: dict[str, tuple[type[ContractError], str]] = {
+def judged(answer: Answer, endpoint: int, entries: Sequence[Entry] = ()) -> Exception:
+    """What a reply other than 200 means: a `TryFailedError` where another try may be answered, else the error to raise.
+
+    Replies that are not of our form come from a proxy before the application. Its 500 is a replica that died under the request, its 408 a
+    time-out, its 404 an application that is not mounted (yet): scoring has no side effects, so these are repeated too.
+    """
+    ours = True
+    try:
+        detail = ErrorReply.model_validate_json(answer.body, extra="ignore").error
+        code, problem, remedy, item = detail.code, f"{detail.message} ({detail.code})", detail.remedy, detail.item
+    except ValidationError:
+        ours, code, item = False, "", None
+        problem = f"status {answer.status}: {answer.body[:200].decode('utf-8', 'replace')}"
+        remedy = "check base_url and the server's log"
+    wait_s = retry_after_s(answer.headers.get("retry-after", ""))
+    status = answer.status
+    if status == 404 and not ours and NOT_UP in answer.body:
+        problem = f"no application is mounted there: {problem}"
+        return TryFailedError(UnavailableError(problem, remedy="check the path of base_url, or wait"), endpoint=endpoint, unheard=True)
+    if status == 429 or code == "overloaded":
+        overloaded = OverloadedError(problem, remedy=remedy or "send less at once, or serve more replicas", retry_after_s=wait_s)
+        return TryFailedError(overloaded, endpoint=endpoint, wait_s=wait_s)
+    if status == 503:
+        return TryFailedError(UnavailableError(problem, remedy=remedy or "retry"), endpoint=endpoint, wait_s=wait_s)
+    if status in (408, 504):
+        return TryFailedError(DeadlineError(problem, remedy=remedy or "raise deadline_s"), endpoint=endpoint, wait_s=wait_s)
+    if status == 502 or (status == 500 and not ours and _is_proxys(answer)):
+        return TryFailedError(ServerError(problem, remedy=remedy or "retry"), endpoint=endpoint, wait_s=wait_s)
+    if status in (401, 403):
+        return AccessError(problem, remedy=remedy or "give api_key, or set RAYWARD_API_KEY", status=status)
+    if not 400 <= status < 500:
+        return ServerError(problem, remedy=remedy)
+    index = entries[item].index if item is not None and item < len(entries) else item
+    if index != item:
+        problem = f"(item {item} of a request is item {index} of the call) {problem}"
+    if status == 409:
+        return VersionError(problem, remedy=remedy, item=index)
+    return RuleError(code, problem, remedy=remedy, item=index) if ours else RequestError(problem, remedy=remedy, item=index)
+
+
+def _is_proxys(answer: Answer) -> bool:
+    # The web server's own words for an application that ended without an answer; a traceback of another server is somebody else's fault.
+    return answer.body.strip() in (b"", b"Internal Server Error")
+
+
+_KINDS: dict[str, tuple[type[ContractError], str]] = {
+    "too_long": (TooLongError, "shorten the prompt's last turn or the completion"),
+    "template": (ContractError, "use turns and roles that the model's template knows"),
     "unsupported_message": (UnsupportedMessageError, "leave that part out, or serve a model whose template shows it"),
     "already_templated": (AlreadyTemplatedError, "send the messages or texts as they were before any template"),
     "changed_by_template": (ChangedTextError, "serve a model whose template prints completions as they are"),
+    "token_out_of_range": (TokenRangeError, "leave that text out, or use the tokenizer that the model was trained with"),
 }
 
 
-def _item_exception(error: ItemError) -> RaywardError:
-    if error.code == "too_long":
-        return TooLongError(error.message, remedy="shorten the prompt's last turn or the completion")
-    if error.code == "template":
-        return ContractError(error.message, remedy="use turns and roles that the model's template knows")
-    if error.code in _REFUSED_TURNS:
-        kind, remedy = _REFUSED_TURNS[error.code]
+def item_exception(error: ItemError) -> RaywardError:
+    """The error of one item, for a call that has only this one."""
+    if error.code in _KINDS:
+        kind, remedy = _KINDS[error.code]
         return kind(error.message, remedy=remedy)
-    if error.code == "token_out_of_range":
-        return TokenRangeError(error.message, remedy="leave that text out, or use the tokenizer that the model was trained with")
+    if error.code == "deadline_exceeded":
+        return DeadlineError(error.message, remedy="raise deadline_s, send less at once, or serve more replicas")
+    if error.code == "overloaded":
+        return OverloadedError(error.message, remedy="send less at once, or serve more replicas")
+    if error.retryable:
+        return UnavailableError(f"{error.message} ({error.code})", remedy="try again")
     return ServerError(f"no reward ({error.code}): {error.message}", remedy="leave the sample out; check the model if this repeats")
 
 
-def _status_exception(answer: Answer, first_item: int) -> ScoringError:
-    try:
-        detail = ErrorReply.model_validate_json(answer.body).error
-        problem, remedy, item = f"{detail.message} ({detail.code})", detail.remedy, detail.item
-    except ValidationError:
-        text = answer.body[:200].decode("utf-8", "replace")
-        problem, remedy, item = f"status {answer.status}: {text}", "check base_url and the server's log", None
-    if 400 <= answer.status < 500:
-        if item is not None and first_item:
-            problem = f"(the request starts at item {first_item} of the call) {problem}"
-        return RequestError(problem, remedy=remedy, item=None if item is None else item + first_item)
-    return ServerError(problem, remedy=remedy)
+def item_error(exc: RaywardError) -> ItemError:
+    """What stands for an item whose request failed."""
+    if isinstance(exc, DeadlineError):
+        return ItemError("deadline_exceeded", exc.problem, retryable=True)
+    if isinstance(exc, OverloadedError):
+        return ItemError("overloaded", exc.problem, retryable=True)
+    code = getattr(exc, "code", None)
+    return ItemError(code if isinstance(code, str) and code else "interrupted" if exc.retryable else "failed", exc.problem, exc.retryable)
 
 
-def _exhausted(outcome: Answer | httpx.RequestError, num_attempts: int) -> ScoringError:
-    problem = f"{num_attempts} attempts failed; the last one: {_describe(outcome)}"
-    if isinstance(outcome, Answer) and outcome.status in (429, 503):
-        return OverloadedError(problem, remedy="send less at once, or serve more replicas")
-    return ServerError(problem, remedy="check that the server runs and is reachable at base_url")
+def partial_error(results: Sequence[ItemResult]) -> PartialError:
+    """The error of a list of results of which some are errors."""
+    errors = {index: result.error for index, result in enumerate(results) if result.error is not None}
+    shown = "; ".join(f"item {index}: {error.code}: {error.message[:200]}" for index, error in list(errors.items())[:3])
+    more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+    return PartialError(
+        f"{len(errors)} of {len(results)} items have no reward ({shown}{more})",
+        remedy="mask the samples of `failed`; `rewards` holds those of the others",
+        failed=tuple(errors),
+        codes=tuple(error.code for error in errors.values()),
+        rewards=tuple(result.rewards for result in results),
+    )
 
 
-def _describe(outcome: Answer | httpx.RequestError) -> str:
-    if isinstance(outcome, Answer):
-        return str(_status_exception(outcome, 0).problem)
-    return f"{type(outcome).__name__}: {outcome}"
-
-
-def _deadline_exceeded(deadline_s: float, problem: str) -> NoReturn:
-    raise DeadlineError(f"{problem} (deadline_s={deadline_s:g})", remedy="raise deadline_s, send less at once, or serve more replicas")
-
-
-def _retry_after(answer: Answer) -> float:
-    # Seconds to wait: a number, or an HTTP date; 0 when absent or unreadable.
-    text = answer.headers.get("retry-after", "")
+def retry_after_s(text: str) -> float:
+    """Seconds to wait by a `Retry-After` header, a number or an HTTP date; 0 when absent or unreadable."""
     try:
         seconds = float(text)
     except ValueError:

@@ -141,13 +141,10 @@ def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:
     interface, with explicit positions, and nothing else that mixes tokens.
     """
     config = model.config.get_text_config()
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced (no attention interface)"
+    not_causal = why_not_causal(model)
+    if not_causal is not None:
+        return not_causal
     causal = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if any(not m.is_causal for m in causal):
-        return "its attention is bidirectional"
     if len(causal) < config.num_hidden_layers:
         return "some layers mix tokens without attention (recurrent or hybrid)"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -160,6 +157,17 @@ def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:
         return "it uses logit soft-capping or attention sinks"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "rotary") == "relative_key":
         return "its position encoding does not follow position_ids"
+    return None
+
+
+def why_not_causal(model: PreTrainedModel) -> str | None:
+    """Reason why a token's hidden state may depend on later ones, or None where it surely does not."""
+    if model.config.get_text_config().is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced (no attention interface)"
+    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        return "its attention is bidirectional"
     return None
 
 

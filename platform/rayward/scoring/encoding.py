@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
 from rayward.contract.contract import Contract
+from rayward.contract.conversation import TakenAs
 from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.rendering import Conversation
 from rayward.contract.tokenizer import load_tokenizer, pick_pad
@@ -36,6 +37,7 @@ class UnitRules:
         gated: whether a head reads the prompt.
         alone: every completion is a unit of its own, so that its reward is bitwise the same in any company.
         num_members: models that each unit goes through.
+        why_no_trace: why there is no reward at every token, or None.
     """
 
     facts: ModelFacts
@@ -44,6 +46,7 @@ class UnitRules:
     gated: bool = False
     alone: bool = False
     num_members: int = 1
+    why_no_trace: str | None = None
 
 
 class TextEncoder:
@@ -55,26 +58,48 @@ class TextEncoder:
     def encode(self, item: ScoreItem) -> EncodedItem:
         """Its units, or its error, whatever it does."""
         refusal = self._rules.facts.refusal(item.asked)
+        if refusal is None and item.trace and self._rules.why_no_trace is not None:
+            refusal = ItemError("no_trace", f"this model has no reward at every token: {self._rules.why_no_trace}")
         if refusal is not None:
             return EncodedItem(item, error=refusal)
         (found,) = each([item], self._encoded, doing=ENCODING)
         return EncodedItem(item, error=found) if isinstance(found, ItemError) else found
 
     def _encoded(self, item: ScoreItem) -> EncodedItem:
+        conversations, reading = self._conversations(item), self._encoder.contract.reading
+        # What a model says step by step is in every result.
+        trace = item.trace and (reading is None or reading.at == "tokens")
         units = [
-            Unit(comparison, member)
-            for comparison in self.split(self._conversations(item), gated=self._rules.gated)
+            Unit(comparison, member, trace)
+            for comparison in self.split(conversations, gated=self._rules.gated)
             for member in range(self._rules.num_members)
         ]
-        return EncodedItem(item, tuple(units))
+        return EncodedItem(
+            item,
+            tuple(units),
+            taken_as=next((found.taken_as for found in conversations if found.taken_as != "templated"), "templated"),
+            token_texts=tuple(self._token_texts(found) for found in conversations) if trace else (),
+        )
+
+    def _token_texts(self, conversation: Encoding) -> tuple[str, ...]:
+        return self._encoder.token_texts(conversation.ids[min(conversation.text_start, len(conversation.ids) - 1) :])
 
     def plain_comparisons(self, item: ScoreItem, *, gated: bool) -> list[EncodedComparison]:
         """The conversations as they end, whatever the head reads; raises as `Encoder.encode_sure`."""
+        if item.form == "text":
+            return self.split(self._texts(item), gated=gated)
         found = self._encoder.encode_sure([Conversation(item.prompt, text, None, item.inputs) for text in item.completions])
         return self.split(found, gated=gated)
 
+    def _texts(self, item: ScoreItem) -> list[Encoding]:
+        reading = self._encoder.contract.reading
+        separator = None if reading is None else reading.separator
+        return [self._encoder.encode_text(text, separator=separator) for text in item.completions if isinstance(text, str)]
+
     def _conversations(self, item: ScoreItem) -> list[Encoding]:
         # Of each completion one conversation, or one for each of its critiques.
+        if item.form == "text":
+            return self._texts(item)
         reading, critiques = self._encoder.contract.reading, item.critiques
         given: Sequence[Sequence[str | None]] = [[None]] * len(item.completions)
         if critiques is not None and self._rules.facts.writes_critiques:
@@ -175,13 +200,21 @@ class EnsembleEncoder:
         if refusal is not None:
             return EncodedItem(item, error=refusal)
         units: list[Unit] = []
+        texts: tuple[tuple[str, ...], ...] = ()
+        taken_as: TakenAs = "templated"
         bare = bare_item(item)
         for number, (name, encode) in enumerate(self._members):
             found = encode(bare)
             if found.error is not None:
                 return EncodedItem(item, error=replace(found.error, message=f"{name}: {found.error.message}"))
+            if item.trace and (not found.token_texts or (number and found.token_texts != texts)):
+                error = ItemError(
+                    "no_trace", f"the members have no reward at the same tokens; {name} has others than the first one, or none"
+                )
+                return EncodedItem(item, error=error)
+            texts, taken_as = found.token_texts, found.taken_as
             units += [replace(unit, member=number) for unit in found.units]
-        return EncodedItem(item, tuple(units))
+        return EncodedItem(item, tuple(units), taken_as=taken_as, token_texts=texts)
 
 
 def bare_item(item: ScoreItem) -> ScoreItem:

@@ -21,7 +21,7 @@ from rayward.scoring.isolation import settled
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.scorer import Scorer
 from rayward.scoring.units import EncodedItem, Unit, Values, computed
-from rayward.wire.items import ItemResult, ScoreItem
+from rayward.wire.items import ItemResult, ScoreItem, TokenTrace
 
 SPREAD = "spread"
 
@@ -119,10 +119,19 @@ class Ensemble:
             if result.error is not None:
                 return ItemResult(error=replace(result.error, message=f"{member.model_id}: {result.error.message}"), **used)
         per_completion = list(zip(*(result.rewards for result in results if result.rewards is not None), strict=True))
+        traces = None
+        if encoded.token_texts:
+            by_completion = zip(*(result.traces for result in results if result.traces is not None), strict=True)
+            traces = tuple(self._trace(members, encoded.item) for members in by_completion)
         lengths = zip(*(result.num_tokens for result in results if result.num_tokens is not None), strict=True)
         return ItemResult(
             rewards=self.facts.normalised((self._rule.combine(members) for members in per_completion), encoded.item.asked),
             outputs=tuple((*members, statistics.pstdev(members)) for members in per_completion),
             num_tokens=tuple(map(max, lengths)),
+            traces=traces,
             **used,
         )
+
+    def _trace(self, members: Sequence[TokenTrace], item: ScoreItem) -> TokenTrace:
+        along = zip(*(member.rewards for member in members), strict=True)
+        return TokenTrace(members[0].tokens, self.facts.normalised((self._rule.combine(rewards) for rewards in along), item.asked))

@@ -12,13 +12,14 @@ from rayward.batch.comparison import EncodedComparison
 from rayward.batch.layout import Layout
 from rayward.batch.planner import group_by_budget
 from rayward.batch.sharing import Merged, merge
-from rayward.contract.reading import Place
 from rayward.scoring.isolation import together
 from rayward.scoring.units import UnitValues, Values
 from rayward.wire.items import ItemError
 
 Run: TypeAlias = "Callable[[Sequence[EncodedComparison]], list[torch.Tensor]]"
 """One micro-batch through the model: for each comparison its outputs on the CPU, completion by completion, float32 [readings, ...]."""
+
+Readings: TypeAlias = "Callable[[EncodedComparison], list[int]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,11 @@ class Forward:
     tokens_per_batch: int
     alone: bool = False
 
-    def shared(self, comparisons: Sequence[EncodedComparison], run: Run, place: Place) -> list[Values]:
+    def shared(self, comparisons: Sequence[EncodedComparison], run: Run, num_reads: Readings) -> list[Values]:
         """The values of each comparison; what several of them begin with is computed once.
 
         Args:
-            place: where the head is read.
+            num_reads: readings of each completion of a comparison.
 
         Raises:
             Exception: the device is broken, or out of memory for a single comparison.
@@ -57,7 +58,7 @@ class Forward:
             elif isinstance(outputs, ItemError):
                 found |= dict.fromkeys(charges, outputs)
             else:
-                found |= {index: UnitValues(values, charges[index]) for index, values in _parted(group, outputs, place).items()}
+                found |= {index: UnitValues(values, charges[index]) for index, values in _parted(group, outputs, num_reads).items()}
         again = self.separate([comparisons[index] for index in failed], run)
         found |= {index: self._valued(comparisons[index], outputs) for index, outputs in zip(failed, again, strict=True)}
         return [found[index] for index in range(len(comparisons))]
@@ -82,13 +83,12 @@ class Forward:
         return UnitValues(outputs, comparison.num_tokens_unshared if self.layout == "padded" else comparison.num_tokens)
 
 
-def _parted(merged: Merged, outputs: torch.Tensor, place: Place) -> dict[int, torch.Tensor]:
+def _parted(merged: Merged, outputs: torch.Tensor, num_reads: Readings) -> dict[int, torch.Tensor]:
     # By comparison that was merged, its own rows, in the order of its branches.
     if len(merged.sources) == 1 or all(index == merged.sources[0][0] for index, _ in merged.sources):
         return {merged.sources[0][0]: outputs}
-    sizes = [len(positions) for positions in merged.comparison.read_positions(place)]
     rows: dict[int, list[torch.Tensor]] = {}
-    for (index, _), values in zip(merged.sources, torch.split(outputs, sizes), strict=True):
+    for (index, _), values in zip(merged.sources, torch.split(outputs, num_reads(merged.comparison)), strict=True):
         rows.setdefault(index, []).append(values)
     return {index: torch.cat(values) for index, values in rows.items()}
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Self, cast
+from typing import Self
 
 import torch
 
@@ -26,11 +27,11 @@ from rayward.schema import digest, identity
 from rayward.scoring.combining import ImplicitRule
 from rayward.scoring.encoding import TextEncoder, TextEncoderSpec, UnitRules
 from rayward.scoring.forward import Forward
-from rayward.scoring.isolation import settled
+from rayward.scoring.isolation import finished
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.units import EncodedItem, Unit, UnitValues, Values, computed, usage
 from rayward.scoring.verify import pick_device, read_config
-from rayward.wire.items import ItemError, ItemResult, ScoreItem
+from rayward.wire.items import ItemResult, ScoreItem, TokenTrace
 
 OUTPUTS = ("policy_log_prob", "reference_log_prob")
 
@@ -117,52 +118,63 @@ class ImplicitScorer:
         return self._texts.encode(item)
 
     def forward(self, units: Sequence[Unit]) -> list[Values]:
-        """For each unit the log-probabilities of its completions under its model, float32 [completions, 1]; raises as `Scorer.forward`."""
+        """For each unit the log-probabilities of its completions under its model, float32 [completions, 1], or of their tokens where a
+        trace is asked for; raises as `Scorer.forward`."""
         found: dict[int, Values] = {}
-        for number, (model, forward) in enumerate(zip(self._models, self._forwards, strict=True)):
-            indices = [index for index, unit in enumerate(units) if unit.member == number]
+        for member, trace in product(range(len(self._models)), (False, True)):
+            indices = [index for index, unit in enumerate(units) if (unit.member, unit.trace) == (member, trace)]
             if indices:
-                comparisons = [units[index].comparison for index in indices]
-                found |= zip(indices, forward.shared(comparisons, partial(self._run, model), "end"), strict=True)
+                run = partial(self._run, self._models[member], trace)
+                num_reads = _num_taught if trace else lambda comparison: [1] * comparison.num_completions
+                values = self._forwards[member].shared([units[index].comparison for index in indices], run, num_reads)
+                found |= zip(indices, values, strict=True)
         return [found[index] for index in range(len(units))]
 
     @torch.inference_mode()
-    def _run(self, model: LanguageModel, comparisons: Sequence[EncodedComparison]) -> list[torch.Tensor]:
-        values = model.completion_log_probs(pack(comparisons, layout=model.layout, pad_token_id=0)).cpu()[:, None]
-        return list(torch.split(values, [comparison.num_completions for comparison in comparisons]))
+    def _run(self, model: LanguageModel, trace: bool, comparisons: Sequence[EncodedComparison]) -> list[torch.Tensor]:
+        batch = pack(comparisons, layout=model.layout, pad_token_id=0)
+        values = model.token_log_probs(batch)[0] if trace else model.completion_log_probs(batch)
+        sizes = [sum(_num_taught(comparison)) if trace else comparison.num_completions for comparison in comparisons]
+        return list(torch.split(values.cpu()[:, None], sizes))
 
     def finish(self, encoded: EncodedItem, values: Sequence[Values]) -> ItemResult:
         """The result of an item from the values of its units."""
-        if encoded.error is not None:
-            return ItemResult(error=encoded.error, taken_as=encoded.taken_as)
-        failed = next((value for value in values if isinstance(value, ItemError)), None)
-        if failed is not None:
-            return ItemResult(error=failed, taken_as=encoded.taken_as)
-        return settled(partial(self._result, encoded, cast(Sequence[UnitValues], values)))
+        return finished(encoded, values, partial(self._result, encoded))
 
     def _result(self, encoded: EncodedItem, values: Sequence[UnitValues]) -> ItemResult:
-        policy, reference = (
-            [
-                log_prob
-                for unit, value in zip(encoded.units, values, strict=True)
-                if unit.member == number
-                for log_prob in value.outputs[:, 0].tolist()
-            ]
-            for number in range(2)
-        )
         lengths = [length for unit in encoded.units if unit.member == 0 for length in _num_taught(unit.comparison)]
-        rewards = [
-            self._rule.beta * (p - r) / (n if self._rule.per_token else 1) for p, r, n in zip(policy, reference, lengths, strict=True)
+        parts = [
+            torch.cat([value.outputs[:, 0] for unit, value in zip(encoded.units, values, strict=True) if unit.member == member]).double()
+            for member in range(len(self._models))
         ]
+        traces = None
+        if encoded.token_texts:
+            along = [torch.split(part, lengths) for part in parts]
+            traces = tuple(
+                self._trace(encoded, texts, policy, reference) for texts, policy, reference in zip(encoded.token_texts, *along, strict=True)
+            )
+            parts = [torch.stack([tokens.sum() for tokens in each]) for each in along]
+        policy, reference = (part.tolist() for part in parts)
+        counts = [max(length, 1) if self._rule.per_token else 1 for length in lengths]
+        rewards = [self._rule.beta * (p - r) / count for p, r, count in zip(policy, reference, counts, strict=True)]
         return ItemResult(
             rewards=self.facts.normalised(rewards, encoded.item.asked),
             outputs=tuple(zip(policy, reference, strict=True)),
+            traces=traces,
             **usage(encoded, values),
         )
 
+    def _trace(self, encoded: EncodedItem, texts: tuple[str, ...], policy: torch.Tensor, reference: torch.Tensor) -> TokenTrace:
+        # As if the conversation ended at each token. The first one of a conversation has no probability and adds nothing.
+        rewards = (self._rule.beta * (policy - reference)).cumsum(0)
+        if self._rule.per_token:
+            rewards /= torch.arange(1, len(rewards) + 1)
+        missing = [0.0] * (len(texts) - len(rewards))
+        return TokenTrace(texts, self.facts.normalised([*missing, *rewards.tolist()], encoded.item.asked))
+
 
 def _num_taught(comparison: EncodedComparison) -> list[int]:
-    # Tokens of each completion.
+    # Tokens of each completion that have a probability.
     assert comparison.text_starts is not None
     prefix = len(comparison.prefix_ids)
-    return [prefix + len(branch) - start for branch, start in zip(comparison.branch_ids, comparison.text_starts, strict=True)]
+    return [prefix + len(branch) - max(start, 1) for branch, start in zip(comparison.branch_ids, comparison.text_starts, strict=True)]

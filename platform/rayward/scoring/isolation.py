@@ -13,6 +13,8 @@ from rayward.wire.items import ItemError, ItemResult
 if TYPE_CHECKING:
     import torch
 
+    from rayward.scoring.units import EncodedItem, UnitValues, Values
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -98,6 +100,14 @@ def _alone(part: T, compute: Callable[[Sequence[T]], Sequence[R]], device: torch
         torch.ones(1, device=device).sum().item()
         return item_error(exc, "in the forward")
     return value
+
+
+def finished(encoded: EncodedItem, values: Sequence[Values], make: Callable[[Sequence[UnitValues]], ItemResult]) -> ItemResult:
+    """The result of an item, if all its units have values and `make` can make one of them."""
+    error = encoded.error or next((value for value in values if isinstance(value, ItemError)), None)
+    if error is not None:
+        return ItemResult(error=error, taken_as=encoded.taken_as)
+    return settled(lambda: make([value for value in values if not isinstance(value, ItemError)]))
 
 
 def settled(make: Callable[[], ItemResult]) -> ItemResult:

@@ -31,10 +31,11 @@ from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
 from rayward.scoring.encoding import ENCODING, TextEncoder, TextEncoderSpec, UnitRules
+from rayward.scoring.finishing import num_reads, result_of
 from rayward.scoring.forward import Forward
-from rayward.scoring.isolation import each, settled
+from rayward.scoring.isolation import each, finished
 from rayward.scoring.scored_model import ModelFacts
-from rayward.scoring.units import EncodedItem, Unit, UnitValues, Values, computed, usage
+from rayward.scoring.units import EncodedItem, Unit, Values, computed
 from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
@@ -89,7 +90,10 @@ class Scorer:
         pad = encoder.contract.pad_token_id
         vocabulary = len(cast(torch.Tensor, model.model.get_input_embeddings().weight))
         self._pad_id = pad if pad < vocabulary else 0
-        self._rules = UnitRules(self.facts, vocabulary, tokens_per_batch, gated=self.contract.gate is not None, alone=alone)
+        why = "it is read after a critique" if self.facts.writes_critiques else model.why_no_trace
+        self._rules = UnitRules(
+            self.facts, vocabulary, tokens_per_batch, gated=self.contract.gate is not None, alone=alone, why_no_trace=why
+        )
         self._texts = TextEncoder(encoder, self._rules)
 
     @classmethod
@@ -222,17 +226,18 @@ class Scorer:
 
     def forward(self, units: Sequence[Unit]) -> list[Values]:
         """The values of units, of whatever items, in order; raises as `score`."""
-        place = place_of(self.contract.reading)
-        return self._forward.shared([unit.comparison for unit in units], partial(self._run, self._outputs, place), place)
+        found: dict[int, Values] = {}
+        for trace in (False, True):
+            place: Place = "tokens" if trace else place_of(self.contract.reading)
+            indices = [index for index, unit in enumerate(units) if unit.trace == trace]
+            if indices:
+                comparisons, run = [units[index].comparison for index in indices], partial(self._run, self._outputs, place)
+                found |= zip(indices, self._forward.shared(comparisons, run, partial(num_reads, place)), strict=True)
+        return [found[index] for index in range(len(units))]
 
     def finish(self, encoded: EncodedItem, values: Sequence[Values]) -> ItemResult:
         """The result of an item from the values of its units."""
-        if encoded.error is not None:
-            return ItemResult(error=encoded.error, taken_as=encoded.taken_as)
-        failed = next((value for value in values if isinstance(value, ItemError)), None)
-        if failed is not None:
-            return ItemResult(error=failed, taken_as=encoded.taken_as)
-        return settled(partial(self._result, encoded, cast(Sequence[UnitValues], values)))
+        return finished(encoded, values, partial(result_of, self.contract, self.facts, encoded))
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
@@ -325,42 +330,6 @@ class Scorer:
         ends = np.cumsum([comparison.num_completions for comparison in comparisons])[:-1]
         sizes = [int(reads.sum()) for reads in np.split(np.asarray(batch.num_reads), ends)]
         return list(torch.split(outputs, sizes))
-
-    def _result(self, encoded: EncodedItem, values: Sequence[UnitValues]) -> ItemResult:
-        item = encoded.item
-        outputs = torch.cat([value.outputs for value in values])
-        reading = self.contract.reading
-        used = usage(encoded, values)
-        num_bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
-        if num_bad:
-            # NaN in one completion can reach its siblings through masked attention, so the item fails as a whole.
-            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(outputs)} outputs")
-            return ItemResult(error=error, **used)
-        steps = None
-        if reading is not None:
-            num_reads = [len(places) for unit in encoded.units for places in unit.comparison.read_positions(reading.at)]
-            if reading.at == "steps":
-                steps = tuple(tuple(part.tolist()) for part in torch.split(outputs[:, 0].sigmoid(), num_reads))
-            outputs = reading.combine(outputs, num_reads)
-        # Self-consistency: the mean over the critiques of a completion.
-        outputs = outputs.reshape(len(item.completions), -1, outputs.shape[1])
-        rewards = self._combined(item, outputs)
-        several = self.facts.writes_critiques and rewards.shape[1] > 1
-        return ItemResult(
-            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item.asked),
-            outputs=tuple(tuple(row) for row in outputs.mean(dim=1).tolist()) if outputs.shape[2] > 1 else None,
-            steps=steps,
-            critiques=item.critiques if self.facts.writes_critiques else None,
-            reward_std=tuple(rewards.std(dim=1, correction=0).tolist()) if several else None,
-            **used,
-        )
-
-    def _combined(self, item: ScoreItem, outputs: torch.Tensor) -> torch.Tensor:
-        # [K, critiques, outputs] -> [K, critiques]
-        contract = self.contract
-        asked = item.asked.weights
-        weights = contract.reward_weights if asked is None else contract.weight_sets[asked]
-        return outputs[..., 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
 
 
 def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rayward.batch.comparison import EncodedComparison
+from rayward.contract.conversation import TakenAs
 from rayward.scoring.scored_model import ScoredModel
-from rayward.wire.items import ItemError, ItemResult, ScoreItem, TakenAs
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 if TYPE_CHECKING:
     import torch

@@ -8,6 +8,7 @@ Nothing of the front holds a model, so publishing, promoting and rolling back ch
 
 # No `from __future__ import annotations`: Serve reads the type of the builder's argument, to validate the file's `args:` with it.
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from rayward.cluster import connect, device_environment
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError, RaywardError
 from rayward.serving.applications import HEALTH, ManagerDeployment, table_store
+from rayward.serving.assembly import assemble
+from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_secrets
+from rayward.serving.autoscaling import REPORT_ENVIRONMENT
 from rayward.serving.ingress import Ingress
 from rayward.serving.manager import declared_models
 from rayward.serving.preflight import check_sources, free_port, startup_error
@@ -68,13 +72,19 @@ def build(args: ScoringConfig) -> serve.Application:
             # New settings: the new ingress is there before the old one stops.
             max_surge_percent=100,
             graceful_shutdown_timeout_s=INGRESS_DRAIN_S,
-            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
+            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ingress_environment()}},
             **HEALTH,
         )
-        .bind(manager, config)
+        .bind(config, assemble, manager)
     )
     application: serve.Application = ingress
     return application
+
+
+def ingress_environment() -> dict[str, str]:
+    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there."""
+    keys = os.environ.get(KEYS_VARIABLE)
+    return {**REPORT_ENVIRONMENT, **device_environment(0), **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
 
 
 def settled(config: ScoringConfig) -> ScoringConfig:
@@ -178,6 +188,7 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     running = running_address()
     if running is None:
         host = "127.0.0.1" if host is None else host
+        check_exposure(host, config, Keys.of(config))
         port = free_port(host, 8000 if port is None else port)
         options = {
             "host": host,
@@ -199,6 +210,7 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
             remedy=f"leave --host and --port out to serve there (with a --name and a --route-prefix of its own), add the model to what is "
             f"served with `rayward models publish --url http://{_shown(running[0])}:{running[1]}`, or start another cluster with RAY_ADDRESS=local",
         )
+    check_exposure(running[0], config, Keys.of(config))
     return *running, False
 
 

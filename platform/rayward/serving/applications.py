@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from typing import Any, cast
 
 import ray
@@ -14,17 +15,19 @@ from ray.serve.schema import ApplicationStatus
 from rayward.cluster import device_environment
 from rayward.config.scoring import ReplicaConfig, ScoringConfig
 from rayward.errors import ConfigError, ServerError, marking
+from rayward.serving.autoscaling import REPORT_ENVIRONMENT, scaling_options
 from rayward.serving.calls import Stats
+from rayward.serving.drift import Drift, drift_of
+from rayward.serving.handles import SCORER
 from rayward.serving.manager import AppState, Manager, Standing
 from rayward.serving.replica import ScorerDeployment
+from rayward.serving.reporting import Board
 from rayward.serving.routes import Release
+from rayward.serving.status import ServiceStatus, build_status
 from rayward.serving.table_store import TableStore, table_location
 from rayward.wire.native import ModelInfo
 
 logger = logging.getLogger("ray.serve")
-
-SCORER = "scorer"
-"""The one deployment of a version's application."""
 
 HEALTH: dict[str, Any] = {
     "health_check_period_s": 5.0,
@@ -72,27 +75,11 @@ def scorer_application(front: str, model: str, release: Release) -> serve.Applic
                 "num_gpus": config.gpus_per_replica,
                 "runtime_env": {"env_vars": scorer_environment(config)},
             },
-            **scaling(config),
+            **scaling_options(config),
             **HEALTH,
         )
         .bind(release.source, config, model, front, release.content),
     )
-
-
-def scaling(config: ReplicaConfig) -> dict[str, Any]:
-    """How many replicas: a fixed number, or as many as the backlog wants."""
-    if config.min_replicas == config.max_replicas:
-        return {"num_replicas": config.min_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": config.min_replicas,
-            # Also of those that scale to zero, one is started first: a version is not ready before a replica has verified it.
-            "initial_replicas": max(1, config.min_replicas),
-            "max_replicas": config.max_replicas,
-            "upscale_delay_s": config.upscale_delay_s,
-            "downscale_delay_s": config.downscale_delay_s,
-        }
-    }
 
 
 def scorer_environment(config: ReplicaConfig) -> dict[str, str]:
@@ -103,6 +90,7 @@ def scorer_environment(config: ReplicaConfig) -> dict[str, str]:
         **path,
         "OMP_NUM_THREADS": str(config.threads_per_replica),
         "TOKENIZERS_PARALLELISM": "false",
+        **REPORT_ENVIRONMENT,
         **device_environment(config.gpus_per_replica),
     }
 
@@ -177,9 +165,10 @@ class ManagerDeployment:
     @marking
     def __init__(self, config: ScoringConfig) -> None:
         front = serve.get_replica_context().app_name
-        self._manager = Manager(table_store(config, front), ServeFleet(front), config, front=front)
+        self._store = table_store(config, front)
+        self._manager = Manager(self._store, ServeFleet(front), config, front=front, drift=self._drift)
         self._asked = asyncio.Event()
-        self._newest: dict[str, Stats] = {}
+        self._board = Board(time.monotonic)
         self._rounds = asyncio.get_running_loop().create_task(self._run())
 
     async def administer(self, verb: str, body: bytes) -> dict[str, Any]:
@@ -194,11 +183,18 @@ class ManagerDeployment:
 
     async def report(self, stats: Stats) -> None:
         """Take the newest counts of a process."""
-        self._newest[stats.source] = stats
+        self._board.report(stats)
 
     async def stats(self) -> list[Stats]:
-        """The newest counts of every process."""
-        return list(self._newest.values())
+        """The newest counts of every process, and what follows from them."""
+        return self._board.stats(self._manager.table)
+
+    async def status(self) -> ServiceStatus:
+        """The picture of now."""
+        return build_status(self._manager.table, self._board)
+
+    def _drift(self, model: str, current: str, version: str) -> Drift | None:
+        return drift_of((heard.stats for heard in self._board.heard()), model=model, current=current, version=version)
 
     def check_health(self) -> None:
         """Called by Serve.
@@ -213,7 +209,6 @@ class ManagerDeployment:
         while True:
             try:
                 await asyncio.to_thread(self._manager.tick)
-                self._manager_failed = False
             # Broad on purpose: storage, Serve's controller or the cluster's head may be away; what is wanted stays in the table.
             except Exception:
                 logger.exception("a round of the manager failed; the next one goes on")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -115,17 +117,18 @@ class ServeHandles:
 
     Args:
         front: name of the ingress's application.
+        application: of a model and version, where it is not the one that they are named by.
     """
 
-    def __init__(self, front: str) -> None:
-        self._front = front
+    def __init__(self, front: str, application: Callable[[str, str], str] | None = None) -> None:
+        self._application = application or partial(application_of, front)
         self._handles: dict[tuple[str, str], ServeHandle] = {}
 
     def of(self, model: str, version: str) -> ServeHandle:
         """The handle of one version; it waits for an application that is not there yet."""
         handle = self._handles.get((model, version))
         if handle is None:
-            application = application_of(self._front, model, version)
+            application = self._application(model, version)
             # Unchecked: the question whether it exists would stop the event loop for as long as the controller is away.
             made = serve.get_deployment_handle(SCORER, app_name=application, _check_exists=False)
             handle = self._handles[model, version] = ServeHandle(made)

@@ -20,6 +20,7 @@ from rayward.errors import ConfigError, RaywardError, RuleError
 from rayward.schema import identity
 from rayward.serving import rollout
 from rayward.serving.administration import CanaryShare, Promote, Publish, Retire, Rollback, Shadow, parse_asked, replica_config
+from rayward.serving.drift import Drift
 from rayward.serving.preflight import check_model, startup_error
 from rayward.serving.routes import Declared, ModelRoutes, Release, RouteTable
 from rayward.serving.sources import is_elsewhere, localise, look_up
@@ -108,6 +109,7 @@ class Manager:
         front: name of the application.
         clock: monotonic, seconds.
         now: seconds since 1970.
+        drift: what is known of a model's current version and its shadow.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Manager:
         front: str,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        drift: Callable[[str, str, str], Drift | None] = lambda _model, _current, _shadow: None,
     ) -> None:
         self.front = rollout.check_front(front)
         self._store, self._fleet, self._config, self._clock, self._now = store, fleet, config, clock, now
@@ -126,6 +129,8 @@ class Manager:
         self._unread: dict[str, tuple[float, RaywardError]] = {}
         self._unwanted_since: dict[str, float] = {}
         self._tried_at: dict[str, float] = {}
+        self._drift = drift
+        self.table = RouteTable()
         self._standing: dict[str, Standing] = {}
         self._busy = True
         # One writer in this process; across processes the store watches the generation.
@@ -194,6 +199,7 @@ class Manager:
     def _describe(self, table: RouteTable, model: str, routes: ModelRoutes) -> dict[str, Any]:
         versions = []
         for version, release in routes.releases.items():
+            drift = self._drift(model, routes.current, version) if routes.shadow == version and routes.current else None
             application = table.application(self.front, model, version)
             standing = self._standing.get(application)
             versions.append(
@@ -208,6 +214,7 @@ class Manager:
                     "serve": None if standing is None else standing.state,
                     "message": "" if standing is None or standing.state == "running" else standing.message,
                     "num_replicas": 0 if standing is None else standing.num_replicas,
+                    "drift": None if drift is None else drift.model_dump(),
                 }
             )
         share = routes.canary.share if routes.canary else None
@@ -237,6 +244,7 @@ class Manager:
             except StaleTableError:
                 logger.info("the table of routes changed meanwhile; the next round goes on")
         table = self._store.read()
+        self.table = table
         self._take_down(table)
         waits = any(
             release.state == "loading" or not self._runs(table, model, version) for model, version, release in rollout.releases(table)

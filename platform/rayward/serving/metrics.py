@@ -65,6 +65,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("body_bytes_held", "gauge", "ingress", "Bytes of request bodies that this process holds."),
     Metric("replies_total", "counter", "ingress", "Replies with rewards, by the version that gave them.", _OF_VERSION),
     Metric("answered_items_total", "counter", "ingress", "Items in these replies, by outcome.", (*_OF_VERSION, "outcome")),
+    Metric("manager_up", "gauge", "ingress", "1 if the manager answered this scrape; else only this process's counts are in it."),
     Metric("refusals_total", "counter", "ingress, replica", "Requests refused before anything was scored, by reason.", ("reason",)),
     # From the ingress to a replica
     Metric("dispatched_requests_total", "counter", "ingress", "Requests that went to a version, by outcome.", (*_OF_VERSION, "outcome")),

@@ -102,7 +102,7 @@ class RouteTable(Versioned):
 
     def application(self, front: str, model: str, version: str) -> str:
         """Name of the Serve application that runs a version of this table."""
-        release = self.models[model].releases.get(version)
+        release = self.models[model].releases.get(version) if model in self.models else None
         return (release.application if release else None) or application_of(front, model, version)
 
     def choose(self, model: str | None, version: str | None, request_id: str) -> Choice:

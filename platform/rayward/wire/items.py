@@ -9,15 +9,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from rayward.contract.contract import Normalise
-from rayward.contract.conversation import Completion, Message, TemplateInputs
+from rayward.contract.conversation import Completion, Message, TakenAs, TemplateInputs
 
 FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Form: TypeAlias = Literal["conversation", "text"]
 """What an item is: a prompt and completions for the template, or one finished text of a flat dialect."""
-
-TakenAs: TypeAlias = Literal["templated", "rendered", "as_given"]
-"""What became of the texts of an item: put through the contract's template; recognised as templated before and taken as they are; or plain
-texts without roles, which no template can be applied to, tokenized as they stand."""
 
 RETRYABLE_CODES = frozenset({"deadline_exceeded", "overloaded", "interrupted", "encoder_lost"})
 """Errors of items that another try may not meet: the time was up, the replica went away, a neighbour took the process down."""

@@ -17,9 +17,11 @@ from rayward.errors import (
     ContractError,
     DeadlineError,
     OverloadedError,
+    PartialError,
     RequestError,
     ServerError,
     TooLongError,
+    UnavailableError,
     UnsupportedMessageError,
 )
 from rayward.wire.items import Asked, ScoreItem
@@ -38,12 +40,9 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
+    async def sleep(self, seconds: float) -> None:
         self.sleeps.append(seconds)
         self.now += seconds
-
-    async def sleep_async(self, seconds: float) -> None:
-        self.sleep(seconds)
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def call(request: pytest.FixtureRequest, clock: Clock) -> Callable[..., Any]:
                 return getattr(client, method)(*args, **(more or {}))
 
         async def run_async() -> Any:
-            async with AsyncRewardClient("http://server", sleep=clock.sleep_async, **common) as client:
+            async with AsyncRewardClient("http://server", sleep=clock.sleep, **common) as client:
                 return await getattr(client, method)(*args, **(more or {}))
 
         return asyncio.run(run_async())
@@ -111,7 +110,7 @@ def test_model_and_messages_are_sent(call: Callable[..., Any]) -> None:
     handle, seen = sequence(reply([{"rewards": [1.0]}]))
     turns = (Message(role="user", content="é\ud800"),)
     call(handle, "score_items", [ScoreItem(prompt=turns, completions=("a",))], model="rm")
-    assert json.loads(seen[0].content) == {"items": [{"prompt": list(turns), "completions": ["a"]}], "model": "rm"}
+    assert json.loads(seen[0].content) == {"items": [{"prompt": list(turns), "completions": ["a"]}], "model": "rm", "deadline_ms": 59750}
     assert seen[0].url == "http://server/v1/score"
 
 
@@ -251,7 +250,9 @@ def test_lost_connection_is_retried(call: Callable[..., Any], failure: Exception
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize(("status", "kind"), [(503, OverloadedError), (429, OverloadedError), (502, ServerError), (504, ServerError)])
+@pytest.mark.parametrize(
+    ("status", "kind"), [(503, UnavailableError), (429, OverloadedError), (502, ServerError), (504, DeadlineError), (408, DeadlineError)]
+)
 def test_retries_are_bounded(call: Callable[..., Any], status: int, kind: type[Exception]) -> None:
     handle, seen = sequence(error(status))
     with pytest.raises(kind, match="3 attempts failed") as caught:
@@ -307,9 +308,12 @@ def test_deadline_spans_all_attempts_and_all_requests_of_a_call(call: Callable[.
         clock.now += 4.0
         return scores_by_length(request)
 
-    with pytest.raises(DeadlineError):
+    with pytest.raises(PartialError) as caught:
         call(slow, "score_items", [{"prompt": "p", "completions": ["a"]}] * 5, max_items_per_request=1, deadline_s=10.0)
     assert timeouts == pytest.approx([10.0, 6.0, 2.0])
+    assert isinstance(caught.value.__cause__, DeadlineError)
+    assert caught.value.failed == (3, 4)
+    assert caught.value.rewards == ((1.0,), (1.0,), (1.0,), None, None)
 
 
 def test_read_timeout_at_the_deadline_is_a_deadline_error(call: Callable[..., Any], clock: Clock) -> None:
@@ -352,4 +356,4 @@ def test_both_clients_have_the_same_surface() -> None:
     def surface(cls: type) -> set[str]:
         return {name for name in vars(cls) if not name.startswith("_")}
 
-    assert surface(RewardClient) == surface(AsyncRewardClient) == {"close", "health", "models", "score", "score_items"}
+    assert surface(RewardClient) == surface(AsyncRewardClient) == {"close", "health", "models", "score", "score_items", "score_texts"}

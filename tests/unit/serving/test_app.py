@@ -50,7 +50,7 @@ def test_replicas_and_limits_reach_serve() -> None:
     config = ScoringConfig(model="x/my-model", min_replicas=1, max_replicas=3, max_ongoing_requests=11)
     application = build(config)
     ingress = application._bound_deployment
-    scorer = ingress.init_args[0]._bound_deployment
+    scorer = ingress.init_args[2]._bound_deployment
     assert scorer.max_ongoing_requests == 11
     scaling = scorer._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)

@@ -68,6 +68,10 @@ class Entry:
         return len(comparison.prefix_ids) + max(map(len, comparison.branch_ids))
 
 
+def _waits(entry: Entry) -> bool:
+    return entry.state == "waiting"
+
+
 def _prompt_of(unit: Unit) -> tuple[PromptKey | None, int]:
     # By its ids up to where the first completion begins, where all its completions have these in common.
     comparison = unit.comparison
@@ -131,8 +135,8 @@ class Backlog:
         self._max_tokens = max_tokens
         self._max_s = max_s
         self._padded = padded
-        self._charged: FairQueue[Entry] = FairQueue()
-        self._uncharged: FairQueue[Entry] = FairQueue()
+        self._charged: FairQueue[Entry] = FairQueue(_waits)
+        self._uncharged: FairQueue[Entry] = FairQueue(_waits)
         self._by_prompt: dict[PromptKey, dict[Entry, None]] = {}
         self._tokens = {True: 0, False: 0}
         self._held = {True: 0, False: 0}
@@ -204,7 +208,7 @@ class Backlog:
         self._num_gone += 1
         if self._num_gone > GONE_KEPT + self._num_entries:
             for queue in (self._charged, self._uncharged):
-                queue.keep(lambda kept: kept.state == "waiting")
+                queue.tidy()
             self._num_gone = 0
         return True
 
@@ -213,9 +217,8 @@ class Backlog:
         found: list[Entry] = []
         for queue in (self._charged, self._uncharged):
             while (entry := queue.pop()) is not None:
-                if entry.state == "waiting":
-                    self._remove(entry, "gone")
-                    found.append(entry)
+                self._remove(entry, "gone")
+                found.append(entry)
         return found
 
     def take(self, budget: int, now: float) -> Taken:
@@ -306,10 +309,6 @@ class Backlog:
 
     def _next(self, queue: FairQueue[Entry], now: float, taken: Taken) -> Entry | None:
         while (entry := queue.pop()) is not None:
-            if entry.state != "waiting":
-                # It was taken along or discarded, and has been paid for where it was.
-                queue.charge(entry.caller, -entry.num_tokens)
-                continue
             if entry.deadline > now:
                 return entry
             queue.charge(entry.caller, -entry.num_tokens)

@@ -1,7 +1,7 @@
 """What an encoder process does: read items, make them units, write them back, one at a time. Loads no torch and no Ray.
 
-    parent -> child   pickled EncoderSpec, then lists of (ticket, ScoreItem)
-    child -> parent   Ready or Unready, then (ticket, EncodedItem without the item, or with it where the encoder changed it)
+parent -> child   pickled EncoderSpec, then lists of (ticket, ScoreItem)
+child -> parent   Ready or Unready, then (ticket, EncodedItem without the item, or with it where the encoder changed it)
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ class Encoders:
         self._timeout_s = timeout_s
         self._done = done
         self._changed = threading.Condition()
-        self._queue: FairQueue[Job] = FairQueue()
-        self._uncharged: FairQueue[Job] = FairQueue()
+        self._queue: FairQueue[Job] = FairQueue(_waits)
+        self._uncharged: FairQueue[Job] = FairQueue(_waits)
         # Items whose process died; the next one has nothing else meanwhile.
         self._again: deque[Job] = deque()
         self._slow: dict[str, int] = {}
@@ -319,9 +319,7 @@ class Encoders:
             if not job.gone:
                 return job
         for queue in (self._queue, self._uncharged):
-            while (job := queue.pop(lambda caller: self._slow.get(caller, 0) < SLOW_PER_CALLER)) is not None:
-                if job.gone:
-                    continue
+            if (job := queue.pop(lambda caller: self._slow.get(caller, 0) < SLOW_PER_CALLER)) is not None:
                 if busy and num_chars + job.num_chars > AHEAD_CHARS:
                     queue.push(job.caller, job, job.cost, first=True)
                     return None
@@ -422,6 +420,10 @@ class Encoders:
                     lost.append(job)
         if lost:
             self._done([(job, _lost(job)) for job in lost])
+
+
+def _waits(job: Job) -> bool:
+    return not job.gone
 
 
 def _lost(job: Job) -> EncodedItem:

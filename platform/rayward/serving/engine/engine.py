@@ -118,7 +118,7 @@ class Engine:
         self._backlog = Backlog(max_tokens=config.max_queued_tokens, max_s=config.max_queue_s, padded=padded)
         self._chars_per_token = CHARS_PER_TOKEN
         # Items that the compute thread encodes itself, because the model is needed for it.
-        self._raw: FairQueue[_Work] = FairQueue()
+        self._raw: FairQueue[_Work] = FairQueue(lambda work: not work.gone)
         self._num_items = 0
         self._finishing: SimpleQueue[tuple[list[Entry], Computed] | None] = SimpleQueue()
         self._failure: str | None = None
@@ -386,7 +386,7 @@ class Engine:
                     return
                 raw = self._raw.pop()
                 taken = self._backlog.take(self._budget(), self._clock())
-            if raw is not None and not raw.gone:
+            if raw is not None:
                 self._encode_here(raw)
             if taken.expired:
                 self.counts.count(counts.DROPPED, len(taken.expired), reason="deadline")

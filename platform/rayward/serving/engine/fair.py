@@ -26,9 +26,13 @@ class FairQueue(Generic[T]):
 
     Who begins to wait, or waits again, starts level with whoever has least: nobody saves up turns, and nobody is made to wait by the
     thousands that another has queued. Costs are of any one unit.
+
+    Args:
+        wanted: of an entry that waits; where nobody wants it any more, it is let go of when its turn comes, and costs nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[T], bool] = lambda entry: True) -> None:
+        self._wanted = wanted
         self._lanes: dict[str, _Lane[T]] = {}
         self._turns: list[tuple[float, int, _Lane[T]]] = []
         self._order = count()
@@ -38,6 +42,7 @@ class FairQueue(Generic[T]):
         self._size = 0
 
     def __len__(self) -> int:
+        """Entries, with those that nobody wants any more and whose turn has not come."""
         return self._size
 
     @property
@@ -71,6 +76,12 @@ class FairQueue(Generic[T]):
             if not may(lane.caller):
                 passed_over.append(lane)
                 continue
+            while lane.entries and not self._wanted(lane.entries[0][0]):
+                lane.entries.popleft()
+                self._size -= 1
+            if not lane.entries:
+                self._leave(lane)
+                continue
             found, cost = lane.entries.popleft()
             self._size -= 1
             self._level = max(self._level, used)
@@ -93,10 +104,10 @@ class FairQueue(Generic[T]):
         lane.used += cost
         self._wait(lane)
 
-    def keep(self, wanted: Callable[[T], bool]) -> None:
-        """Lets go of the entries that nobody wants any more; their callers are not charged."""
+    def tidy(self) -> None:
+        """Lets go of all entries that nobody wants any more."""
         for lane in list(self._lanes.values()):
-            lane.entries = deque(pair for pair in lane.entries if wanted(pair[0]))
+            lane.entries = deque(pair for pair in lane.entries if self._wanted(pair[0]))
             if not lane.entries:
                 self._leave(lane)
         self._size = sum(len(lane.entries) for lane in self._lanes.values())
