@@ -25,12 +25,12 @@ from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S, ScoredCall, Stats
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
 from rayward.serving.metrics import Recorder
+from rayward.serving.mounts import all_routes
 from rayward.serving.reporting import Board
 from rayward.serving.routes import Canary, ModelRoutes, Release, RouteTable
 from rayward.serving.seeing import Seeing
 from rayward.serving.status import ServiceStatus, build_status
 from rayward.wire.dialect import Timings
-from rayward.wire.endpoints import ENDPOINTS
 from rayward.wire.items import ItemError, ItemResult, ScoreItem, TokenTrace
 from rayward.wire.native import ModelInfo, WireNormaliser, WireRelease
 
@@ -258,9 +258,10 @@ class PageService:
 
     def __init__(self, keys: str = "", port: int = 0) -> None:
         self.manager = PageManager()
-        seeing = Seeing(self.manager)
-        front = Front(PageBackends(), routes=ENDPOINTS, endpoints=seeing.endpoints(), background=[seeing.report])
-        app = build_http(front, ScoringConfig(model="x"), Keys(parse_variable(keys)), source="ingress-1")
+        recorder = Recorder("ingress-0", "ingress")
+        seeing = Seeing(self.manager, recorder.stats)
+        front = Front(PageBackends(), all_routes(), seeing.endpoints(), background=[seeing.report], recorder=recorder)
+        app = build_http(front, ScoringConfig(model="x"), Keys(parse_variable(keys)))
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="on"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self.url = ""

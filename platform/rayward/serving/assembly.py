@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
@@ -20,13 +20,13 @@ from rayward.serving.calls import Stats
 from rayward.serving.dispatch import Dispatcher
 from rayward.serving.front import Endpoint, Front, Incoming
 from rayward.serving.handles import ServeHandles, our_error
+from rayward.serving.metrics import Recorder
+from rayward.serving.mounts import all_routes
 from rayward.serving.proxies import running_address
 from rayward.serving.routes import RouteTable
 from rayward.serving.seeing import Seeing
 from rayward.serving.status import ServiceStatus
 from rayward.wire.dialect import JSON
-from rayward.wire.dialects.table import ROUTES, with_pairs
-from rayward.wire.endpoints import ENDPOINTS
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,20 +51,23 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
         check_exposure(address[0], config, Keys.of(config))
     front = serve.get_replica_context().app_name
     handles = ServeHandles(front, lambda model, version: (dispatcher.table or RouteTable()).application(front, model, version))
-    dispatcher = Dispatcher(table_store(config, front).read, handles, source=f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    source = f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    dispatcher = Dispatcher(table_store(config, front).read, handles, source=source)
 
-    async def read_table(_stats: Callable[[], Stats]) -> None:
+    async def read_table() -> None:
         try:
             await dispatcher.run()
         finally:
             await dispatcher.close()
 
-    seeing = Seeing(_RemoteManager(manager), dispatcher.stats, page=config.page)
+    recorder = Recorder(source, "ingress")
+    seeing = Seeing(_RemoteManager(manager), recorder.stats, dispatcher.stats, page=config.page)
     return Front(
         dispatcher,
-        routes=(*(with_pairs(route) if route.path == "/v1/score" else route for route in ENDPOINTS), *ROUTES),
+        routes=all_routes(),
         endpoints=(*admin_endpoints(manager), *seeing.endpoints()),
         background=(read_table, seeing.report),
+        recorder=recorder,
     )
 
 

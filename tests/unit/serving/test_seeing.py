@@ -20,12 +20,12 @@ from rayward.serving.calls import Stats
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
 from rayward.serving.metrics import BY_NAME, PREFIX, Recorder
+from rayward.serving.mounts import all_routes
 from rayward.serving.page import SCRIPTS, document
 from rayward.serving.reporting import Board
 from rayward.serving.routes import RouteTable
 from rayward.serving.seeing import Seeing
 from rayward.serving.status import ServiceStatus, build_status
-from rayward.wire.endpoints import ENDPOINTS
 
 KEY = "sk-0123456789abcdef"
 
@@ -59,9 +59,12 @@ class Mounted:
         self.manager = Manager()
         dispatcher = Recorder("dispatcher", "ingress")
         dispatcher.add("poisoned_items_total", 2)
-        self.seeing = Seeing(self.manager, dispatcher.stats, page=page)
-        front = Front(FakeBackends(), routes=ENDPOINTS, endpoints=self.seeing.endpoints(), background=[self.seeing.report])
-        self.app: Starlette = build_http(front, ScoringConfig(model="x"), Keys(parse_variable(keys)), source="ingress-1")
+        recorder = Recorder("ingress-1", "ingress")
+        self.seeing = Seeing(self.manager, recorder.stats, dispatcher.stats, page=page)
+        front = Front(
+            FakeBackends(), routes=all_routes(), endpoints=self.seeing.endpoints(), background=[self.seeing.report], recorder=recorder
+        )
+        self.app: Starlette = build_http(front, ScoringConfig(model="x"), Keys(parse_variable(keys)))
 
     async def ask(self, *paths: str, headers: dict[str, str] | None = None) -> list[httpx.Response]:
         transport = httpx.ASGITransport(self.app)
