@@ -45,6 +45,7 @@ MAY_IMPORT_RAY = {
     "serving.assembly",
     "serving.handles",
     "serving.ingress",
+    "serving.loopback",
     "serving.proxies",
     "serving.replica",
     "training.trainer",

@@ -11,6 +11,7 @@ from ray.serve.exceptions import RayServeException
 from rayward.config.scoring import ReplicaConfig
 from rayward.errors import marking
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
+from rayward.serving.loopback import stay_on_loopback
 from rayward.serving.reporting import report_forever
 from rayward.wire.native import ModelInfo, WireNormaliser
 
@@ -47,6 +48,7 @@ class ScorerDeployment:
         from rayward.serving.engine.engine import Engine
         from rayward.serving.sources import localise
 
+        stay_on_loopback()
         torch.set_num_threads(config.threads_per_replica)
         sys.setswitchinterval(SWITCH_S)
         self._model = load_scored_model(localise(source, content), config.placement)
