@@ -23,7 +23,9 @@ from rayward.serving.auth import Keys
 from rayward.serving.calls import ScoredCall
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
-from rayward.serving.mounts import all_routes, page
+from rayward.serving.loopback import stay_on_loopback
+from rayward.serving.mounts import all_routes
+from rayward.serving.seeing import page_endpoint
 from rayward.wire.items import ScoreItem
 from rayward.wire.native import ModelInfo
 
@@ -43,6 +45,7 @@ class Ingress:
 
     @marking
     def __init__(self, config: ScoringConfig, assemble: Assemble, *handles: DeploymentHandle[Any]) -> None:
+        stay_on_loopback()
         self._config = config
         self._keys = Keys.of(config)
         self._front = assemble(config, *handles)
@@ -98,4 +101,4 @@ def one_scorer(config: ScoringConfig, scorer: DeploymentHandle[Any]) -> Front:
     """The native schema over one deployment."""
     name = config.model_name or (config.model or "").rstrip("/").rsplit("/", 1)[-1]
     backends = OneScorer(scorer, name)
-    return Front(backends, routes=all_routes(), endpoints=(page(),), background=(backends.learn,))
+    return Front(backends, routes=all_routes(), endpoints=(page_endpoint(),), background=(backends.learn,))
