@@ -24,7 +24,8 @@ from rayward.serving.calls import ScoredCall
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
 from rayward.serving.loopback import stay_on_loopback
-from rayward.serving.mounts import all_routes, page
+from rayward.serving.mounts import all_routes
+from rayward.serving.seeing import page_endpoint
 from rayward.wire.items import ScoreItem
 from rayward.wire.native import ModelInfo
 
@@ -100,4 +101,4 @@ def one_scorer(config: ScoringConfig, scorer: DeploymentHandle[Any]) -> Front:
     """The native schema over one deployment."""
     name = config.model_name or (config.model or "").rstrip("/").rsplit("/", 1)[-1]
     backends = OneScorer(scorer, name)
-    return Front(backends, routes=all_routes(), endpoints=(page(),), background=(backends.learn,))
+    return Front(backends, routes=all_routes(), endpoints=(page_endpoint(),), background=(backends.learn,))

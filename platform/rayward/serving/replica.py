@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from rayward.config.scoring import ReplicaConfig
 from rayward.errors import marking
@@ -105,5 +106,5 @@ class ScorerDeployment:
 def _replica_name(model_name: str) -> str:
     try:
         return str(serve.get_replica_context().replica_id.unique_id)
-    except Exception:  # Broad: outside of Serve, whatever it raises.
+    except RayServeException:
         return model_name
