@@ -1,4 +1,4 @@
-"""Versions of a model on a real local Serve: published, compared, promoted and rolled back under load, through deaths of manager and service."""
+"""Versions of a model on a real local Serve: published, compared, promoted, rolled back, retired under load, through deaths of the manager."""
 
 from __future__ import annotations
 
@@ -34,20 +34,23 @@ pytestmark = [
 
 APP = f"rollout-{os.getpid()}"
 KEY = "for-the-administrator-of-a-test"
-ITEM = {"prompt": "Hi", "completions": ["Hello", "No!", "Good morning to you"]}
+PROMPT, COMPLETIONS = "Hi", ("Hello", "No!", "Good morning to you")
+ITEM = {"prompt": PROMPT, "completions": COMPLETIONS}
 PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
 def app(ray_local: None) -> Iterator[ModuleType]:
     """The module that imports ray.serve; Serve is gone afterwards."""
+    from ray import serve
+
     from rayward.serving import app
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAYWARD_API_KEYS", f"ops:{KEY}:score+admin")
         environment.setenv("RAYWARD_API_KEY", KEY)
         yield app
-    app.serve.shutdown()
+    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def versions(exports: list[Path]) -> list[str]:
 @pytest.fixture(scope="module")
 def expected(exports: list[Path], versions: list[str]) -> dict[str, tuple[float, ...]]:
     """Version -> the rewards of `ITEM`, scored without any service."""
-    item = ScoreItem(({"role": "user", "content": ITEM["prompt"]},), tuple(ITEM["completions"]))
+    item = ScoreItem(({"role": "user", "content": PROMPT},), COMPLETIONS)
     found = {version: Scorer.load(path, device="cpu").score([item])[0].rewards for version, path in zip(versions, exports, strict=True)}
     assert None not in found.values()
     return {version: rewards for version, rewards in found.items() if rewards is not None}

@@ -192,13 +192,13 @@ def test_health_models_and_unknown_routes(url: str, client: RewardClient, scorer
     assert wrong_method.json()["error"]["code"] == "method_not_allowed"
 
 
-def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(client: RewardClient, scorer: Scorer) -> None:
+def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(url: str, scorer: Scorer) -> None:
     # Real: SIGKILL of the scorer's process while requests arrive. Nothing is simulated.
     items = fifty_items()
     expected = [result.rewards for result in scorer.score(items)]
     pids = scorer_pids()
     assert len(pids) == 1
-    with ThreadPoolExecutor(10) as threads, RewardClient(client_url(client), deadline_s=120.0, max_retries=1000) as patient:
+    with ThreadPoolExecutor(10) as threads, RewardClient(url, deadline_s=120.0, max_retries=1000) as patient:
         texts = [
             ([{"role": t["role"], "content": t["content"]} for t in item.prompt], list(map(text_of, item.completions))) for item in items
         ]
@@ -213,10 +213,6 @@ def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(client:
 def scorer_pids() -> list[int]:
     title = f"ray::ServeReplica:{APP}.tiny."
     return [process.pid for process in psutil.process_iter(["cmdline"]) if title in " ".join(process.info["cmdline"] or ())]
-
-
-def client_url(client: RewardClient) -> str:
-    return str(client._http.base_url)
 
 
 def test_a_full_backlog_is_refused_with_a_retryable_429(app: ModuleType, config: ScoringConfig, url: str) -> None:
