@@ -23,6 +23,7 @@ from rayward.serving.auth import Keys
 from rayward.serving.calls import ScoredCall
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
+from rayward.serving.loopback import stay_on_loopback
 from rayward.serving.mounts import all_routes
 from rayward.serving.seeing import page_endpoint
 from rayward.wire.items import ScoreItem
@@ -44,6 +45,7 @@ class Ingress:
 
     @marking
     def __init__(self, config: ScoringConfig, assemble: Assemble, *handles: DeploymentHandle[Any]) -> None:
+        stay_on_loopback()
         self._config = config
         self._keys = Keys.of(config)
         self._front = assemble(config, *handles)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rayward.contract.conversation import broken_by_text, strings_in
 from rayward.errors import RuleError
 from rayward.wire.items import ScoreItem
-from rayward.wire.rules import Limits, body_too_large, check_request, decode, has_escapes
+from rayward.wire.rules import MAX_DEPTH, Limits, body_too_large, check_request, decode, has_escapes
 
 
 class Peer(BaseModel):
@@ -118,6 +118,20 @@ def check_characters(value: object) -> None:
         broken = broken_by_text(text)
         if broken is not None:
             raise RuleError(broken.code, broken.detail, remedy="remove it from the text")
+
+
+def check_depth(value: object) -> None:
+    """Refuse JSON that is nested deeper than items may be: what comes back as it is must be written again.
+
+    Raises:
+        RuleError: `wrong_type`.
+    """
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())]
+        if not level:
+            return
+    raise RuleError("wrong_type", f"the body is nested deeper than {MAX_DEPTH}", remedy="flatten it")
 
 
 def _refuse_option(name: str, reason: str) -> NoReturn:

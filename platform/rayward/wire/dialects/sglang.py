@@ -43,7 +43,6 @@ REFUSED: Mapping[str, str] = {
     "lora_id": "adapters are published as versions",
     "return_pooled_hidden_states": "hidden states are not given out",
 }
-_TYPES = {400: "BadRequestError", 404: "NotFoundError", 422: "BadRequestError", 503: "ServiceUnavailableError"}
 
 Pairs = Annotated[
     Any,
@@ -213,8 +212,7 @@ def native_error(status: int, error: RaywardError, code: str) -> JSON:
 def v1_error(status: int, error: RaywardError, code: str) -> JSON:
     """Of its OpenAI-like paths: flat, and the same nested, which OpenAI's client reads."""
     nested = openai_error(status, error, code)
-    kind = _TYPES.get(status, nested["error"]["type"])
-    return {"object": "error", "message": nested["error"]["message"], "type": kind, "param": None, "code": status, **nested}
+    return {"object": "error", **nested["error"], **nested}
 
 
 def _route(
