@@ -62,22 +62,24 @@ def run_bare(spec: dict[str, Any]) -> dict[str, Any]:
     from rayward.config.scoring import ScoringConfig
     from rayward.scoring.lines import chunks, numbered
     from rayward.scoring.load import load_scored_model, reward_model_of
+    from rayward.scoring.units import Unit, UnitValues
     from rayward.wire.items import ScoreItem
     from rayward.wire.lines import parse_line
 
     torch.set_num_threads(1)
     scorer = reward_model_of(load_scored_model(spec["model"], Placement(device="cpu", tokens_per_batch=spec["budget"])))
-    encoded = []
+    encoded: list[list[Unit]] = []
     for chunk in chunks(numbered(Path(spec["file"]).read_bytes().splitlines())):
         items = [parse_line(line, ScoringConfig().limits).item for _, line in chunk]
         assert all(isinstance(item, ScoreItem) for item in items)
-        encoded.append([part for item in items if isinstance(item, ScoreItem) for part in scorer._comparisons(item)])
-    scorer._forward(encoded[0][:8], scorer._outputs)
+        encoded.append([unit for item in items if isinstance(item, ScoreItem) for unit in scorer.encode_item(item).units])
+    scorer.forward(encoded[0][:8])
     start, cpu = time.perf_counter(), time.process_time()
-    outputs = [scorer._forward(parts, scorer._outputs) for parts in encoded]
+    outputs = [scorer.forward(units) for units in encoded]
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    rewards = [float(value) for chunk in outputs for part in chunk if isinstance(part, torch.Tensor) for value in part.flatten()]
-    return {"seconds": wall, "cpu_seconds": cpu, "rewards": rewards, "tokens": sum(part.num_tokens for parts in encoded for part in parts)}
+    values = [value for chunk in outputs for value in chunk if isinstance(value, UnitValues)]
+    rewards = [float(reward) for value in values for reward in value.outputs.flatten()]
+    return {"seconds": wall, "cpu_seconds": cpu, "rewards": rewards, "tokens": sum(value.num_tokens_computed for value in values)}
 
 
 def run_here(spec: dict[str, Any]) -> dict[str, Any]:

@@ -370,11 +370,17 @@ class PartialError(ScoringError):
 
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_json": 400,
+    "invalid_encoding": 400,
     "unknown_model": 404,
+    "unknown_version": 404,
+    "not_found": 404,
+    "body_timeout": 408,
     "body_too_large": 413,
     "too_many_items": 413,
     "too_many_completions": 413,
     "text_too_long": 413,
+    "unsupported_media_type": 415,
+    "unsupported_encoding": 415,
 }
 """HTTP status of a broken rule; every other rule is 422."""
 

@@ -74,6 +74,7 @@ def test_a_model_computes_where_its_batch_is() -> None:
 def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from rayward.model import attention
+    from rayward.model.block_mask import flex_mask
 
     def flex(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[str, None]:
         assert isinstance(mask, BlockMask)
@@ -82,7 +83,7 @@ def test_a_block_mask_is_computed_by_flex_attention(monkeypatch: pytest.MonkeyPa
     batch = pack(random_comparisons(3, seed=1))
     assert batch.segments is not None
     monkeypatch.setattr(attention, "flex_attention_forward", flex)
-    mask = attention.flex_mask(torch.from_numpy(batch.segments), batch.input_ids.shape[1])
+    mask = flex_mask(torch.from_numpy(batch.segments), batch.input_ids.shape[1], torch.device("cpu"))
     x = torch.zeros(1, 1, batch.input_ids.shape[1], 4)
     assert packed_attention(torch.nn.Identity(), x, x, x, mask, scaling=0.5)[0] == "flex 0.5"
 

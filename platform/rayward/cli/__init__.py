@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from rayward.cli import data, models, scores  # noqa: F401 - each puts its commands on the application
+from rayward.cli import data, models, scores, serving  # noqa: F401 - each puts its commands on the application
 from rayward.cli.options import app, load
 from rayward.cli.runs import train
 from rayward.errors import RaywardError

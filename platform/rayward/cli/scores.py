@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -141,33 +140,4 @@ def normalise(
     found = normalise_files(model, options, output=target, placement=placement)
     typer.echo(
         f"model: {target}\nmean {found.mean:.6g}, standard deviation {found.std:.6g} of {found.num_rewards} rewards of {found.reference}"
-    )
-
-
-@app.command()
-def serve(
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [FILE.yaml]... [key=value]...")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
-) -> None:
-    """Serve a model over HTTP until interrupted: POST /v1/score, GET /v1/models, GET /health."""
-    from rayward.config.load import load_config
-    from rayward.config.scoring import ScoringConfig
-
-    given = list(settings or [])
-    files = [s for s in given if s.endswith((".yaml", ".yml"))]
-    overrides = [s for s in given if "=" in s]
-    models = [f"model={s}" for s in given if s not in files and s not in overrides]
-    resolved = load_config(files, [*models, *overrides], schema=ScoringConfig)
-    from rayward.cluster import connect
-    from rayward.serving.app import serve_model
-
-    connect()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    serve_model(
-        resolved,
-        host=host,
-        port=port,
-        blocking=True,
-        on_ready=lambda url: typer.echo(f"serving {resolved.model} at {url} (POST {url}/v1/score); Ctrl-C stops"),
     )

@@ -28,3 +28,5 @@ class Placement(Frozen):
     """Check an export against its contract before it scores."""
     hash_weights: HashWeights = "sampled"
     """How much of the weights of a model without contract its version covers."""
+    batch_invariant: bool = False
+    """Bitwise the same reward whatever is scored beside it; slower."""

@@ -68,6 +68,7 @@ class ReplicaConfig(Frozen):
             tokens_per_batch=self.tokens_per_batch,
             verify=self.verify_golden,
             hash_weights=self.hash_weights,
+            batch_invariant=self.batch_invariant,
         )
 
 
@@ -101,6 +102,12 @@ class ScoringConfig(ReplicaConfig):
     """JSON lines `{"name", "key" or "sha256", "scopes": ["score", "admin"], …}`, read again when it changes; else RAYWARD_API_KEYS."""
     allow_anonymous: bool = False
     """Let anybody who reaches a non-loopback address score; publishing always needs a key with scope admin."""
+    requests_per_s: float | None = Field(None, gt=0.0)
+    """What one caller may send, where its key does not say; more is refused with 429. None: as much as there is room for."""
+    tokens_per_s: float | None = Field(None, gt=0.0)
+    """The same in tokens."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Requests that one caller may have in flight, where its key does not say."""
     flat_text: Literal["as_given", "refuse"] = "as_given"
     """A text of a flat dialect that went through no template: tokenized as it stands, and the reply says so; or an error."""
     trace_share: float = Field(0.0, ge=0.0, le=1.0)

@@ -77,16 +77,25 @@ class ControlTokens:
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, str):
-            if _FOREIGN.search(value):
-                raise ContractError(
-                    "a text holds characters of a private-use plane of Unicode, which stand for control tokens here",
-                    remedy="remove them from the text",
-                )
+            self.refuse_stand_ins(value)
             assert self._pattern is not None
             return self._pattern.sub(lambda found: self._stand_ins[found[0]], value)
         if isinstance(value, Mapping):
             return {self._replaced(key): self._replaced(entry) for key, entry in value.items()}
         return [self._replaced(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    @staticmethod
+    def refuse_stand_ins(text: str) -> None:
+        """Refuse a text that holds the characters themselves.
+
+        Raises:
+            ContractError: it does.
+        """
+        if _FOREIGN.search(text):
+            raise ContractError(
+                "a text holds characters of a private-use plane of Unicode, which stand for control tokens here",
+                remedy="remove them from the text",
+            )
 
     def count(self, text: str) -> int:
         """How many control tokens stand in a text."""

@@ -37,6 +37,10 @@ class Message(TypedDict):
 Completion: TypeAlias = str | tuple[Message, ...]
 """What is judged: the text of one assistant turn, or turns that begin and end with an assistant's (a call of a tool, a trajectory)."""
 
+TakenAs: TypeAlias = Literal["templated", "rendered", "as_given"]
+"""What became of texts: put through the contract's template; recognised as templated before and taken as they are; or plain texts without
+roles, which no template can be applied to, tokenized as they stand."""
+
 
 @dataclass(frozen=True, slots=True)
 class TemplateInputs:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rayward.contract.contract import Contract
 from rayward.contract.control import ControlTokens
-from rayward.contract.conversation import NO_INPUTS, Completion, Message, TemplateInputs
+from rayward.contract.conversation import NO_INPUTS, Completion, Message, TakenAs, TemplateInputs
+from rayward.contract.flat import FlatTexts
 from rayward.contract.rendering import Conversation, Rendered, Renderer
 from rayward.contract.template import ChatTemplate, num_kept, truncations
 from rayward.contract.tokens import Head, TextTokenizer, Tokens
@@ -40,6 +41,7 @@ class Encoding:
         prompt_text, rest_text: the rendered prompt before any turn goes, and what follows it, as the tokenizer reads them.
         trimmed: whether the template cut white space around the completion.
         changed: what else the template changed or left out, in words, where the contract accepts it.
+        taken_as: what became of the texts.
     """
 
     ids: list[int]
@@ -51,6 +53,7 @@ class Encoding:
     rest_text: str = ""
     trimmed: bool = False
     changed: str | None = None
+    taken_as: TakenAs = "templated"
 
     @property
     def truncated(self) -> bool:
@@ -81,6 +84,7 @@ class Encoder:
         self._prompt = ""
         self._tokens = TextTokenizer(self._backend, self._control, self._template, contract.end_token)
         self._renderer = Renderer(contract, self._template, self._control)
+        self._flat = FlatTexts(contract, self._template, self._control, bos=tokenizer.bos_token)
 
     def _control_tokens(self) -> ControlTokens:
         around = self._template.around_turns
@@ -177,6 +181,27 @@ class Encoder:
             found.append(encoding)
         return found
 
+    def encode_text(self, text: str, *, separator: str | None = None) -> Encoding:
+        """A finished text without roles: where it went through the template before, the ids of the messages that it was rendered from;
+        else as it stands. `Encoding.taken_as` says which.
+
+        Raises:
+            TooLongError: it does not fit `max_tokens`; a text has no turns that could go.
+            UnsupportedMessageError: the contract reads the reward after a critique.
+        """
+        rendered, taken_as = self._flat.read(text)
+        (tokens,) = self._tokens.tokenize([rendered], offsets=separator is not None)
+        if len(tokens) > self.contract.max_tokens:
+            raise TooLongError(
+                f"the text takes {len(tokens)} tokens; the contract allows {self.contract.max_tokens}",
+                remedy="shorten it, or send prompt and completion as messages, whose oldest turns can go",
+            )
+        steps = None
+        if separator is not None:
+            body = rendered.text[rendered.start :].removesuffix(self.contract.end_token).strip()
+            steps = self._steps(rendered, tokens, body, separator)
+        return Encoding(tokens.ids, tokens.start, steps, len(tokens), taken_as=taken_as)
+
     def open_critique(self, prompt: Sequence[Message], completion: Completion, *, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Token ids of the conversation up to where the critique begins, for a language model to go on.
 
@@ -198,6 +223,19 @@ class Encoder:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]
         return text.strip()
 
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Texts of tokens, which joined are the text of all: a character of several tokens stands at the last of them."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        texts = [stream.step(self._backend, token) or "" for token in ids]
+        whole = self._backend.decode(list(ids), skip_special_tokens=False)
+        joined = "".join(texts)
+        if texts and joined != whole:
+            # The last token ends inside a character.
+            texts[-1] += whole[len(joined) :] if whole.startswith(joined) else "\ufffd"
+        return tuple(texts)
+
     def render(
         self, prompt: Sequence[Message], completion: Completion, critique: str | None = None, *, inputs: TemplateInputs = NO_INPUTS
     ) -> str:
@@ -215,7 +253,8 @@ class Encoder:
         if num_tokens > self.contract.max_tokens:
             rendered, tokens = self._truncated(conversation, num_tokens, offsets=separator is not None)
         steps = None if separator is None else self._step_ends(rendered, tokens, conversation.completion, separator)
-        return Encoding(tokens.ids, tokens.start, steps, num_tokens, key, prompt, rest, rendered.trimmed, rendered.changed)
+        taken_as: TakenAs = "rendered" if rendered.as_given else "templated"
+        return Encoding(tokens.ids, tokens.start, steps, num_tokens, key, prompt, rest, rendered.trimmed, rendered.changed, taken_as)
 
     def _truncated(self, conversation: Conversation, num_tokens: int, *, offsets: bool = False) -> tuple[Rendered, Tokens]:
         # From the shortest prompt on, twice as many more turns at each try: only what nearly fits is rendered, however long the whole is.
@@ -276,7 +315,9 @@ class Encoder:
     def _step_ends(self, rendered: Rendered, tokens: Tokens, completion: Completion, separator: str) -> tuple[int, ...]:
         if not isinstance(completion, str):
             raise ContractError("a completion of several turns has no steps", remedy="give the steps of one assistant turn as its text")
-        body = self._control.stand_in(completion.strip())
+        return self._steps(rendered, tokens, self._control.stand_in(completion.strip()), separator)
+
+    def _steps(self, rendered: Rendered, tokens: Tokens, body: str, separator: str) -> tuple[int, ...]:
         start = rendered.text.rfind(body)
         if start < 0:
             raise ContractError(

@@ -41,6 +41,12 @@ class RewardReadout(Frozen):
             torch.stack([self._one(values) for values in torch.split(logits[:, 0], list(num_reads))])[:, None] if num_reads else logits[:0]
         )
 
+    def along(self, logits: Tensor) -> Tensor:
+        """What `combine` gives of the first reading, of the first two, and so on, float32 [N], of the logits [N] of one completion."""
+        import torch
+
+        return torch.stack([self._one(logits[:stop]) for stop in range(1, len(logits) + 1)])
+
     def _one(self, logits: Tensor) -> Tensor:
         from torch.nn.functional import logsigmoid
 

@@ -36,6 +36,7 @@ class Rendered(NamedTuple):
         prompt_end: where what belongs to the prompt alone ends.
         literal: whether the text must be tokenized under the names of `ControlTokens`.
         trimmed, changed: see `encoder.Encoding`.
+        as_given: whether its prompt went through a template before, and is taken as it is.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Rendered(NamedTuple):
     literal: bool
     trimmed: bool
     changed: str | None
+    as_given: bool = False
 
 
 class Renderer:
@@ -161,7 +163,7 @@ class Renderer:
         hidden = self._control.stand_in(body)
         text = begun + hidden + (self._template.closing or end)
         literal = self._control.always or hidden is not body
-        return Rendered(text, len(begun), self._prompt_end(text, len(begun), begun=False), literal, False, None)
+        return Rendered(text, len(begun), self._prompt_end(text, len(begun), begun=False), literal, False, None, as_given=True)
 
     def _header_start(self, opening: str) -> int:
         # Of what stands between a user's text and the assistant's, the turn of the user ends with the first control token.

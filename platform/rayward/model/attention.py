@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from rayward.errors import ModelLoadError
+from rayward.model.block_mask import flex_mask
 
 PACKED_ATTENTION = "rayward_packed"
 
@@ -43,7 +44,7 @@ def packed_mask(segments: Tensor, num_tokens: int, device: torch.device) -> Tens
         segments: int64 [S, 4] on the CPU, the `PackedBatch.segments` table.
         num_tokens: T.
     """
-    return flex_mask(segments.to(device), num_tokens) if device.type == "cuda" else segments[None, None]
+    return flex_mask(segments, num_tokens, device) if device.type == "cuda" else segments[None, None]
 
 
 def packed_attention(
@@ -133,32 +134,6 @@ def _comparison_mask(prefix: int, branches: list[tuple[int, int]], start: int, d
     return mask.tril_()
 
 
-def flex_mask(segments: Tensor, num_tokens: int) -> BlockMask:
-    """The same rule as a FlexAttention block mask.
-
-    Args:
-        segments: int64 [S, 4] on the target device.
-        num_tokens: T.
-    """
-    device = segments.device
-    owner = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
-    branch = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    comparison = -1
-    previous = None
-    for index, (start, prefix, first, length) in enumerate(segments.tolist()):
-        if start != previous:
-            comparison, previous = comparison + 1, start
-            owner[start : start + prefix] = comparison
-        owner[first : first + length] = comparison
-        branch[first : first + length] = index + 1
-
-    def visible(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (owner[q] == owner[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
-        return same & (k <= q)
-
-    return create_block_mask(visible, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=device)
-
-
 def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:
     """Reason why prefixes cannot be shared in this model, or None when they can.
 
@@ -166,13 +141,10 @@ def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:
     interface, with explicit positions, and nothing else that mixes tokens.
     """
     config = model.config.get_text_config()
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced (no attention interface)"
+    not_causal = why_not_causal(model)
+    if not_causal is not None:
+        return not_causal
     causal = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if any(not m.is_causal for m in causal):
-        return "its attention is bidirectional"
     if len(causal) < config.num_hidden_layers:
         return "some layers mix tokens without attention (recurrent or hybrid)"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -185,6 +157,17 @@ def why_not_shareable(model: PreTrainedModel, *, max_tokens: int) -> str | None:
         return "it uses logit soft-capping or attention sinks"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "rotary") == "relative_key":
         return "its position encoding does not follow position_ids"
+    return None
+
+
+def why_not_causal(model: PreTrainedModel) -> str | None:
+    """Reason why a token's hidden state may depend on later ones, or None where it surely does not."""
+    if model.config.get_text_config().is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced (no attention interface)"
+    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        return "its attention is bidirectional"
     return None
 
 

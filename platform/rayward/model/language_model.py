@@ -56,10 +56,16 @@ class LanguageModel(nn.Module):
         return language_model.to(device)
 
     def completion_log_probs(self, batch: PackedBatch) -> Tensor:
-        """Sum of log p(token | everything before it) over the branch tokens of each completion, float32 [N].
+        """Sum of log p(token | everything before it) over the text of each completion, float32 [N].
 
-        Every branch token must have a token before it: prefixes are not empty, or the first token of a branch is not counted.
+        The text begins at `text_starts`, or with the branch where that is not known; the first token of a conversation is not counted.
         """
+        log_probs, owner = self.token_log_probs(batch)
+        total = torch.zeros(len(batch.end_row), dtype=torch.float32, device=log_probs.device)
+        return total.index_add_(0, owner, log_probs)
+
+    def token_log_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """For each of these tokens, completion by completion, its log-probability, float32 [M], and its completion, int64 [M]."""
         device = next(self.model.parameters()).device
         ids = torch.from_numpy(batch.input_ids).to(device)
         if batch.segments is not None:
@@ -78,8 +84,7 @@ class LanguageModel(nn.Module):
             part = slice(start, start + LOGIT_ROWS)
             logits = self._logits(hidden[rows[part], before[part]])
             log_probs[part] = token_log_probs(logits, ids[rows[part], column[part]])
-        total = torch.zeros(len(batch.end_row), dtype=torch.float32, device=device)
-        return total.index_add_(0, owner, log_probs)
+        return log_probs, owner
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rayward.batch.layout import LanguageLossTokens, Layout, PackedBatch
 from rayward.errors import ModelLoadError
-from rayward.model.attention import PACKED_ATTENTION, packed_mask, why_not_shareable
+from rayward.model.attention import PACKED_ATTENTION, packed_mask, why_not_causal, why_not_shareable
 from rayward.model.gate import Gating
 from rayward.model.heads import LanguageHead, LinearHead, MlpHead
 from rayward.model.routers import routing_sums
@@ -34,6 +34,7 @@ class BatchTensors:
     read_row: Tensor
     read_column: Tensor
     gate_column: Tensor | None = None
+    num_reads: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def to_tensors(batch: PackedBatch, device: torch.device) -> BatchTensors:
         read_row=cast(Tensor, move("read_row")),
         read_column=cast(Tensor, move("read_column")),
         gate_column=move("gate_column"),
+        num_reads=None if batch.gate_column is None else cast(Tensor, move("num_reads")),
     )
 
 
@@ -119,9 +121,24 @@ class RewardModel(nn.Module):
         """Attention over packed comparisons, as the device of each batch needs it."""
         self.model.set_attn_implementation(PACKED_ATTENTION)
 
+    def compile_layers(self) -> None:
+        """Compile every layer of the backbone, for rows of any length; for scoring on CUDA, where the first forwards then take longer.
+
+        Every operation rounds as it does when it is not compiled, so that rewards stay those of training.
+        """
+        kinds = set(self.model._no_split_modules or ())
+        for module in self.model.modules():
+            if type(module).__name__ in kinds:
+                module.compile(dynamic=True, options={"emulate_precision_casts": True})
+
     @property
     def backbone(self) -> PreTrainedModel:
         return cast(PreTrainedModel, getattr(self.model, self.model.base_model_prefix))
+
+    @property
+    def why_no_trace(self) -> str | None:
+        """Reason why the head says nothing at a token before the last one, or None where it does."""
+        return why_not_causal(self.model) if self.has_linear_head else "its head reads a state of the whole text"
 
     def forward(
         self, batch: BatchTensors, tokens: LanguageLossTensors | None = None, *, with_routing: bool = False
@@ -148,7 +165,9 @@ class RewardModel(nn.Module):
         if self.gate is None:
             return outputs
         assert batch.gate_column is not None
-        return cast(Tensor, self.gate(outputs, hidden[batch.end_row, batch.gate_column]))
+        assert batch.num_reads is not None
+        prompts = hidden[batch.end_row, batch.gate_column].repeat_interleave(batch.num_reads, dim=0)
+        return cast(Tensor, self.gate(outputs, prompts))
 
     def features(self, batch: BatchTensors) -> tuple[Tensor, Tensor]:
         """What a head reads: hidden states at the end of each completion and at its gate position, float32 [N, H] each."""

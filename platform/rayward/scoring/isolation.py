@@ -1,16 +1,19 @@
-"""One item cannot hurt another: whatever an item does ends in its own result. No Ray."""
+"""One item cannot hurt another: whatever an item does ends in its own result. No Ray, and torch only where something is computed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from rayward.errors import ContractError
 from rayward.scoring.scored_model import encoding_error
 from rayward.wire.items import ItemError, ItemResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from rayward.scoring.units import EncodedItem, UnitValues, Values
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ def together(
 
 
 def _alone(part: T, compute: Callable[[Sequence[T]], Sequence[R]], device: torch.device) -> R | ItemError:
+    import torch
+
     try:
         (value,) = compute([part])
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -95,6 +100,14 @@ def _alone(part: T, compute: Callable[[Sequence[T]], Sequence[R]], device: torch
         torch.ones(1, device=device).sum().item()
         return item_error(exc, "in the forward")
     return value
+
+
+def finished(encoded: EncodedItem, values: Sequence[Values], make: Callable[[Sequence[UnitValues]], ItemResult]) -> ItemResult:
+    """The result of an item, if all its units have values and `make` can make one of them."""
+    error = encoded.error or next((value for value in values if isinstance(value, ItemError)), None)
+    if error is not None:
+        return ItemResult(error=error, taken_as=encoded.taken_as)
+    return settled(lambda: make([value for value in values if not isinstance(value, ItemError)]))
 
 
 def settled(make: Callable[[], ItemResult]) -> ItemResult:

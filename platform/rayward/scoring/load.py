@@ -11,9 +11,10 @@ from rayward.scoring.ensemble import Ensemble
 from rayward.scoring.implicit import ImplicitScorer
 from rayward.scoring.scored_model import ScoredModel
 from rayward.scoring.scorer import Scorer
+from rayward.scoring.units import UnitModel
 
 
-def load_scored_model(path: str | Path, placement: Placement = Placement()) -> ScoredModel:
+def load_scored_model(path: str | Path, placement: Placement = Placement()) -> UnitModel:
     """Load what lies in the directory; raises as the `load` of its kind does."""
     kinds: dict[object, type[Scorer] | type[Ensemble] | type[ImplicitScorer]] = {EnsembleRule: Ensemble, ImplicitRule: ImplicitScorer}
     kind = kinds.get(rule_kind(Path(path)), Scorer)
@@ -23,6 +24,7 @@ def load_scored_model(path: str | Path, placement: Placement = Placement()) -> S
         tokens_per_batch=placement.tokens_per_batch,
         verify=placement.verify,
         hash_weights=placement.hash_weights,
+        batch_invariant=placement.batch_invariant,
     )
 
 

@@ -24,7 +24,8 @@ from rayward.wire.lines import FIELDS, OPTIONS, Given, invalid, item_of
 from rayward.wire.rules import Limits, has_escapes
 
 if TYPE_CHECKING:
-    from rayward.scoring.scorer import Encoded, Scorer
+    from rayward.scoring.scorer import Scorer
+    from rayward.scoring.units import EncodedItem
 
 
 class Adapter(Protocol):
@@ -223,7 +224,7 @@ def score_chunks(model: ScoredModel, chunks: Iterable[Sequence[Given]]) -> Itera
         yield from (score_given(model, given) for given in chunks)
         return
 
-    def encode(given: Sequence[Given]) -> tuple[Sequence[Given], Encoded]:
+    def encode(given: Sequence[Given]) -> tuple[Sequence[Given], list[EncodedItem]]:
         return given, model.encode([entry.item for entry in given if isinstance(entry.item, ScoreItem)])
 
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
@@ -237,7 +238,7 @@ def score_chunks(model: ScoredModel, chunks: Iterable[Sequence[Given]]) -> Itera
             yield _computed(model, *waiting.result())
 
 
-def _computed(model: Scorer, given: Sequence[Given], encoded: Encoded) -> list[ItemResult]:
+def _computed(model: Scorer, given: Sequence[Given], encoded: Sequence[EncodedItem]) -> list[ItemResult]:
     scored = iter(model.compute(encoded))
     return [ItemResult(error=entry.item) if isinstance(entry.item, ItemError) else next(scored) for entry in given]
 

@@ -7,7 +7,6 @@ An item that cannot be scored gets an error; the others are scored. A score does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self, cast
@@ -15,15 +14,13 @@ from typing import Self, cast
 import numpy as np
 import torch
 
-from rayward.batch.comparison import EncodedComparison, comparison_of, shared_prefix_length
-from rayward.batch.layout import pack
-from rayward.batch.planner import group_by_budget
+from rayward.batch.comparison import EncodedComparison
+from rayward.batch.layout import Layout, pack
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
-from rayward.contract.encoder import Encoder, Encoding, gate_position
+from rayward.contract.encoder import Encoder
 from rayward.contract.golden import golden_conversations
-from rayward.contract.reading import place_of
-from rayward.contract.rendering import Conversation
+from rayward.contract.reading import Place, place_of
 from rayward.contract.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rayward.errors import ModelLoadError
 from rayward.model.build import load_reward_model, read_hf_config
@@ -33,24 +30,18 @@ from rayward.model.weights import head_sha256
 from rayward.model.weights_identity import weights_identity
 from rayward.schema import digest, identity
 from rayward.scoring.critiques import CritiqueWriter
-from rayward.scoring.isolation import each, settled, together
-from rayward.scoring.scored_model import ModelFacts, check_ids
+from rayward.scoring.encoding import ENCODING, TextEncoder, TextEncoderSpec, UnitRules
+from rayward.scoring.finishing import num_reads, result_of
+from rayward.scoring.forward import Forward
+from rayward.scoring.isolation import each, finished
+from rayward.scoring.scored_model import ModelFacts
+from rayward.scoring.units import EncodedItem, Unit, Values, computed
 from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
 FOREIGN_MAX_TOKENS = 4096
 """Token limit of a model without contract, unless its own context is shorter."""
-
-ENCODING = "while it was made into tokens"
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Items on their way through `Scorer.score`: as they are scored, and as token ids; or why they cannot be."""
-
-    items: list[ScoreItem | ItemError]
-    comparisons: list[list[EncodedComparison] | ItemError]
 
 
 class Scorer:
@@ -62,9 +53,21 @@ class Scorer:
         model_id: name for replies.
         version: identifies what was loaded.
         tokens_per_batch: token budget of one forward.
+        directory: where the tokenizer lies; None: units are made in this process only.
+        alone: every completion goes through the model by itself (`Placement.batch_invariant`).
     """
 
-    def __init__(self, model: RewardModel, encoder: Encoder, *, model_id: str, version: str, tokens_per_batch: int) -> None:
+    def __init__(
+        self,
+        model: RewardModel,
+        encoder: Encoder,
+        *,
+        model_id: str,
+        version: str,
+        tokens_per_batch: int,
+        directory: Path | None = None,
+        alone: bool = False,
+    ) -> None:
         self.contract = encoder.contract
         self.facts = ModelFacts(
             self.contract.outputs,
@@ -78,14 +81,20 @@ class Scorer:
         self._model = model.eval()
         self._encoder = encoder
         self._device = next(model.parameters()).device
-        self._tokens_per_batch = tokens_per_batch
+        self._directory = directory
+        self._forward = Forward(model.layout, self._device, tokens_per_batch, alone)
         self._writer = (
             CritiqueWriter(model, encoder, version=version, tokens_per_batch=tokens_per_batch) if self.facts.writes_critiques else None
         )
         # A pad token that the contract added to a foreign tokenizer has no embedding; masked positions may hold any id.
         pad = encoder.contract.pad_token_id
-        self._vocabulary = len(cast(torch.Tensor, model.model.get_input_embeddings().weight))
-        self._pad_id = pad if pad < self._vocabulary else 0
+        vocabulary = len(cast(torch.Tensor, model.model.get_input_embeddings().weight))
+        self._pad_id = pad if pad < vocabulary else 0
+        why = "it is read after a critique" if self.facts.writes_critiques else model.why_no_trace
+        self._rules = UnitRules(
+            self.facts, vocabulary, tokens_per_batch, gated=self.contract.gate is not None, alone=alone, why_no_trace=why
+        )
+        self._texts = TextEncoder(encoder, self._rules)
 
     @classmethod
     def load(
@@ -96,6 +105,7 @@ class Scorer:
         tokens_per_batch: int = 8192,
         verify: bool = True,
         hash_weights: HashWeights = "sampled",
+        batch_invariant: bool = False,
     ) -> Self:
         """Load an export, or any Hugging Face sequence-classification model (its contract derives from its tokenizer).
 
@@ -105,6 +115,7 @@ class Scorer:
             tokens_per_batch: token budget of one forward.
             verify: check files, head and golden scores of an export against its contract.
             hash_weights: how much of the weights of a model without contract its version covers.
+            batch_invariant: a reward is bitwise the same whatever is scored beside it.
 
         Raises:
             ContractError: there is no readable contract or tokenizer.
@@ -117,11 +128,11 @@ class Scorer:
             raise ModelLoadError(f"{directory} is not a directory", remedy="point at an exported or downloaded model")
         target = pick_device(device)
         if (directory / CONTRACT_FILE).is_file():
-            return cls._load_export(directory, target, tokens_per_batch, verify)
-        return cls._load_foreign(directory, target, tokens_per_batch, hash_weights)
+            return cls._load_export(directory, target, tokens_per_batch, verify, batch_invariant)
+        return cls._load_foreign(directory, target, tokens_per_batch, hash_weights, batch_invariant)
 
     @classmethod
-    def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool) -> Self:
+    def _load_export(cls, directory: Path, device: torch.device, tokens_per_batch: int, verify: bool, alone: bool) -> Self:
         contract = Contract.load(directory)
         if verify:
             contract.require_golden(directory)
@@ -134,13 +145,21 @@ class Scorer:
             max_tokens=contract.max_tokens,
             with_language=contract.critique_lead_in is not None,
         )
-        scorer = cls(model, encoder, model_id=directory.resolve().name, version=contract.model_version(), tokens_per_batch=tokens_per_batch)
+        scorer = cls(
+            model,
+            encoder,
+            model_id=directory.resolve().name,
+            version=contract.model_version(),
+            tokens_per_batch=tokens_per_batch,
+            directory=directory,
+            alone=alone,
+        )
         if verify:
             scorer.verify_golden()
         return scorer
 
     @classmethod
-    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights) -> Self:
+    def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights, alone: bool) -> Self:
         tokenizer = load_tokenizer(str(directory))
         config = read_config(directory)
         limit = min(FOREIGN_MAX_TOKENS, context_length(read_hf_config(directory)) or FOREIGN_MAX_TOKENS)
@@ -167,6 +186,8 @@ class Scorer:
             model_id=directory.resolve().name,
             version=f"unverified-{digest(content)[:12]}",
             tokens_per_batch=tokens_per_batch,
+            directory=directory,
+            alone=alone,
         )
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
@@ -182,27 +203,50 @@ class Scorer:
         """
         return self.compute(self.encode(items))
 
-    def encode(self, items: Sequence[ScoreItem]) -> Encoded:
-        """The first half of `score`, which needs the model only where critiques are written."""
-        criticised = self.criticise(items)
-        return Encoded(criticised, each(criticised, self._comparisons, doing=ENCODING))
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        """The first part of `score`, which needs the model only where critiques are written."""
+        return [
+            EncodedItem(item, error=found) if isinstance(found, ItemError) else self._texts.encode(found)
+            for item, found in zip(items, self.criticise(items), strict=True)
+        ]
 
-    def compute(self, given: Encoded) -> list[ItemResult]:
-        """The second half of `score`; the next items may be encoded meanwhile, in one other thread."""
-        parts = [comparison for found in given.comparisons if not isinstance(found, ItemError) for comparison in found]
-        outputs = iter(self._forward(parts, self._outputs))
-        results: list[ItemResult] = []
-        for item, found in zip(given.items, given.comparisons, strict=True):
-            if isinstance(item, ItemError) or isinstance(found, ItemError):
-                results.append(ItemResult(error=cast(ItemError, found)))
-                continue
-            values = [next(outputs) for _ in found]
-            results.append(settled(partial(self._result, item, found, values)))
-        return results
+    def compute(self, encoded: Sequence[EncodedItem]) -> list[ItemResult]:
+        """The rest of `score`; the next items may be encoded meanwhile, in one other thread."""
+        return computed(self, encoded)
+
+    @property
+    def layout(self) -> Layout:
+        """Of its forwards."""
+        return self._model.layout
+
+    def encoder_spec(self) -> TextEncoderSpec | None:
+        """What encodes as this scorer does; None where critiques are written, or where nobody said where the tokenizer lies."""
+        if self._directory is None or self._writer is not None:
+            return None
+        return TextEncoderSpec.of(self._directory, self.contract, self._rules)
+
+    def encode_item(self, item: ScoreItem) -> EncodedItem:
+        """One item as units, or its error."""
+        return self.encode([item])[0]
+
+    def forward(self, units: Sequence[Unit]) -> list[Values]:
+        """The values of units, of whatever items, in order; raises as `score`."""
+        found: dict[int, Values] = {}
+        for trace in (False, True):
+            place: Place = "tokens" if trace else place_of(self.contract.reading)
+            indices = [index for index, unit in enumerate(units) if unit.trace == trace]
+            if indices:
+                comparisons, run = [units[index].comparison for index in indices], partial(self._run, self._outputs, place)
+                found |= zip(indices, self._forward.shared(comparisons, run, partial(num_reads, place)), strict=True)
+        return [found[index] for index in range(len(units))]
+
+    def finish(self, encoded: EncodedItem, values: Sequence[Values]) -> ItemResult:
+        """The result of an item from the values of its units."""
+        return finished(encoded, values, partial(result_of, self.contract, self.facts, encoded))
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
-        found = each(items, lambda item: self.facts.refusal(item.asked) or item, doing="while it was checked")
+        found = each(items, lambda item: self._texts.refusal(item) or item, doing="while it was checked")
         if self._writer is None:
             return found
         waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]
@@ -265,9 +309,10 @@ class Scorer:
 
     def features(self, items: Sequence[ScoreItem]) -> list[torch.Tensor | ItemError]:
         """What a head reads: for each item float32 [K, 2, hidden] (end of the completion, gate position), or why there is none."""
-        encoded = each(items, partial(self._comparisons, gated=True, plain=True), doing=ENCODING)
+        encoded = each(items, partial(self._texts.plain_comparisons, gated=True), doing=ENCODING)
         parts = [comparison for found in encoded if not isinstance(found, ItemError) for comparison in found]
-        hidden = iter(self._forward(parts, lambda batch: torch.stack(self._model.features(batch), dim=1)))
+        run = partial(self._run, lambda batch: torch.stack(self._model.features(batch), dim=1), "end")
+        hidden = iter(self._forward.separate(parts, run))
         results: list[torch.Tensor | ItemError] = []
         for comparisons in encoded:
             if isinstance(comparisons, ItemError):
@@ -278,112 +323,18 @@ class Scorer:
             results.append(failed or torch.cat(cast(list[torch.Tensor], values)))
         return results
 
-    def _comparisons(self, item: ScoreItem, *, gated: bool | None = None, plain: bool = False) -> list[EncodedComparison]:
-        # plain: the conversations as they end, whatever the head reads.
-        if plain:
-            conversations = self._encoder.encode_sure([Conversation(item.prompt, text, None, item.inputs) for text in item.completions])
-        else:
-            conversations = self._encode(item)
-        check_ids((conversation.ids for conversation in conversations), self._vocabulary)
-        return self._split(conversations, gated=self.contract.gate is not None if gated is None else gated)
-
-    def _encode(self, item: ScoreItem) -> list[Encoding]:
-        # Of each completion one conversation, or one for each of its critiques.
-        reading, critiques = self.contract.reading, item.critiques
-        given: Sequence[Sequence[str | None]] = [[None]] * len(item.completions)
-        if critiques is not None and self.facts.writes_critiques:
-            given = critiques
-        asked = [
-            Conversation(item.prompt, text, each, item.inputs) for text, of in zip(item.completions, given, strict=True) for each in of
-        ]
-        return self._encoder.encode_sure(asked, separator=None if reading is None else reading.separator)
-
     def _outputs(self, batch: BatchTensors) -> torch.Tensor:
         return cast(torch.Tensor, self._model(batch))
 
-    def _split(self, conversations: list[Encoding], *, gated: bool) -> list[EncodedComparison]:
-        # Truncation is decided per completion, so prefixes are compared as ids, not as text.
-        prefix = shared_prefix_length([conversation.ids for conversation in conversations])
-        comparisons: list[EncodedComparison] = []
-        group: list[Encoding] = []
-        used = prefix
-
-        def comparison() -> EncodedComparison:
-            gates = tuple(gate_position(self.contract, encoding.ids, encoding.text_start) for encoding in group) if gated else None
-            return comparison_of("item", group, prefix=prefix, gate_positions=gates)
-
-        for conversation in conversations:
-            length = len(conversation.ids) - prefix
-            if group and used + length > self._tokens_per_batch:
-                comparisons.append(comparison())
-                group, used = [], prefix
-            group.append(conversation)
-            used += length
-        return [*comparisons, comparison()]
-
-    def _forward(
-        self, comparisons: list[EncodedComparison], compute: Callable[[BatchTensors], torch.Tensor]
-    ) -> list[torch.Tensor | ItemError]:
-        # float32 [readings, ...] on the CPU for each comparison.
-        found: list[torch.Tensor | ItemError] = [torch.zeros(0) for _ in comparisons]
-        for group in group_by_budget(comparisons, tokens_per_microbatch=self._tokens_per_batch, layout=self._model.layout):
-            members = [comparisons[i] for i in group]
-            outputs = together(members, partial(self._group, compute), device=self._device, good=_is_finite)
-            for index, values in zip(group, outputs, strict=True):
-                found[index] = values
-        return found
-
     @torch.inference_mode()
-    def _group(self, compute: Callable[[BatchTensors], torch.Tensor], comparisons: Sequence[EncodedComparison]) -> list[torch.Tensor]:
-        batch = pack(comparisons, layout=self._model.layout, pad_token_id=self._pad_id, read=place_of(self.contract.reading))
+    def _run(
+        self, compute: Callable[[BatchTensors], torch.Tensor], place: Place, comparisons: Sequence[EncodedComparison]
+    ) -> list[torch.Tensor]:
+        batch = pack(comparisons, layout=self._model.layout, pad_token_id=self._pad_id, read=place)
         outputs = compute(to_tensors(batch, self._device)).cpu()
         ends = np.cumsum([comparison.num_completions for comparison in comparisons])[:-1]
         sizes = [int(reads.sum()) for reads in np.split(np.asarray(batch.num_reads), ends)]
         return list(torch.split(outputs, sizes))
-
-    def _result(self, item: ScoreItem, comparisons: list[EncodedComparison], values: list[torch.Tensor | ItemError]) -> ItemResult:
-        failed = next((value for value in values if isinstance(value, ItemError)), None)
-        if failed is not None:
-            return ItemResult(error=failed)
-        outputs = torch.cat(cast(list[torch.Tensor], values))
-        reading = self.contract.reading
-        tokens = sum(c.num_tokens_unshared for c in comparisons)
-        computed = tokens if self._model.layout == "padded" else sum(c.num_tokens for c in comparisons)
-        num_bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
-        if num_bad:
-            # NaN in one completion can reach its siblings through masked attention, so the item fails as a whole.
-            error = ItemError("non_finite", f"the model gave NaN or Inf for {num_bad} of {len(outputs)} outputs")
-            return ItemResult(error=error, tokens=tokens, tokens_computed=computed)
-        steps = None
-        if reading is not None:
-            num_reads = [len(places) for c in comparisons for places in c.read_positions(reading.at)]
-            if reading.at == "steps":
-                steps = tuple(tuple(part.tolist()) for part in torch.split(outputs[:, 0].sigmoid(), num_reads))
-            outputs = reading.combine(outputs, num_reads)
-        # Self-consistency: the mean over the critiques of a completion.
-        outputs = outputs.reshape(len(item.completions), -1, outputs.shape[1])
-        rewards = self._combined(item, outputs)
-        several = self.facts.writes_critiques and rewards.shape[1] > 1
-        return ItemResult(
-            rewards=self.facts.normalised(rewards.mean(dim=1).tolist(), item.asked),
-            outputs=tuple(tuple(row) for row in outputs.mean(dim=1).tolist()) if outputs.shape[2] > 1 else None,
-            steps=steps,
-            critiques=item.critiques if self.facts.writes_critiques else None,
-            reward_std=tuple(rewards.std(dim=1, correction=0).tolist()) if several else None,
-            tokens=tokens,
-            tokens_computed=computed,
-        )
-
-    def _combined(self, item: ScoreItem, outputs: torch.Tensor) -> torch.Tensor:
-        # [K, critiques, outputs] -> [K, critiques]
-        contract = self.contract
-        asked = item.asked.weights
-        weights = contract.reward_weights if asked is None else contract.weight_sets[asked]
-        return outputs[..., 0] if weights == (1.0,) else outputs @ torch.tensor(weights, dtype=torch.float32)
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
 
 
 def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:

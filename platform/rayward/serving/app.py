@@ -1,143 +1,273 @@
-"""The scoring server: a Ray Serve application of an HTTP ingress and a scorer.
+"""The scoring service: the application with the ingress and the manager, and how a command starts and ends it.
 
-    client -> ingress (limits, rules, error bodies) -> scorer (batches by tokens over requests, forward in a thread)
+    front application    ingress (HTTP; reads the table of routes) and manager (makes the table true)
+    one application      per version of a model: scorer replicas, started, verified and taken down by the manager
 
-The scorer's constructor verifies the contract; while it fails, the application never becomes healthy, and the reason is
-in the application's status. One request is scored by one replica, hence by one model version.
+Nothing of the front holds a model, so publishing, promoting and rolling back change a table and restart nobody.
 """
 
 # No `from __future__ import annotations`: Serve reads the type of the builder's argument, to validate the file's `args:` with it.
+import json
+import os
+import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from rayward.cluster import connect, device_environment
 from rayward.config.scoring import ScoringConfig
+from rayward.errors import ConfigError, RaywardError
+from rayward.serving.applications import HEALTH, ManagerDeployment, table_store
+from rayward.serving.assembly import assemble
+from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_secrets
+from rayward.serving.autoscaling import REPORT_ENVIRONMENT
 from rayward.serving.ingress import Ingress
-from rayward.serving.preflight import check_model, free_port, startup_error
+from rayward.serving.manager import declared_models
+from rayward.serving.preflight import check_sources, free_port, startup_error
 from rayward.serving.proxies import running_address
-from rayward.serving.replica import ScorerDeployment
+from rayward.serving.rollout import check_front
+from rayward.serving.sources import settled_source
+from rayward.storage import absolute
 
-GRACEFUL_SHUTDOWN_S = 60.0
-HEALTH_CHECK_PERIOD_S = 5.0
-HEALTH_CHECK_TIMEOUT_S = 60.0
-INGRESS_SLACK = 64
-"""Requests that the ingress holds beyond what the scorers run and queue: those being read, checked or refused."""
+INGRESS_SLACK = 256
+"""Requests that Serve lets an ingress hold beyond its own bound, so that refusals come from our code, with our error body."""
+
+INGRESS_DRAIN_S = 60.0
+KEEP_ALIVE_S = 90
+"""Longer than clients keep an idle connection, so that it is the client who ends it and no request meets a closed one."""
+
+POLL_S = 0.25
+MANAGER = "manager"
 
 
 def build(args: ScoringConfig) -> serve.Application:
-    """The application; `import_path: rayward.serving.app:build` in a Serve config file."""
-    model_name = args.model_name or Path(args.model or "").resolve().name
-    scaling: dict[str, Any] = (
-        {"num_replicas": args.min_replicas}
-        if args.min_replicas == args.max_replicas
-        else {
-            "autoscaling_config": {
-                "min_replicas": args.min_replicas,
-                "max_replicas": args.max_replicas,
-                "target_ongoing_requests": 32,
-            }
-        }
-    )
-    common: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,
-        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
-        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
-        # A constructor that refuses its model refuses it every time.
-        "max_constructor_retry_count": 1,
-    }
-    scorer = (
-        cast(serve.Deployment, ScorerDeployment)
+    """The front application; `import_path: rayward.serving.app:build` in a Serve config file.
+
+    Raises:
+        ConfigError: the models that it names contradict each other.
+    """
+    config = settled(args)
+    manager = (
+        cast(serve.Deployment, ManagerDeployment)
         .options(
-            max_ongoing_requests=args.max_ongoing_requests,
-            max_queued_requests=2048,
-            ray_actor_options={
-                "num_cpus": args.cpus_per_replica,
-                "num_gpus": args.gpus_per_replica,
-                "runtime_env": {
-                    "env_vars": {
-                        "OMP_NUM_THREADS": str(args.threads_per_replica),
-                        "TOKENIZERS_PARALLELISM": "false",
-                        **device_environment(args.gpus_per_replica),
-                    }
-                },
-            },
-            **scaling,
-            **common,
+            # One, and the old one stops before the new one starts: the table has one writer.
+            num_replicas=1,
+            max_ongoing_requests=1024,
+            max_queued_requests=-1,
+            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
+            graceful_shutdown_timeout_s=10.0,
+            **HEALTH,
         )
-        .bind(args, model_name)
+        .bind(config)
     )
-    # Room for all that the scorers run and queue, so that refusals come from our code, with our error body.
-    capacity = args.max_ongoing_requests * args.max_replicas + 2048 + INGRESS_SLACK
     ingress = (
         cast(serve.Deployment, Ingress)
         .options(
-            num_replicas=1,
-            max_ongoing_requests=capacity,
-            max_queued_requests=capacity,
-            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
-            **common,
+            num_replicas=config.ingress_replicas,
+            max_ongoing_requests=config.max_requests + INGRESS_SLACK,
+            max_queued_requests=config.max_requests,
+            # New settings: the new ingress is there before the old one stops.
+            max_surge_percent=100,
+            graceful_shutdown_timeout_s=INGRESS_DRAIN_S,
+            ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ingress_environment()}},
+            **HEALTH,
         )
-        .bind(scorer, args, model_name)
+        .bind(config, assemble, manager)
     )
     application: serve.Application = ingress
     return application
 
 
+def ingress_environment() -> dict[str, str]:
+    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there."""
+    keys = os.environ.get(KEYS_VARIABLE)
+    return {**REPORT_ENVIRONMENT, **device_environment(0), **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
+
+
+def settled(config: ScoringConfig) -> ScoringConfig:
+    """The same settings for processes with another working directory; every model has its name.
+
+    Raises:
+        ConfigError: two models have one name, or the default one is none of them and no state is kept from before.
+    """
+    models = declared_models(config)
+    if config.default_model is not None and config.default_model not in models and config.state is None:
+        known = ", ".join(models) or "none"
+        raise ConfigError(f"default_model is {config.default_model!r}; the models are: {known}", remedy="name one of these")
+    placed = {name: settled_source(source) for name, source in models.items()}
+    default = config.default_model or next(iter(models), None)
+    places = {key: absolute(value) for key in ("state", "keys_file") if (value := getattr(config, key)) is not None}
+    return config.model_copy(update={"model": None, "model_name": None, "models": placed, "default_model": default, **places})
+
+
 def serve_model(
     config: ScoringConfig,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str | None = None,
+    port: int | None = None,
     blocking: bool = False,
     name: str = "rayward",
     route_prefix: str = "/",
+    replace: bool = False,
     on_ready: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Deploy the application and wait until it scores.
+    """Deploy the application and wait until every model that the settings name scores.
 
     Args:
         config: what to serve and how.
-        host, port: where the proxies listen; port 0 takes a free one. A cluster on which Serve runs already keeps its own.
-        blocking: stay until interrupted, then take the application down.
-        name: application name; deploying under the same name again replaces the model.
+        host, port: where the proxies listen, 127.0.0.1 and 8000 if not given; port 0 takes a free one. Where Serve runs already, its
+            proxies are there already: what is given has to be theirs.
+        blocking: stay until interrupted, then take down what this call started.
+        name: of the application.
         route_prefix: path the application is mounted at.
+        replace: give an application of this name that runs already these settings; its versions answer until the new ones are verified.
         on_ready: called with the base URL as soon as the application scores, before blocking.
+        on_note: called with what the start waits for, where that takes long.
 
     Returns:
         The base URL.
 
     Raises:
         ContractMismatchError: an artifact is not the contract's; the message says which part.
-        ContractError, ModelLoadError: the model cannot be loaded.
-        ConfigError: the port is taken.
+        ContractError, ModelLoadError: a model cannot be loaded. Whatever was served before is served still.
+        ConfigError: the port is taken, or not the one of the proxies that run; the name is taken.
         ServerError: the application did not start for another reason.
     """
-    check_model(Path(config.model or ""), verify=config.verify_golden)
-    # Replicas have another working directory than the driver.
-    config = config.model_copy(update={"model": str(Path(config.model or "").resolve())})
+    check_front(name)
+    config = settled(config)
+    check_sources(config)
     connect()
+    host, port, started_serve = _proxies(host, port, config)
+    running = serve.status().applications
+    if name in running and not replace:
+        raise ConfigError(
+            f"an application named {name!r} runs on this cluster already",
+            remedy="--replace gives it these settings, --name and --route-prefix put another one beside it, and `rayward models publish` "
+            "adds a model or a version to it",
+        )
+    url = f"http://{_shown(host)}:{port}{route_prefix.rstrip('/')}"
+    try:
+        try:
+            serve.run(build(config), name=name, route_prefix=route_prefix)
+        except (RuntimeError, ValueError, RayServeException) as exc:
+            raise startup_error(_failure_message(name) or str(exc)) from exc
+        _wait_for_models(config, name, on_note)
+        if on_ready is not None:
+            on_ready(url)
+        if blocking:
+            _wait_until_interrupted()
+            take_down(config, name, started_serve=started_serve)
+    except BaseException:
+        # Also what interrupts the start: this call takes away what it started, and nothing else.
+        if name not in running:
+            take_down(config, name, started_serve=started_serve)
+        raise
+    return url
+
+
+def take_down(config: ScoringConfig, name: str, *, started_serve: bool = False) -> None:
+    """End an application, the applications of its versions, and with them its table where no `state` was named."""
+    # First the front: its manager would start the versions again.
+    serve.delete(name)
+    versions = [each for each in serve.status().applications if each.startswith(f"{name}.")]
+    for each in versions:
+        serve.delete(each, _blocking=False)
+    for each in versions:
+        serve.delete(each)
+    if config.state is None:
+        shutil.rmtree(table_store(config, name).location, ignore_errors=True)
+    if started_serve and not serve.status().applications:
+        serve.shutdown()
+
+
+def cluster_address() -> str:
+    """Of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple[str, int, bool]:
+    # Where the proxies listen, and whether they were started here.
     running = running_address()
     if running is None:
-        port = free_port(host, port)
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-    else:
-        host, port = running
-    try:
-        serve.run(build(config), name=name, route_prefix=route_prefix)
-    except RuntimeError as exc:
-        reason = _failure_message(name) or str(exc)
-        serve.delete(name)
-        raise startup_error(reason) from exc
-    url = f"http://{host}:{port}{route_prefix.rstrip('/')}"
-    if on_ready is not None:
-        on_ready(url)
-    if blocking:
-        _wait_until_interrupted(name)
-    return url
+        host = "127.0.0.1" if host is None else host
+        check_exposure(host, config, Keys.of(config))
+        port = free_port(host, 8000 if port is None else port)
+        options = {
+            "host": host,
+            "port": port,
+            "keep_alive_timeout_s": KEEP_ALIVE_S,
+            # The ingress answers by the deadline of the request itself; this ends what even so stays open.
+            "request_timeout_s": config.max_deadline_s + 30.0,
+        }
+        serve.start(proxy_location="EveryNode", http_options=options)
+        return host, port, True
+    wrong = [
+        f"{what} is {asked}"
+        for what, asked, there in (("host", host, running[0]), ("port", port, running[1]))
+        if asked not in (None, there)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{' and '.join(wrong)}, and Serve listens on {running[0]}:{running[1]} on this cluster already",
+            remedy="leave --host and --port out to serve there (with a --name and a --route-prefix of its own), or add the model to what is"
+            f" served: `rayward models publish --url http://{_shown(running[0])}:{running[1]}`; RAY_ADDRESS=local starts another cluster",
+        )
+    check_exposure(running[0], config, Keys.of(config))
+    return *running, False
+
+
+def _wait_for_models(config: ScoringConfig, name: str, on_note: Callable[[str], None]) -> None:
+    handle: Any = serve.get_deployment_handle(MANAGER, app_name=name)
+    noted = ""
+    while True:
+        listing = handle.administer.remote("list", b"").result()
+        waits = [_waits_for(listing, model, source) for model, source in config.models.items()]
+        note = "\n".join(each for each in waits if each)
+        if note and note != noted:
+            on_note(note)
+        noted = note
+        if all(each is None for each in waits):
+            return
+        time.sleep(POLL_S)
+
+
+def _waits_for(listing: dict[str, Any], model: str, source: str) -> str | None:
+    """What a model still waits for, in words, perhaps none; None: it scores.
+
+    Raises:
+        RaywardError: it will not.
+    """
+    if model in listing["unreadable"]:
+        raise _error_of(listing["unreadable"][model])
+    routes = listing["models"].get(model)
+    if routes is None or listing["declared"].get(model) != source:
+        return ""
+    own = [version for version in routes["versions"] if version["source"] == source]
+    if own and all(version["state"] == "failed" for version in own):
+        raise _error_of(own[-1]["error"])
+    waiting = [version for version in own if version["state"] == "loading"]
+    waiting += [version for version in routes["versions"] if version["version"] == routes["current"] and version["serve"] != "running"]
+    broken = next((version["error"] for version in waiting if version["error"]), None)
+    if broken is not None:
+        raise _error_of(broken)
+    if waiting or routes["current"] is None:
+        return "\n".join(version["message"] for version in waiting if version["message"])
+    return None
+
+
+def _error_of(told: dict[str, str]) -> RaywardError:
+    fields = {"problem": told["message"], "remedy": told["remedy"]}
+    return RaywardError.from_json(json.dumps({"types": [told["type"]], "fields": fields}))
+
+
+def _shown(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _failure_message(name: str) -> str:
@@ -147,9 +277,9 @@ def _failure_message(name: str) -> str:
     return "\n".join(deployment.message for deployment in deployments if deployment.message)
 
 
-def _wait_until_interrupted(name: str) -> None:
+def _wait_until_interrupted() -> None:
     try:
         while True:
             time.sleep(1.0)
     except KeyboardInterrupt:
-        serve.delete(name)
+        return

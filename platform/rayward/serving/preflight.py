@@ -6,9 +6,11 @@ import socket
 from contextlib import closing
 from pathlib import Path
 
+from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError, find_in
 from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
+from rayward.serving.sources import is_elsewhere, look_up
 
 
 def check_model(directory: Path, *, verify: bool = True) -> None:
@@ -37,18 +39,38 @@ def check_model(directory: Path, *, verify: bool = True) -> None:
         raise ModelLoadError(f"{directory} has neither {CONTRACT_FILE} nor config.json", remedy="point at an exported or downloaded model")
 
 
+def check_sources(config: ScoringConfig) -> None:
+    """Catch the usual mistakes of every model that the settings name, and places that do not answer, before anything starts.
+
+    Raises:
+        ConfigError: there is nothing to serve.
+        ModelLoadError, ContractError: as `check_model`; a place elsewhere does not answer, or has no model there.
+    """
+    sources = [*([config.model] if config.model is not None else []), *config.models.values()]
+    if not sources and config.state is None:
+        raise ConfigError("there is no model to serve", remedy="name one: `rayward serve MODEL`; or the `state` of a service that had some")
+    for source in sources:
+        look_up(source)
+        if not is_elsewhere(source):
+            check_model(Path(source).expanduser(), verify=config.verify_golden)
+
+
 def free_port(host: str, port: int) -> int:
     """The port if it can be bound, any free one for 0.
 
     Raises:
-        ConfigError: it is taken or not allowed.
+        ConfigError: it is no port, taken or not allowed; or the host is no address of this machine.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; the rule is 0 (any free one) to 65535", remedy="choose another port")
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as exc:
-            raise ConfigError(f"port {port} on {host} cannot be used ({exc.strerror})", remedy="choose another port") from exc
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({exc.strerror})", remedy="choose another port, or another host"
+            ) from exc
         chosen: int = probe.getsockname()[1]
         return chosen
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from rayward.config.scoring import ReplicaConfig
 from rayward.errors import RuleError, UnavailableError, VersionError
 from rayward.schema import Frozen, Versioned
+from rayward.wire.native import ModelInfo
 
 State: TypeAlias = Literal["loading", "ready", "failed"]
 
@@ -35,6 +36,16 @@ class Release(Frozen):
     """Why it failed: `RaywardError.to_json`."""
     published_at: float = 0.0
     """Seconds since 1970."""
+    promote: bool = False
+    """Becomes current as soon as it is ready."""
+    application: str | None = None
+    """Serve application that runs it; None: `application_of`. A model without contract is started before its version is known."""
+    content: str | None = None
+    """What identifies the files that were published, where they are not in a directory of the cluster: another content is refused."""
+    deployed: str | None = None
+    """Identity of what was handed to Serve last; another one is handed over again."""
+    info: ModelInfo | None = None
+    """What its replicas say that it is; None until one has."""
 
 
 class Canary(Frozen):
@@ -62,6 +73,13 @@ class ModelRoutes(Frozen):
         return {version for version in named if version is not None}
 
 
+class Declared(Frozen):
+    """What the configuration of the application said of a model when it was last read: only a change of it changes the routes."""
+
+    source: str
+    config: ReplicaConfig = ReplicaConfig()
+
+
 class Choice(Frozen):
     """Who answers one request."""
 
@@ -80,6 +98,12 @@ class RouteTable(Versioned):
     """Grows by one with every change."""
     default_model: str | None = None
     models: dict[str, ModelRoutes] = Field(default_factory=dict)
+    declared: dict[str, Declared] = Field(default_factory=dict)
+
+    def application(self, front: str, model: str, version: str) -> str:
+        """Name of the Serve application that runs a version of this table."""
+        release = self.models[model].releases.get(version) if model in self.models else None
+        return (release.application if release else None) or application_of(front, model, version)
 
     def choose(self, model: str | None, version: str | None, request_id: str) -> Choice:
         """Who answers a request: the pinned version, else the canary for its share of the request ids, else the current one.

@@ -3,8 +3,9 @@
 A dialect never scores, waits or opens a socket: `parse` turns a body into a `Call`, the ingress has it scored, and `Call.render` turns what
 came back into the body of a reply. One file per dialect in `rayward.wire.dialects`; `rayward.wire.dialects.table` is the one list.
 
+    route = route.pick(body) if route.pick else route             where dialects share a path: whose body it is
     route.parse(body, limits) -> Call(items, render, ...)         raises RuleError, refused before anything is tokenized
-    ingress: Call.items -> Answered
+    ingress: Call.items -> Answered                               a route that asks for no scores has no items
     call.render(answered) -> Body                                 raises ItemFailedError where the schema has no room for an item's error
     route.error(status, error, code) -> JSON                      every refusal, in the dialect's own error shape
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rayward.errors import RaywardError, RequestError
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
@@ -50,6 +51,7 @@ class Answered:
         request_id: the caller's, or ours.
         model, version: who scored.
         created: seconds since 1970.
+        outputs: names of the head's outputs, as `ModelInfo` has them; empty: not known.
     """
 
     request_id: str
@@ -58,6 +60,7 @@ class Answered:
     results: tuple[ItemResult, ...]
     created: int
     timings: Timings = Timings()
+    outputs: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -114,6 +117,9 @@ class Route:
         statuses: those of our HTTP statuses that the dialect's clients know by another one.
         request, reply: JSON schemas for the OpenAPI document.
         foreign_models: whether `Call.model` is a name of the other system's configuration, and the default model answers for any.
+        asks: `ready` and `alive`: probes of other systems, which have no items; `ready` is refused with 503 while nothing can score.
+        pick: where dialects share a path, the route whose body it is, with an error shape of its own.
+        media_types: of a request body; any charset.
     """
 
     path: str
@@ -126,6 +132,9 @@ class Route:
     methods: tuple[str, ...] = ("POST",)
     statuses: Mapping[int, int] = field(default_factory=dict)
     foreign_models: bool = False
+    asks: Literal["scores", "ready", "alive"] = "scores"
+    pick: Callable[[bytes], Route] | None = None
+    media_types: tuple[str, ...] = ("application/json",)
 
 
 class ItemFailedError(RequestError):
@@ -157,6 +166,8 @@ def rewards_of(results: Sequence[ItemResult]) -> list[tuple[float, ...]]:
         if result.rewards is None:
             assert result.error is not None
             raise ItemFailedError(result.error, item=index)
+        if not result.is_finite():
+            raise ItemFailedError(ItemError.of("non_finite", "the model gave a number that is not finite"), item=index)
         found.append(result.rewards)
     return found
 

@@ -9,15 +9,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from rayward.contract.contract import Normalise
-from rayward.contract.conversation import Completion, Message, TemplateInputs
+from rayward.contract.conversation import Completion, Message, TakenAs, TemplateInputs
 
 FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Form: TypeAlias = Literal["conversation", "text"]
 """What an item is: a prompt and completions for the template, or one finished text of a flat dialect."""
-
-TakenAs: TypeAlias = Literal["templated", "rendered", "as_given"]
-"""What became of the texts of an item: put through the contract's template; recognised as templated before and taken as they are; or plain
-texts without roles, which no template can be applied to, tokenized as they stand."""
 
 RETRYABLE_CODES = frozenset({"deadline_exceeded", "overloaded", "interrupted", "encoder_lost"})
 """Errors of items that another try may not meet: the time was up, the replica went away, a neighbour took the process down."""
@@ -56,6 +52,8 @@ class ScoreItem:
         critiques: given critiques of each completion, which are then not written.
         seed: of the sampling of critiques. Neither is on the wire.
         form: `text`: there is no prompt, and one completion, a whole text of a flat dialect: templated before or plain.
+        prompt_text: of a text, the beginning that its sender calls the prompt; where no template has been applied, the contract's is
+            applied to it and to what follows. None: not said.
         trace: the reward at every token of the completions is asked for.
     """
 
@@ -67,6 +65,7 @@ class ScoreItem:
     tools: tuple[dict[str, Any], ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     form: Form = "conversation"
+    prompt_text: str | None = None
     trace: bool = False
 
     @property

@@ -17,14 +17,14 @@ from typing import Any, NoReturn
 from rayward.contract.conversation import broken_by_text
 from rayward.errors import RuleError
 from rayward.wire.items import Asked, ItemError, ScoreItem
-from rayward.wire.native import ScoreRequest, WireItem
+from rayward.wire.native import Options, WireItem
 from rayward.wire.rules import Limits, check_request, has_escapes
 
 INVALID = "invalid_item"
 """Code of an item that breaks a rule before anything is computed; the message begins with the rule."""
 
 BOM = b"\xef\xbb\xbf"
-OPTIONS = frozenset(ScoreRequest.model_fields) - {"items", "model", "version", "deadline_ms", "trace"}
+OPTIONS = frozenset(Options.model_fields) - {"model", "version", "deadline_ms"}
 FIELDS = frozenset(WireItem.model_fields) | {"completion", "id"} | OPTIONS
 """Names that mean something in an item."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -56,7 +56,7 @@ def parse_request(body: bytes, limits: Limits) -> tuple[list[ScoreItem], str | N
     if len(body) > limits.max_body_bytes:
         body_too_large(len(body), limits)
     # Valid UTF-8 can carry NUL and lone surrogates only as escapes, so other bodies need no walk.
-    return check_request(_decode(body), limits, escapes=has_escapes(body))
+    return check_request(decode(body), limits, escapes=has_escapes(body))
 
 
 def has_escapes(body: bytes) -> bool:
@@ -72,6 +72,16 @@ def check_request(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[li
 
     Returns and raises: as `parse_request`.
     """
+    items, request = checked(raw, limits, escapes=escapes)
+    return items, request.model
+
+
+def checked(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[list[ScoreItem], ScoreRequest]:
+    """The items of a decoded request, and what else it says.
+
+    Raises:
+        RuleError: as `parse_request`.
+    """
     _check_sizes(raw, limits)
     if escapes:
         _check_characters(raw)
@@ -81,7 +91,8 @@ def check_request(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[li
         _raise_schema_violation(exc)
     asked = request.asked
     _check_critiques(asked, limits)
-    return [_to_item(index, item, asked, limits, escapes=escapes) for index, item in enumerate(request.items)], request.model
+    items = [_to_item(index, item, asked, limits, escapes=escapes) for index, item in enumerate(request.items)]
+    return [replace(item, trace=True) for item in items] if request.trace else items, request
 
 
 def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
@@ -97,7 +108,12 @@ def body_too_large(num_bytes: int, limits: Limits) -> NoReturn:
     )
 
 
-def _decode(body: bytes) -> Any:
+def decode(body: bytes) -> Any:
+    """The JSON value of a body.
+
+    Raises:
+        RuleError: `invalid_json`; also for NaN and Infinity, which JSON does not have.
+    """
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
     except RecursionError:
@@ -161,9 +177,10 @@ def _require(broken: BrokenRule | None, where: str, item: int | None) -> None:
 
 _FORM = (
     'the form is {"items": [{"prompt": str | messages, "completions": [str | messages, ...], "tools"?: [object, ...], '
-    '"chat_template_kwargs"?: object}], "model"?: str, "weights"?: str, "normalise"?: "raw" | "centred" | "standardised", '
-    '"n_critiques"?: int >= 1, "temperature"?: 0 to 2}; a message has role, content, tool_calls, tool_call_id, name, '
-    "reasoning_content, prefix"
+    '"chat_template_kwargs"?: object}], "model"?: str, "version"?: str, "weights"?: str, '
+    '"normalise"?: "raw" | "centred" | "standardised", '
+    '"n_critiques"?: int >= 1, "temperature"?: 0 to 2, "deadline_ms"?: int >= 1, "trace"?: bool}; '
+    "a message has role, content, tool_calls, tool_call_id, name, reasoning_content, prefix"
 )
 _SCHEMA_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
 

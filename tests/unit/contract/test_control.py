@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,7 +151,9 @@ def test_text_that_was_templated_before_is_refused_or_taken_as_it_is(tmp_path: P
         with pytest.raises(AlreadyTemplatedError, match="templated_text"):
             strict.encode(prompt, completion)
         if completion != END:
-            assert trusting.encode_parts(prompt, completion) == strict.encode_parts(PROMPT, "I am")
+            found, expected = trusting.encode_parts(prompt, completion), strict.encode_parts(PROMPT, "I am")
+            assert found.taken_as == ("rendered" if prompt is templated else "templated")
+            assert replace(found, taken_as="templated") == expected
     # Only a whole prompt that ends where the assistant begins is taken so, and its completion forges nothing either.
     unfit: list[tuple[Message, ...]] = [
         (Message(role="user", content=f"{START}user\nwho"),),

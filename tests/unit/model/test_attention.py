@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from tests.helpers.architectures import make_architecture
 from tests.helpers.comparisons import make_comparison, random_comparisons
 from torch import nn
 
+from rayward.batch.comparison import EncodedComparison, Labels
 from rayward.batch.layout import PackedBatch, pack
 from rayward.errors import ModelLoadError
-from rayward.model.attention import ONE_CALL_TOKENS, flex_mask, segment_attention, why_not_shareable
+from rayward.model.attention import ONE_CALL_TOKENS, segment_attention, why_not_shareable
+from rayward.model.block_mask import BLOCK_SIZE, block_table, flex_mask
 
 
 def visible(batch: PackedBatch) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
@@ -19,12 +22,11 @@ def visible(batch: PackedBatch) -> np.ndarray[tuple[int, int], np.dtype[np.bool_
         place += [(index, None)] * len(comparison.prefix_ids)
         for branch, ids in enumerate(comparison.branch_ids):
             place += [(index, branch)] * len(ids)
-    size = len(place)
-    allowed = np.zeros((size, size), dtype=np.bool_)
-    for q in range(size):
-        for k in range(q + 1):
-            allowed[q, k] = place[q][0] == place[k][0] and place[k][1] in (None, place[q][1])
-    return allowed
+    allowed = np.zeros((len(place), len(place)), dtype=np.bool_)
+    for token in sorted(set(place), key=str):
+        rows = np.array([token == other for other in place])
+        allowed |= rows[:, None] & np.array([other in (token, (token[0], None)) for other in place])[None, :]
+    return np.tril(allowed)
 
 
 BATCHES = {
@@ -64,11 +66,54 @@ def test_the_flex_mask_is_the_same_rule(name: str) -> None:
     batch = pack(BATCHES[name])
     size = batch.input_ids.shape[1]
     assert batch.segments is not None
-    mask = flex_mask(torch.from_numpy(batch.segments), size)
+    mask = flex_mask(torch.from_numpy(batch.segments), size, torch.device("cpu"))
     q, k = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     zero = torch.zeros((), dtype=torch.int64)
     found = mask.mask_mod(zero, zero, q.reshape(-1), k.reshape(-1)).reshape(size, size)
     np.testing.assert_array_equal(found.numpy(), visible(batch))
+
+
+def long_comparisons(seed: int) -> list[EncodedComparison]:
+    # Prefixes and branches around the size of a block, on it, and without any prefix.
+    rng = np.random.default_rng(seed)
+
+    def ids() -> npt.NDArray[np.int32]:
+        return rng.integers(1, 9, int(rng.choice([1, 30, 127, 128, 129, 256, 300])), dtype=np.int32)
+
+    made = []
+    for number in range(int(rng.integers(1, 5))):
+        prefix = ids() if rng.random() < 0.8 else np.zeros(0, dtype=np.int32)
+        made.append(EncodedComparison(str(number), prefix, tuple(ids() for _ in range(int(rng.integers(1, 4)))), Labels()))
+    return made
+
+
+def test_a_long_prompt_is_seen_by_whole_blocks() -> None:
+    batch = pack([make_comparison("a", 4 * BLOCK_SIZE, [BLOCK_SIZE, 2 * BLOCK_SIZE])])
+    assert batch.segments is not None
+    table = block_table(batch.segments, batch.input_ids.shape[1])
+    full = ["", "x", "xx", "xxx", "xxxx", "xxxx", "xxxx x"]
+    assert ["".join(" x"[int(cell)] for cell in row).rstrip() for row in table.full] == full
+    assert (table.partial == np.eye(7, dtype=bool)).all()
+
+
+@pytest.mark.parametrize("seed", range(1, 12))
+def test_blocks_hold_every_visible_pair_and_full_ones_nothing_else(seed: int) -> None:
+    batch = pack(long_comparisons(seed))
+    size = batch.input_ids.shape[1]
+    assert batch.segments is not None
+    table = block_table(batch.segments, size)
+    dense = visible(batch)
+    blocks = -(-size // BLOCK_SIZE)
+    for q in range(blocks):
+        for k in range(blocks):
+            part = dense[q * BLOCK_SIZE : (q + 1) * BLOCK_SIZE, k * BLOCK_SIZE : (k + 1) * BLOCK_SIZE]
+            assert not (table.full[q, k] and table.partial[q, k])
+            assert part.any() <= (table.full[q, k] or table.partial[q, k])
+            if table.full[q, k]:
+                assert part.all()
+                assert part.shape == (BLOCK_SIZE, BLOCK_SIZE)
+            if table.partial[q, k]:
+                assert part.any()
 
 
 def test_an_empty_micro_batch_attends_to_itself() -> None:
@@ -77,6 +122,7 @@ def test_an_empty_micro_batch_attends_to_itself() -> None:
     assert batch.segments is not None
     found, _ = segment_attention(nn.Identity(), x, x, x, torch.from_numpy(batch.segments)[None, None])
     torch.testing.assert_close(found, x.transpose(1, 2))
+    assert block_table(batch.segments, 1).partial.tolist() == [[True]]
 
 
 def test_a_feature_that_is_not_computed_is_refused() -> None:

@@ -66,9 +66,11 @@ def test_score_does_not_depend_on_company_or_budget(export: Path, scorer: Scorer
 
 def test_shared_prompt_is_computed_once(scorer: Scorer) -> None:
     prompt = "p" * 100
-    one, four = scorer.score([item(prompt, "a"), item(prompt, "a", "b", "c", "d")])
+    (one,), (four,) = scorer.score([item(prompt, "a")]), scorer.score([item(prompt, "a", "b", "c", "d")])
     assert one.tokens == one.tokens_computed
+    assert one.num_tokens == (one.tokens,)
     assert four.tokens == 4 * one.tokens
+    assert four.num_tokens == 4 * one.num_tokens
     # Byte tokens: the completions differ in their first byte, and each is followed by the end token alone.
     assert four.tokens_computed == one.tokens + 3 * 2
 

@@ -1,0 +1,439 @@
+"""Processes that render and tokenize beside the compute thread, so that neither Python's lock nor a template that loops can hold it up.
+
+One thread here holds each process. A process works on one item at a time; the one it does not finish in time dies with it and fails alone,
+and the few behind it go to another process. While an item is slow, a process more is started, so that one slow text holds up nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rayward.errors import RaywardError, ServerError
+from rayward.scoring.units import EncodedItem, EncoderSpec
+from rayward.serving.engine.encoder_process import STAND_IN, Unready
+from rayward.serving.engine.fair import FairQueue
+from rayward.wire.items import ItemError, ScoreItem
+
+logger = logging.getLogger("ray.serve")
+
+PROGRAM = "from rayward.serving.engine.encoder_process import main; main()"
+"""Not `-m`, whose classes would be those of `__main__`; nor multiprocessing, which would run the main module of its parent."""
+
+SLOW_S = 0.5
+"""An item that takes longer is slow: the items behind it go elsewhere."""
+
+NUM_SPARE = 2
+"""Processes beyond those configured that slow items may cause to be started; they stay, idle."""
+
+SLOW_PER_CALLER = 2
+"""Slow items of one caller at a time; its others wait, and those of other callers go first."""
+
+AHEAD = 16
+"""Items that a process is given beforehand."""
+
+AHEAD_CHARS = 32_000
+"""Characters of these; below what a socket holds, so that neither side ever waits for the other to read."""
+
+START_S = 180.0
+"""A process whose tokenizer is not loaded by then has failed to start."""
+
+START_TRIES = 3
+"""Starts in a row that may fail."""
+
+MEMORY_BYTES = 4 * 2**30
+
+ITEM_CHARS = 200
+"""What an item costs besides its characters, in the fair queue."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One item on its way through the encoders.
+
+    Attributes:
+        owner: whoever is told of it.
+        num_chars: of its texts, and some for every one of them.
+        charged: False for shadow work, which waits until nothing else does.
+        deaths: processes that died of it, or at the same time.
+    """
+
+    owner: Any
+    item: ScoreItem
+    caller: str
+    num_chars: int
+    charged: bool = True
+    deaths: int = 0
+    gone: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Its part of a turn."""
+        return self.num_chars + ITEM_CHARS
+
+
+@dataclass(eq=False, slots=True)
+class _Slot:
+    # One process and what it was given; `moved` were given to another one since.
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+    given: deque[tuple[int, Job]]
+    moved: set[int] = field(default_factory=set)
+    slow: str | None = None
+    answers: list[tuple[Job, EncodedItem]] = field(default_factory=list)
+
+
+class Encoders:
+    """The processes and the queue before them.
+
+    Args:
+        spec: makes the encoder in a process.
+        num_processes: that work when no item is slow.
+        timeout_s: longest time of one item.
+        done: told of encoded items, in a thread of this pool.
+        restarted: told why a process is replaced: `timeout`, `died`.
+        memory_bytes: what a process may take beyond what its tokenizer needs; an item that takes more fails by itself.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        *,
+        num_processes: int,
+        timeout_s: float,
+        done: Callable[[Sequence[tuple[Job, EncodedItem]]], None],
+        restarted: Callable[[str], None] = lambda reason: None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self._spec = pickle.dumps(spec)
+        self._memory_bytes = memory_bytes
+        self._num_processes = num_processes
+        self._timeout_s = timeout_s
+        self._done = done
+        self._changed = threading.Condition()
+        self._queue: FairQueue[Job] = FairQueue(_waits)
+        self._uncharged: FairQueue[Job] = FairQueue(_waits)
+        # Items whose process died; the next one has nothing else meanwhile.
+        self._again: deque[Job] = deque()
+        self._slow: dict[str, int] = {}
+        self._threads: list[threading.Thread] = []
+        self._pids: set[int] = set()
+        self._num_ready = 0
+        self._closed = False
+        self._failure: str | None = None
+        self._start_error: RaywardError | None = None
+        self._restarted = restarted
+        with self._changed:
+            for _ in range(num_processes):
+                self._start_thread()
+
+    def wait_ready(self) -> None:
+        """Until every process has loaded its tokenizer.
+
+        Raises:
+            RaywardError: one of them cannot, and why.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_ready >= self._num_processes or self._failure is not None)
+            if self._failure is not None:
+                raise self._start_error or ServerError(self._failure, remedy="look into the log of the replica")
+
+    @property
+    def failure(self) -> str | None:
+        """Why no process can be started any more, or None."""
+        return self._failure
+
+    @property
+    def num_alive(self) -> int:
+        """Processes that have loaded their tokenizer."""
+        return self._num_ready
+
+    @property
+    def pids(self) -> set[int]:
+        """Of the processes."""
+        with self._changed:
+            return set(self._pids)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Items at the end of their caller's."""
+        with self._changed:
+            if self._failure is None and not self._closed:
+                for job in jobs:
+                    (self._queue if job.charged else self._uncharged).push(job.caller, job, job.cost)
+                self._changed.notify(len(jobs))
+                return
+        self._done([(job, _lost(job)) for job in jobs])
+
+    def close(self) -> None:
+        """Ends the processes; what waits is told that they are lost."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"encoder-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._run_processes()
+        # Broad on purpose: whoever waits for this thread would wait for ever.
+        except BaseException as exc:
+            logger.exception("a thread of the encoders ended")
+            self._fail(type(exc).__name__)
+        if self._closed or self._failure is not None:
+            self._give_up()
+
+    def _run_processes(self) -> None:
+        # The thread that starts a process must outlive it: the process dies with it.
+        failures = 0
+        while not self._closed and self._failure is None:
+            slot, error = self._start()
+            if slot is None:
+                failures += 1
+                logger.error("an encoder process does not start: %s", error)
+                if failures >= START_TRIES or isinstance(error, RaywardError):
+                    self._fail(error)
+                continue
+            failures = 0
+            with self._changed:
+                self._num_ready += 1
+                self._changed.notify_all()
+            try:
+                self._serve(slot)
+            finally:
+                with self._changed:
+                    self._num_ready -= 1
+                    self._pids.discard(slot.process.pid)
+                _end(slot)
+
+    def _start(self) -> tuple[_Slot | None, object]:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(os.getpid()), str(self._memory_bytes)]
+        pipe = Connection(ours.detach())
+        try:
+            with theirs:
+                process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        except OSError as exc:
+            pipe.close()
+            return None, exc
+        slot = _Slot(process, pipe, deque())
+        with self._changed:
+            self._pids.add(process.pid)
+        error: object = f"it has not loaded its tokenizer after {START_S:g} s"
+        try:
+            pipe.send_bytes(self._spec)
+            if self._poll(pipe, START_S):
+                answer = pipe.recv()
+                if not isinstance(answer, Unready):
+                    return slot, None
+                error = RaywardError.from_json(answer.error) if answer.typed else answer.error
+        except (EOFError, OSError):
+            error = f"it ended with {process.wait()}"
+        with self._changed:
+            self._pids.discard(process.pid)
+        _end(slot)
+        return None, error
+
+    def _poll(self, pipe: Connection, seconds: float) -> bool:
+        # In steps, so that closing does not wait for a process that hangs.
+        until = time.monotonic() + seconds
+        while not self._closed:
+            left = until - time.monotonic()
+            if pipe.poll(min(max(left, 0.0), 0.5)):
+                return True
+            if left <= 0:
+                return False
+        return False
+
+    def _serve(self, slot: _Slot) -> None:
+        ticket = 0
+        since = 0.0
+        while (fresh := self._take(slot)) is not None:
+            since = since if slot.given else time.monotonic()
+            numbered = [(ticket + index, job) for index, job in enumerate(fresh)]
+            ticket += len(fresh)
+            slot.given.extend(numbered)
+            try:
+                if fresh:
+                    slot.pipe.send([(number, job.item) for number, job in numbered])
+                if not self._poll(slot.pipe, min(SLOW_S, self._timeout_s)) and not self._closed:
+                    self._is_slow(slot)
+                    if not self._poll(slot.pipe, since + self._timeout_s - time.monotonic()) and not self._closed:
+                        self._timed_out(slot)
+                        return
+                while slot.pipe.poll(0):
+                    self._answered(slot, *slot.pipe.recv())
+            except (EOFError, OSError, pickle.UnpicklingError):
+                self._tell(slot)
+                self._died(slot)
+                return
+            since = time.monotonic()
+            self._is_quick(slot)
+            self._tell(slot)
+
+    def _take(self, slot: _Slot) -> list[Job] | None:
+        # None: there is nothing to serve any more. An empty list: the process has enough of what it was given beforehand.
+        with self._changed:
+            while True:
+                if self._closed or self._failure is not None:
+                    return None
+                fresh: list[Job] = []
+                num_chars = sum(job.num_chars for _, job in slot.given)
+                while len(slot.given) + len(fresh) < AHEAD and (job := self._next(slot, fresh, num_chars)) is not None:
+                    fresh.append(job)
+                    num_chars += job.num_chars
+                    if job.deaths:
+                        break
+                if fresh or slot.given:
+                    return fresh
+                self._changed.wait()
+
+    def _next(self, slot: _Slot, fresh: list[Job], num_chars: int) -> Job | None:
+        busy = bool(slot.given or fresh)
+        if any(job.deaths for _, job in slot.given):
+            return None
+        while self._again and not busy:
+            job = self._again.popleft()
+            if not job.gone:
+                return job
+        for queue in (self._queue, self._uncharged):
+            found = queue.pop(lambda caller: self._slow.get(caller, 0) < SLOW_PER_CALLER)
+            if found is not None and busy and num_chars + found.num_chars > AHEAD_CHARS:
+                queue.push(found.caller, found, found.cost, first=True)
+                return None
+            if found is not None:
+                return found
+        return None
+
+    def _is_slow(self, slot: _Slot) -> None:
+        with self._changed:
+            slot.slow = slot.given[0][1].caller
+            self._slow[slot.slow] = self._slow.get(slot.slow, 0) + 1
+            behind = [(number, job) for number, job in list(slot.given)[1:] if number not in slot.moved]
+            slot.moved.update(number for number, _ in behind)
+            self._first([job for _, job in behind])
+            num_slow = sum(self._slow.values())
+            if len(self._threads) - num_slow < self._num_processes and len(self._threads) < self._num_processes + NUM_SPARE:
+                self._start_thread()
+            self._changed.notify_all()
+
+    def _is_quick(self, slot: _Slot) -> None:
+        if slot.slow is None:
+            return
+        with self._changed:
+            self._slow[slot.slow] -= 1
+            if not self._slow[slot.slow]:
+                del self._slow[slot.slow]
+            slot.slow = None
+            self._changed.notify_all()
+
+    def _answered(self, slot: _Slot, number: int, encoded: EncodedItem) -> None:
+        expected, job = slot.given.popleft()
+        assert expected == number
+        if number in slot.moved:
+            slot.moved.discard(number)
+        else:
+            slot.answers.append((job, replace(encoded, item=job.item) if encoded.item == STAND_IN else encoded))
+
+    def _tell(self, slot: _Slot) -> None:
+        answers, slot.answers = slot.answers, []
+        if answers:
+            self._done(answers)
+
+    def _timed_out(self, slot: _Slot) -> None:
+        self._restarted("timeout")
+        _end(slot)
+        self._is_quick(slot)
+        number, job = slot.given.popleft()
+        moved = number in slot.moved
+        self._put_back(slot)
+        logger.warning("an item of %d characters was not encoded in %g s; its process is replaced", job.num_chars, self._timeout_s)
+        if not moved:
+            message = f"rendering and tokenizing it did not end within {self._timeout_s:g} s"
+            self._done([(job, EncodedItem(job.item, error=ItemError.of("encoding_timeout", message)))])
+
+    def _died(self, slot: _Slot) -> None:
+        self._restarted("died")
+        self._is_quick(slot)
+        _end(slot)
+        status = slot.process.returncode
+        logger.error("an encoder process ended with %s", status)
+        if not slot.given:
+            return
+        number, job = slot.given.popleft()
+        if number in slot.moved:
+            self._put_back(slot)
+            return
+        job.deaths += 1
+        if job.deaths < 2:
+            with self._changed:
+                self._again.append(job)
+        self._put_back(slot)
+        if job.deaths >= 2:
+            message = f"the process that made it into tokens ended with {status}, twice"
+            self._done([(job, EncodedItem(job.item, error=ItemError.of("failed", message)))])
+
+    def _put_back(self, slot: _Slot) -> None:
+        with self._changed:
+            self._first([job for number, job in slot.given if number not in slot.moved])
+            slot.given.clear()
+            slot.moved.clear()
+            self._changed.notify_all()
+
+    def _first(self, jobs: Sequence[Job]) -> None:
+        for job in reversed(jobs):
+            (self._queue if job.charged else self._uncharged).push(job.caller, job, job.cost, first=True)
+
+    def _fail(self, error: object) -> None:
+        with self._changed:
+            self._failure = f"encoder processes do not start: {error}"
+            self._start_error = error if isinstance(error, RaywardError) else None
+            self._changed.notify_all()
+
+    def _give_up(self) -> None:
+        with self._changed:
+            lost = [job for job in self._again if not job.gone]
+            self._again.clear()
+            for queue in (self._queue, self._uncharged):
+                while (job := queue.pop()) is not None:
+                    lost.append(job)
+        if lost:
+            self._done([(job, _lost(job)) for job in lost])
+
+
+def _waits(job: Job) -> bool:
+    return not job.gone
+
+
+def _lost(job: Job) -> EncodedItem:
+    return EncodedItem(job.item, error=ItemError.of("encoder_lost", "the processes that render and tokenize are gone"))
+
+
+def _end(slot: _Slot) -> None:
+    slot.process.kill()
+    slot.process.wait()
+    slot.pipe.close()

@@ -1,0 +1,141 @@
+"""Scorers by Serve's handles, and the one place where Serve's and Ray's errors of a call become ours."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ray import serve
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RpcError,
+    TaskCancelledError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from rayward.errors import OverloadedError, RaywardError, ServerError, UnavailableError, carried_by
+from rayward.serving.calls import ScoreCall, ScoredCall
+from rayward.serving.dispatch import ReplicaDiedError
+from rayward.serving.routes import application_of
+from rayward.wire.native import ModelInfo
+
+logger = logging.getLogger("ray.serve")
+
+SCORER = "scorer"
+"""Name of the deployment of a version's application."""
+
+BY_ORDER = ("node has died", "ray.kill")
+"""In Ray's account of the death of an actor: it did not end of what it computed."""
+
+# What is given back when the process, the node, or a large reply on it is gone; and what is not the replica's own word.
+DIED = (ActorDiedError, OutOfMemoryError, NodeDiedError)
+UNAVAILABLE = (
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    TaskCancelledError,
+    RayActorError,
+    ObjectLostError,
+    OwnerDiedError,
+    RpcError,
+    GetTimeoutError,
+)
+
+
+def our_error(exc: BaseException) -> RaywardError:
+    """The error of our tree for what a call by handle raised."""
+    carried = carried_by(exc)
+    if carried is not None:
+        return carried
+    if isinstance(exc, BackPressureError):
+        return OverloadedError(
+            f"too many requests wait for a replica ({exc.message})",
+            remedy="retry after the given delay",
+            retry_after_s=exc.retry_after_s or 1.0,
+        )
+    # A task error has the type of its cause too; raised inside of the replica, that says nothing about the replica.
+    if not isinstance(exc, RayTaskError):
+        if isinstance(exc, DIED):
+            account = str(exc)
+            preempted = isinstance(exc, RayActorError) and exc.preempted
+            by_order = preempted or isinstance(exc, NodeDiedError) or any(words in account for words in BY_ORDER)
+            logger.error("a scorer replica died under a call: %s", account)
+            return ReplicaDiedError("a replica died under the call", by_order=by_order)
+        if isinstance(exc, UNAVAILABLE):
+            logger.warning("no scorer replica took a call: %s: %s", type(exc).__name__, exc)
+            return UnavailableError("no replica could take the call", remedy="retry; a replica is being started")
+    # Its text may quote the request: the replica has logged it, as far as it may.
+    cause = exc.cause if isinstance(exc, RayTaskError) and exc.cause is not None else exc
+    logger.error("a scorer failed: %s", type(cause).__name__)
+    return ServerError(f"the scorer failed ({type(cause).__name__})", remedy="retry; look into the server's log")
+
+
+class ServeHandle:
+    """One version's replicas."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def score(self, call: ScoreCall) -> ScoredCall:
+        """One request; see `ScorerHandle`."""
+        scored: ScoredCall = await self._answer(self._handle.score.remote(call))
+        return scored
+
+    async def info(self) -> ModelInfo:
+        """What is served."""
+        info: ModelInfo = await self._answer(self._handle.info.remote())
+        return info
+
+    async def _answer(self, response: Any) -> Any:
+        try:
+            return await response
+        except asyncio.CancelledError:
+            # The caller is gone or out of time: the replica must not go on for nobody.
+            response.cancel()
+            raise
+        except (RayError, RayServeException) as exc:
+            raise our_error(exc) from exc
+
+    def close(self) -> None:
+        """Let go; blocks until its router has ended."""
+        self._handle.shutdown()
+
+
+class ServeHandles:
+    """The scorers of one application's versions.
+
+    Args:
+        front: name of the ingress's application.
+        application: of a model and version, where it is not the one that they are named by.
+    """
+
+    def __init__(self, front: str, application: Callable[[str, str], str] | None = None) -> None:
+        self._application = application or partial(application_of, front)
+        self._handles: dict[tuple[str, str], ServeHandle] = {}
+
+    def of(self, model: str, version: str) -> ServeHandle:
+        """The handle of one version; it waits for an application that is not there yet."""
+        handle = self._handles.get((model, version))
+        if handle is None:
+            application = self._application(model, version)
+            # Unchecked: the question whether it exists would stop the event loop for as long as the controller is away.
+            made = serve.get_deployment_handle(SCORER, app_name=application, _check_exists=False)
+            handle = self._handles[model, version] = ServeHandle(made)
+        return handle
+
+    def keep(self, versions: set[tuple[str, str]]) -> None:
+        """Let go of the handles of all other versions."""
+        for key in set(self._handles) - versions:
+            handle = self._handles.pop(key)
+            asyncio.get_running_loop().run_in_executor(None, handle.close)
