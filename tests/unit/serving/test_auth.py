@@ -49,7 +49,7 @@ def test_keys_of_a_file_have_names_scopes_and_limits(tmp_path: Path) -> None:
     )
     keys = Keys(path=path)
     found = keys.caller_of(f"Bearer {SECRET}", None)
-    assert (found.name, found.scopes, found.limits.requests_per_s, found.limits.max_concurrent) == ("ppo", {"score"}, 5.0, 2)
+    assert (found.name, found.scopes, found.limits.requests_per_s, found.limits.max_concurrent) == ("ppo", frozenset({"score"}), 5.0, 2)
     keys.caller_of(f"Bearer {OTHER}", None).require("admin")
     with pytest.raises(AccessError) as caught:
         found.require("admin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis import Case, checks
@@ -33,5 +35,5 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", APP).exclude(path_regex
 
 @schema.parametrize()
 @settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-def test_no_request_of_the_document_breaks_the_server(case: Case) -> None:
+def test_no_request_of_the_document_breaks_the_server(case: Case[Any]) -> None:
     case.call_and_validate(headers={"authorization": f"Bearer {KEY}"}, checks=CHECKS)
