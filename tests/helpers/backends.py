@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rayward.contract.conversation import Completion
 from rayward.errors import RuleError, VersionError
+from rayward.serving.administration import parse_asked
 from rayward.serving.calls import ScoredCall
+from rayward.serving.metrics import render
+from rayward.serving.reporting import Board
+from rayward.serving.routes import RouteTable
+from rayward.serving.status import build_status
 from rayward.wire.dialect import Timings
 from rayward.wire.items import ItemError, ItemResult, ScoreItem, TokenTrace
 from rayward.wire.native import ModelInfo
@@ -67,3 +73,21 @@ class FakeBackends:
 
     def ready(self) -> bool:
         return self.is_ready
+
+
+class FakeManager:
+    """What the manager answers by handle; `asked` keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bytes]] = []
+
+    async def administer(self, verb: str, body: bytes) -> dict[str, object]:
+        parse_asked(verb, body)
+        self.asked.append((verb, body))
+        return {"models": []}
+
+    async def status(self) -> dict[str, object]:
+        return build_status(RouteTable(), Board(time.monotonic)).model_dump(mode="json")
+
+    async def metrics(self) -> str:
+        return render([])

@@ -57,13 +57,18 @@ class TextEncoder:
 
     def encode(self, item: ScoreItem) -> EncodedItem:
         """Its units, or its error, whatever it does."""
-        refusal = self._rules.facts.refusal(item.asked)
-        if refusal is None and item.trace and self._rules.why_no_trace is not None:
-            refusal = ItemError("no_trace", f"this model has no reward at every token: {self._rules.why_no_trace}")
+        refusal = self.refusal(item)
         if refusal is not None:
             return EncodedItem(item, error=refusal)
         (found,) = each([item], self._encoded, doing=ENCODING)
         return EncodedItem(item, error=found) if isinstance(found, ItemError) else found
+
+    def refusal(self, item: ScoreItem) -> ItemError | None:
+        """Why this model has not what is asked for, or None."""
+        refusal = self._rules.facts.refusal(item.asked)
+        if refusal is None and item.trace and self._rules.why_no_trace is not None:
+            return ItemError("no_trace", f"this model has no reward at every token: {self._rules.why_no_trace}")
+        return refusal
 
     def _encoded(self, item: ScoreItem) -> EncodedItem:
         conversations, reading = self._conversations(item), self._encoder.contract.reading

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rayward.batch.comparison import EncodedComparison
-from rayward.batch.layout import pack
+from rayward.batch.layout import Layout, pack
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.encoder import Encoder
@@ -214,6 +214,11 @@ class Scorer:
         """The rest of `score`; the next items may be encoded meanwhile, in one other thread."""
         return computed(self, encoded)
 
+    @property
+    def layout(self) -> Layout:
+        """Of its forwards."""
+        return self._model.layout
+
     def encoder_spec(self) -> TextEncoderSpec | None:
         """What encodes as this scorer does; None where critiques are written, or where nobody said where the tokenizer lies."""
         if self._directory is None or self._writer is not None:
@@ -241,7 +246,7 @@ class Scorer:
 
     def criticise(self, items: Sequence[ScoreItem]) -> list[ScoreItem | ItemError]:
         """The items as they are scored: with critiques, where the contract asks for them; or why they cannot be."""
-        found = each(items, lambda item: self.facts.refusal(item.asked) or item, doing="while it was checked")
+        found = each(items, lambda item: self._texts.refusal(item) or item, doing="while it was checked")
         if self._writer is None:
             return found
         waiting = [i for i, item in enumerate(found) if isinstance(item, ScoreItem) and item.critiques is None]

@@ -83,7 +83,7 @@ class _Http:
     def application(self) -> Starlette:
         """Paths, error bodies, background work."""
         endpoints = [*self._own_endpoints(), *self._front.endpoints]
-        text = json.dumps(document(self._front.routes, endpoints), separators=(",", ":")).encode()
+        text = json.dumps(document(self._front.routes, endpoints, keys_required=self._keys.score_needs_key), separators=(",", ":")).encode()
         endpoints.append(Endpoint("GET", "/openapi.json", "This document", lambda _: Body(text), scope=None))
         paths: list[Path] = []
         taken: set[tuple[str, str]] = set()

@@ -296,11 +296,10 @@ def reference_of(table: RouteTable | None, model: str, version: str) -> tuple[fl
     return None if normaliser is None else (normaliser.mean, normaliser.std)
 
 
-def merged(first: Stats, *others: Stats) -> Stats:
+def merged(*parts: Stats) -> Stats:
     """What several parts of one process have counted, as that of the first."""
-    parts = (first, *others)
     return replace(
-        first,
+        parts[0],
         counters={key: value for part in parts for key, value in part.counters.items()},
         gauges={key: value for part in parts for key, value in part.gauges.items()},
         histograms={key: value for part in parts for key, value in part.histograms.items()},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,30 @@ def publish_model(
     return listing
 
 
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Where a training job publishes what it exports.
+
+    Attributes:
+        model: its name there.
+    """
+
+    service: Service
+    model: str
+
+    def check(self) -> None:
+        """That the service is there and would take it: asked before the work, not after it.
+
+        Raises:
+            RaywardError: as `Service.ask`.
+        """
+        self.service.ask("list", {})
+
+    def publish(self, directory: Path) -> str:
+        """The version that is ready there now; raises as `publish_model`."""
+        return str(publish_model(self.service, self.model, str(directory))["published"])
+
+
 def lines_of(listing: Mapping[str, Any]) -> Iterator[str]:
     """The models of a service, for people."""
     if listing.get("published"):
@@ -182,7 +208,5 @@ def _error_of(status: int, reply: Any, where: str) -> RaywardError:
 
 
 def _typed(kind: str, problem: str, remedy: str) -> RaywardError:
-    import json
-
     found = RaywardError.from_json(json.dumps({"types": [kind, ModelLoadError.__name__], "fields": {"problem": problem, "remedy": remedy}}))
     return found
