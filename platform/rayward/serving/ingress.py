@@ -14,12 +14,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
-from rayward.cluster import stay_on_loopback
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import marking
 from rayward.serving.auth import Keys
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
+from rayward.serving.loopback import stay_on_loopback
 
 Assemble: TypeAlias = Callable[..., Front]
 
