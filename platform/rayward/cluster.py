@@ -94,17 +94,18 @@ def _join_or_start(**settings: Any) -> bool:
 
     # That tokens are used is said in the documentation, and when one is missing.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    if os.environ.get("RAY_ADDRESS") == "local":
-        _start(**settings)
-        return True
-    if in_submitted_job() or "RAY_ADDRESS" in os.environ:
-        ray.init(**settings)
-        return False
-    try:
-        ray.init(address="auto", **settings)
-    except ConnectionError:
-        _start(address="local", **settings)
-        return True
+    with _on_loopback():
+        if os.environ.get("RAY_ADDRESS") == "local":
+            _start(**settings)
+            return True
+        if in_submitted_job() or "RAY_ADDRESS" in os.environ:
+            ray.init(**settings)
+            return False
+        try:
+            ray.init(address="auto", **settings)
+        except ConnectionError:
+            _start(address="local", **settings)
+            return True
     return False
 
 
@@ -113,8 +114,7 @@ def _start(**settings: Any) -> None:
 
     if os.environ.get(AUTH_MODE, "token").lower() == "token":
         _keep_token()
-    with _on_loopback():
-        ray.init(**settings)
+    ray.init(**settings)
 
 
 def _keep_token() -> None:
@@ -138,8 +138,8 @@ def _keep_token() -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    # Ray replaces a loopback address that it is given by one that the network reaches, unless it is told that it cannot form clusters;
-    # what it starts in here is told so too, by the environment, and all that it starts later.
+    # Ray replaces the loopback address by one that the network reaches, of a node that it starts and of a cluster that it looks for, unless
+    # it is told that it cannot form clusters. What it starts in here is told so too, by the environment. Other addresses stay as they are.
     from ray._private import ray_constants
 
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False

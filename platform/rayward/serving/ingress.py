@@ -2,7 +2,7 @@
 
     Ingress.bind(config, assemble, *handles)      assemble(config, *handles) -> Front, called in the replica
 
-`assemble` decides who scores and what is mounted beside (`serving.front`).
+`assemble` decides who scores and what is mounted beside (`serving.assembly`).
 """
 
 from __future__ import annotations
