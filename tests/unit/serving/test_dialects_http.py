@@ -12,12 +12,13 @@ import pytest
 from tests.helpers.backends import MODEL, VERSION, FakeBackends, result_of
 
 from rayward.config.scoring import ScoringConfig
+from rayward.contract.conversation import TakenAs
 from rayward.errors import DeadlineError, OverloadedError, ServerError
 from rayward.serving.auth import Keys
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
 from rayward.serving.mounts import all_routes
-from rayward.wire.items import ScoreItem, TakenAs
+from rayward.wire.items import ScoreItem
 
 CLASSIFY = {"input": ["abc"]}
 SENTENCES = {"name": "sentences", "datatype": "BYTES", "shape": [1], "data": ["a"]}
