@@ -203,8 +203,8 @@ def _text(found: dict[str, Any], args: argparse.Namespace) -> str:
             f"SmolLM2-135M cut to {args.layers} layers and the same with another head, one replica each, {args.callers} callers, groups of "
             f"{args.completions} completions; all of it on one machine, so what loads or scores beside takes its share of the cores.",
             "",
-            f"**Dropped: {len(found['dropped'])} of {len(found['ends']) + len(found['dropped'])} requests. Groups whose rewards are not all "
-            f"those of the one version that the reply names: {len(found['wrong'])}.**",
+            f"**Dropped: {len(found['dropped'])} of {len(found['ends']) + len(found['dropped'])} requests. Groups whose rewards are not "
+            f"all those of the one version that the reply names: {len(found['wrong'])}.**",
             "",
             common.table(header, rows),
         ]
