@@ -17,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -139,7 +139,7 @@ def _administer(url: str, ledger: Ledger, spec: dict[str, Any]) -> list[float]:
 
     service = Service(url)
     _, second = spec["expected"]
-    steps = [
+    steps: list[Callable[[], object]] = [
         lambda: None,
         lambda: publish_model(service, "rm", spec["models"][1]),
         lambda: service.ask("shadow", {"model": "rm", "version": second}),
@@ -224,8 +224,9 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     zero = found["starts"][0]
     figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
     for version, colour in zip(dict.fromkeys(found["versions"]), ("#3b6ea5", "#c8553d"), strict=False):
-        points = [(end - zero, s) for end, s, v in zip(found["ends"], found["seconds"], found["versions"], strict=True) if v == version]
-        axes.scatter(*zip(*points, strict=True), s=5, color=colour, label=f"version {version[-12:]}", linewidths=0)
+        own = [i for i, answered in enumerate(found["versions"]) if answered == version]
+        ends, seconds = [found["ends"][i] - zero for i in own], [found["seconds"][i] for i in own]
+        axes.scatter(ends, seconds, s=5, color=colour, label=f"version {version[-12:]}", linewidths=0)
     top = max(found["seconds"])
     for phase, start in zip(PHASES, found["starts"], strict=True):
         axes.axvline(start - zero, color="#999999", linewidth=0.8)
