@@ -29,7 +29,7 @@ from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_se
 from rayward.serving.autoscaling import REPORT_ENVIRONMENT
 from rayward.serving.ingress import Ingress
 from rayward.serving.manager import declared_models
-from rayward.serving.preflight import check_sources, free_port, startup_error
+from rayward.serving.preflight import check_listening, check_sources, free_port, startup_error
 from rayward.serving.proxies import running_address
 from rayward.serving.rollout import check_front
 from rayward.serving.sources import settled_source
@@ -146,6 +146,7 @@ def serve_model(
         ServerError: the application did not start for another reason.
     """
     check_front(name)
+    check_listening(host, port, config)
     config = settled(config)
     check_sources(config)
     connect()
@@ -203,7 +204,6 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     running = running_address()
     if running is None:
         host = "127.0.0.1" if host is None else host
-        check_exposure(host, config, Keys.of(config))
         port = free_port(host, 8000 if port is None else port)
         options = {
             "host": host,
