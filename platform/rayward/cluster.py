@@ -1,16 +1,21 @@
-"""Connecting to Ray, and what every Ray process of ours needs in its environment."""
+"""Connecting to Ray, and what every Ray process of ours needs in its environment.
+
+A cluster that is started here is this machine's alone: its node has the loopback address, so that nothing of it listens on a network, and
+who joins it needs Ray's token, which lies in the user's home directory. `RAY_AUTH_MODE=disabled` turns the token off.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rayward.errors import carried_by, marking
+from rayward.errors import ConfigError, carried_by, marking
 
 T = TypeVar("T")
 
@@ -28,6 +33,14 @@ WORKER_ENV = {
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job. Private, a test watches it: the public ways answer only after connecting."""
+
+AUTH_MODE = "RAY_AUTH_MODE"
+"""Ray's own variable: `token` or `disabled`; unset, a local start takes `token`."""
+
+LOOPBACK = "127.0.0.1"
+
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""0: a node that Ray starts has the loopback address, as it does by default on the systems after which the variable is named."""
 
 _started_here = False
 
@@ -50,10 +63,13 @@ def lasting(path: str) -> str:
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS or a job submission names, or a running local one, or start one here.
+    """Join the cluster that RAY_ADDRESS or a job submission names, or a running local one, or start one here, on the loopback address.
 
     Workers find the package through PYTHONPATH: in a submitted job relative to the job's working directory (which lies
     elsewhere on every node), else as an absolute path.
+
+    Raises:
+        ConfigError: the token of a cluster that is started here cannot be kept.
     """
     import ray
 
@@ -61,8 +77,6 @@ def connect() -> None:
         return
     global _started_here
     in_job = in_submitted_job()
-    if not in_job and "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.update(WORKER_ENV)
     source_root = SOURCE_ROOT.name if in_job and _inside_working_dir() else str(SOURCE_ROOT)
     _started_here = _join_or_start(
@@ -78,15 +92,66 @@ def _join_or_start(**settings: Any) -> bool:
     # Whether a cluster was started. Plain `ray.init()` does the same and does not say which of the two it did.
     import ray
 
-    if in_submitted_job() or "RAY_ADDRESS" in os.environ:
-        ray.init(**settings)
-        return os.environ.get("RAY_ADDRESS") == "local"
-    try:
-        ray.init(address="auto", **settings)
-    except ConnectionError:
-        ray.init(address="local", **settings)
-        return True
+    # That tokens are used is said in the documentation, and when one is missing.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    with _on_loopback():
+        if os.environ.get("RAY_ADDRESS") == "local":
+            _start(**settings)
+            return True
+        if in_submitted_job() or "RAY_ADDRESS" in os.environ:
+            ray.init(**settings)
+            return False
+        try:
+            ray.init(address="auto", **settings)
+        except ConnectionError:
+            _start(address="local", **settings)
+            return True
     return False
+
+
+def _start(**settings: Any) -> None:
+    import ray
+
+    if os.environ.get(AUTH_MODE, "token").lower() == "token":
+        _keep_token()
+    ray.init(**settings)
+
+
+def _keep_token() -> None:
+    # Ray would write it for everybody on this machine to read.
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        return
+    # RuntimeError: nobody knows where home is.
+    except (OSError, RuntimeError) as exc:
+        raise ConfigError(
+            f"the token that guards the Ray of this machine cannot be kept in ~/.ray/auth_token ({exc})",
+            remedy="set RAY_AUTH_TOKEN to a secret, or RAY_AUTH_MODE=disabled to let every user of this machine in",
+        ) from exc
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    # Ray replaces the loopback address by one that the network reaches, of a node that it starts and of a cluster that it looks for, unless
+    # it is told that it cannot form clusters. What it starts in here is told so too, by the environment. Other addresses stay as they are.
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    variable = os.environ.get(LOOPBACK_VARIABLE)
+    os.environ[LOOPBACK_VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(LOOPBACK_VARIABLE)
+        if variable is not None:
+            os.environ[LOOPBACK_VARIABLE] = variable
 
 
 def _inside_working_dir() -> bool:

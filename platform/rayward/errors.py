@@ -31,7 +31,7 @@
         ├── UnavailableError   no replica can take the request now                                    (503, retryable)
         ├── DeadlineError      no answer within the caller's deadline                                 (504, retryable)
         ├── ServerError        the server failed or answered something that is not a reward           (502, retryable)
-        └── PartialError       some items have rewards and some have none; it holds both              (502)
+        └── PartialError       some items have rewards and some have none; it holds both
 
 Each message says what was given, which rule it broke and what to do.
 
@@ -359,26 +359,13 @@ class PartialError(ScoringError):
     """Example: of 64 items, two are longer than the contract allows.
 
     Args:
-        failed: indices of the items without rewards.
-        codes: of their errors, as on the wire.
+        failed, codes: indices of the items without rewards, and the codes of their errors.
         rewards: of every item, None where there are none.
     """
 
-    http_status = 502
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        remedy: str,
-        failed: tuple[int, ...],
-        codes: tuple[str, ...],
-        rewards: tuple[tuple[float, ...] | None, ...],
-    ) -> None:
+    def __init__(self, problem: str, *, remedy: str, failed: tuple[int, ...], codes: tuple[str, ...], rewards: tuple[Any, ...]) -> None:
         super().__init__(problem, remedy=remedy)
-        self.failed = failed
-        self.codes = codes
-        self.rewards = rewards
+        self.failed, self.codes, self.rewards = failed, codes, rewards
 
 
 STATUS_BY_CODE: dict[str, int] = {

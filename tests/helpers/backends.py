@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from rayward.contract.conversation import Completion
 from rayward.errors import RuleError, VersionError
-from rayward.serving.calls import ScoredCall
+from rayward.serving.administration import parse_asked
+from rayward.serving.calls import ScoredCall, Stats
+from rayward.serving.reporting import Board
+from rayward.serving.routes import RouteTable
+from rayward.serving.status import ServiceStatus, build_status
 from rayward.wire.dialect import Timings
 from rayward.wire.items import ItemError, ItemResult, ScoreItem, TokenTrace
 from rayward.wire.native import ModelInfo
@@ -67,3 +73,25 @@ class FakeBackends:
 
     def ready(self) -> bool:
         return self.is_ready
+
+
+class FakeManager:
+    """The manager as its handle looks: every method is called by `remote`. `asked` keeps what administrators asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bytes]] = []
+        self.administer = SimpleNamespace(remote=self._administer)
+
+    async def _administer(self, verb: str, body: bytes) -> dict[str, object]:
+        parse_asked(verb, body)
+        self.asked.append((verb, body))
+        return {"models": []}
+
+    async def report(self, stats: Stats) -> None:
+        pass
+
+    async def stats(self) -> list[Stats]:
+        return []
+
+    async def status(self) -> ServiceStatus:
+        return build_status(RouteTable(), Board(time.monotonic))

@@ -92,8 +92,9 @@ class Chromium:
 
     def open(self, url: str) -> None:
         """Go there, until the document is complete."""
+        self.messages.clear()
         self.call("Page.navigate", url=url)
-        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait_for(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression in the page, promises awaited.
@@ -126,7 +127,11 @@ class Chromium:
         """One key, as a person presses it."""
         codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37}
         text = "\r" if key == "Enter" else key if len(key) == 1 else ""
-        common = {"key": key, "modifiers": 2 if ctrl else 0, "windowsVirtualKeyCode": codes.get(key, ord(key.upper()) if len(key) == 1 else 0)}
+        common = {
+            "key": key,
+            "modifiers": 2 if ctrl else 0,
+            "windowsVirtualKeyCode": codes.get(key, ord(key.upper()) if len(key) == 1 else 0),
+        }
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({} if ctrl or not text else {"text": text}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 

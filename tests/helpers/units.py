@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rayward.batch.comparison import EncodedComparison, Labels
+from rayward.batch.layout import Layout
 from rayward.contract.conversation import text_of
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.units import EncodedItem, EncoderSpec, Unit
@@ -90,6 +91,9 @@ class WordsEncoder:
         return EncodedItem(item, (Unit(comparison(ids_of(prompt), *(ids_of(text_of(c)) for c in item.completions))),))
 
 
+FACTS = ModelFacts(("reward",), 1000, (), None)
+
+
 @dataclass
 class WordsModel:
     """Counts words. Forwards are recorded; `gate` holds them until it is set, `fault` may raise.
@@ -104,9 +108,10 @@ class WordsModel:
     gate: threading.Event = field(default_factory=threading.Event)
     forwards: list[list[Unit]] = field(default_factory=list)
     started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    facts: ModelFacts = ModelFacts(("reward",), 1000, (), None)
+    facts: ModelFacts = FACTS
     model_id: str = "words"
     version: str = "words-1"
+    layout: Layout = "packed"
 
     def __post_init__(self) -> None:
         self.gate.set()

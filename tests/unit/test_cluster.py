@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import ray
 import ray.data
+from ray._private import ray_constants, services
 
 from rayward import cluster
+from rayward.errors import ConfigError
 
 # Ray Data 2.60 warns about its own deprecated settings when it makes its context.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
@@ -25,11 +28,13 @@ class Calls:
     def __init__(self) -> None:
         self.settings: list[dict[str, Any]] = []
         self.running = False
+        self.on_loopback: list[bool] = []
 
     def __call__(self, **settings: Any) -> None:
         if settings.get("address") == "auto" and not self.running:
             raise ConnectionError("Could not find any running Ray instance.")
         self.settings.append(settings)
+        self.on_loopback.append(os.environ.get(cluster.LOOPBACK_VARIABLE) == "0" and not ray_constants.ENABLE_RAY_CLUSTER)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -39,16 +44,18 @@ class Calls:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
     """A clean environment outside of any job, and no Ray."""
     recorded = Calls()
     monkeypatch.setattr(ray, "init", recorded)
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(recorded.settings))
     monkeypatch.setattr(cluster, "_started_here", False)
-    monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
-    level = logging.getLogger("ray.data").level
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin", "HOME": str(tmp_path)})
+    loggers = [logging.getLogger(name) for name in ("ray.data", "ray._private.authentication.authentication_token_setup")]
+    levels = [logger.level for logger in loggers]
     yield recorded
-    logging.getLogger("ray.data").setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
 
@@ -57,7 +64,6 @@ def test_a_local_driver_gives_workers_the_package_by_its_absolute_path(calls: Ca
     assert calls.environment == {**cluster.WORKER_ENV, "PYTHONPATH": str(cluster.SOURCE_ROOT)}
     assert (cluster.SOURCE_ROOT / "rayward" / "cluster.py").is_file()
     assert {name: os.environ[name] for name in cluster.WORKER_ENV} == cluster.WORKER_ENV
-    assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert calls.settings[0]["log_to_driver"] is False
     assert cluster.started_here()
 
@@ -99,10 +105,62 @@ def test_who_is_connected_stays_so(calls: Calls) -> None:
     assert len(calls.settings) == 1
 
 
-def test_a_named_cluster_keeps_its_own_authentication(calls: Calls) -> None:
-    os.environ["RAY_ADDRESS"] = "ray-head:6379"
+def token_file() -> Path:
+    return Path(os.environ["HOME"]) / ".ray" / "auth_token"
+
+
+def test_a_cluster_that_is_started_here_is_on_loopback_and_asks_for_a_token_that_only_the_user_reads(calls: Calls) -> None:
     cluster.connect()
+    assert calls.on_loopback == [True]
+    # Unset, Ray asks for the token; what was set for the start is gone.
     assert "RAY_AUTH_MODE" not in os.environ
+    assert cluster.LOOPBACK_VARIABLE not in os.environ
+    assert ray_constants.ENABLE_RAY_CLUSTER
+    assert len(token_file().read_text()) == 64
+    assert stat.S_IMODE(token_file().stat().st_mode) == 0o600
+
+
+def test_a_token_that_is_there_is_kept(calls: Calls) -> None:
+    token_file().parent.mkdir()
+    token_file().write_text("mine")
+    cluster.connect()
+    assert token_file().read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "secret"), ("RAY_AUTH_TOKEN_PATH", "/x")])
+def test_no_token_is_made_where_the_user_says_otherwise(calls: Calls, name: str, value: str) -> None:
+    os.environ[name] = value
+    cluster.connect()
+    assert calls.on_loopback == [True]
+    assert not token_file().exists()
+    assert os.environ[name] == value
+
+
+def test_a_home_that_takes_no_token_is_named(calls: Calls, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    os.environ["HOME"] = str(tmp_path / "home")
+    with pytest.raises(ConfigError, match="auth_token"):
+        cluster.connect()
+    assert not calls.settings
+
+
+@pytest.mark.parametrize("address", [None, "ray-head:6379"])
+def test_for_a_cluster_that_is_joined_no_token_is_made(calls: Calls, address: str | None) -> None:
+    calls.running = True
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+    cluster.connect()
+    # A cluster that was started so is found under the address that it has; others are none the worse.
+    assert calls.on_loopback == [True]
+    assert "RAY_AUTH_MODE" not in os.environ
+    assert not token_file().exists()
+
+
+def test_ray_still_takes_the_loopback_address_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"Ray {ray.__version__} no longer has it: see _on_loopback in rayward/cluster.py"
+    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR == cluster.LOOPBACK_VARIABLE, said
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+    assert services.get_node_ip_address() == cluster.LOOPBACK, said
 
 
 def test_authentication_that_the_user_chose_is_kept(calls: Calls) -> None:

@@ -16,6 +16,7 @@ from rayward.errors import (
     ContractMismatchError,
     ModelLoadError,
     NonFiniteError,
+    PartialError,
     RaywardError,
     RequestError,
     RuleError,
@@ -28,6 +29,7 @@ from rayward.errors import (
 
 FIELDS: dict[type[RaywardError], dict[str, Any]] = {
     NonFiniteError: {"step": 12, "comparison_ids": ("a", 'b "quoted"\n\u2028')},
+    PartialError: {"failed": (1,), "codes": ("too_long",), "rewards": (0.5, None)},
     RequestError: {"item": 3},
     RuleError: {"item": None, "code": "text_too_long"},
     WorkerError: {"error_type": "builtins.ValueError", "traceback": "Traceback …\n  line"},

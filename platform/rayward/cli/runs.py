@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rayward.cli.options import Device, Settings, Temperature, TokensPerBatch, app, asked, load, placed
+from rayward.errors import ConfigError
 
 
 @app.command()
@@ -15,8 +16,13 @@ def train(
     settings: Settings = None,
     export_to: Annotated[Path | None, typer.Option("--export", help="Export directory [default: <run>/export].")] = None,
     evaluation: Annotated[bool, typer.Option(help="Evaluate the export on the held-out rows.")] = True,
+    publish: Annotated[str | None, typer.Option(help="Base URL of a running service: publish the export to it at the end.")] = None,
+    publish_as: Annotated[str | None, typer.Option(help="Name of the model there [default: run.name].")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with a key of scope admin for --publish [default: RAYWARD_API_KEY].")] = None,
 ) -> None:
     """Prepare, train, export and evaluate; the same command continues an interrupted run. Without settings: the demo."""
+    if publish is None and (publish_as is not None or key_file is not None):
+        raise ConfigError("--publish-as and --key-file are for --publish, which is not given", remedy="add --publish URL")
     if not settings:
         from rayward.demo.settings import demo_settings
 
@@ -24,7 +30,12 @@ def train(
     resolved = load(settings)
     from rayward.workflows.train import train_pipeline
 
-    train_pipeline(resolved, export_to=export_to, evaluation=evaluation)
+    publication = None
+    if publish is not None:
+        from rayward.workflows.publish import Publication, Service
+
+        publication = Publication(Service(publish, key_file), publish_as or resolved.run.name)
+    train_pipeline(resolved, export_to=export_to, evaluation=evaluation, publication=publication)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from rayward.batch.layout import Layout
 from rayward.config.placement import Device, HashWeights
 from rayward.schema import digest, identity
 from rayward.scoring.combining import EnsembleRule
@@ -78,6 +79,11 @@ class Ensemble:
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item; an item that one member cannot score has that member's error."""
         return computed(self, [self.encode_item(item) for item in items])
+
+    @property
+    def layout(self) -> Layout:
+        """Of its members' forwards; padded where one of them is."""
+        return "padded" if any(member.layout == "padded" for member in self._members) else "packed"
 
     def encoder_spec(self) -> EnsembleEncoderSpec | None:
         """What encodes as this ensemble does; None where a member needs its model to encode."""

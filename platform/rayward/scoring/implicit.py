@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from rayward.batch.comparison import EncodedComparison
-from rayward.batch.layout import pack
+from rayward.batch.layout import Layout, pack
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import Contract
 from rayward.contract.encoder import Encoder
@@ -108,6 +108,11 @@ class ImplicitScorer:
     def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
         """Rewards or an error for each item, in order; errors and what is raised as `Scorer.score`."""
         return computed(self, [self.encode_item(item) for item in items])
+
+    @property
+    def layout(self) -> Layout:
+        """Of its models' forwards; padded where one of them is."""
+        return "padded" if any(model.layout == "padded" for model in self._models) else "packed"
 
     def encoder_spec(self) -> TextEncoderSpec | None:
         """What encodes as this scorer does; None where nobody said where the policy's tokenizer lies."""

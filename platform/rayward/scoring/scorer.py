@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rayward.batch.comparison import EncodedComparison
-from rayward.batch.layout import pack
+from rayward.batch.layout import Layout, pack
 from rayward.config.placement import Device, HashWeights
 from rayward.contract.contract import CONTRACT_FILE, Contract, GoldenScore
 from rayward.contract.encoder import Encoder
@@ -213,6 +213,11 @@ class Scorer:
     def compute(self, encoded: Sequence[EncodedItem]) -> list[ItemResult]:
         """The rest of `score`; the next items may be encoded meanwhile, in one other thread."""
         return computed(self, encoded)
+
+    @property
+    def layout(self) -> Layout:
+        """Of its forwards."""
+        return self._model.layout
 
     def encoder_spec(self) -> TextEncoderSpec | None:
         """What encodes as this scorer does; None where critiques are written, or where nobody said where the tokenizer lies."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rayward.batch.comparison import EncodedComparison
+from rayward.batch.layout import Layout
 from rayward.contract.conversation import TakenAs
 from rayward.scoring.scored_model import ScoredModel
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
@@ -98,6 +99,11 @@ class EncoderSpec(Protocol):
 
 class UnitModel(ScoredModel, Protocol):
     """What a server needs of something that scores, besides `score`."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of its forwards; padded ones are as wide as their longest conversation."""
+        ...
 
     def encoder_spec(self) -> EncoderSpec | None:
         """None where units need the model, which writes critiques first: then `encode_item` makes them, in the compute thread."""

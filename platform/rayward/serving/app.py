@@ -12,9 +12,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -31,6 +31,7 @@ from rayward.serving.preflight import check_sources, free_port, startup_error
 from rayward.serving.proxies import running_address
 from rayward.serving.rollout import check_front
 from rayward.serving.sources import settled_source
+from rayward.storage import absolute
 
 INGRESS_SLACK = 256
 """Requests that Serve lets an ingress hold beyond its own bound, so that refusals come from our code, with our error body."""
@@ -82,9 +83,13 @@ def build(args: ScoringConfig) -> serve.Application:
 
 
 def ingress_environment() -> dict[str, str]:
-    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there."""
+    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there.
+
+    Headers for a trace collector, which may be secrets too, are not among them: they belong into the environment of the machines.
+    """
     keys = os.environ.get(KEYS_VARIABLE)
-    return {**REPORT_ENVIRONMENT, **device_environment(0), **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
+    traces = {name: value for name, value in os.environ.items() if name.startswith("OTEL_") and not name.endswith("_HEADERS")}
+    return {**REPORT_ENVIRONMENT, **device_environment(0), **traces, **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
 
 
 def settled(config: ScoringConfig) -> ScoringConfig:
@@ -99,7 +104,8 @@ def settled(config: ScoringConfig) -> ScoringConfig:
         raise ConfigError(f"default_model is {config.default_model!r}; the models are: {known}", remedy="name one of these")
     placed = {name: settled_source(source) for name, source in models.items()}
     default = config.default_model or next(iter(models), None)
-    return config.model_copy(update={"model": None, "model_name": None, "models": placed, "default_model": default})
+    places = {key: absolute(value) for key in ("state", "keys_file") if (value := getattr(config, key)) is not None}
+    return config.model_copy(update={"model": None, "model_name": None, "models": placed, "default_model": default, **places})
 
 
 def serve_model(
@@ -183,6 +189,11 @@ def take_down(config: ScoringConfig, name: str, *, started_serve: bool = False) 
         serve.shutdown()
 
 
+def cluster_address() -> str:
+    """Of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple[str, int, bool]:
     # Where the proxies listen, and whether they were started here.
     running = running_address()
@@ -207,8 +218,8 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     if wrong:
         raise ConfigError(
             f"{' and '.join(wrong)}, and Serve listens on {running[0]}:{running[1]} on this cluster already",
-            remedy=f"leave --host and --port out to serve there (with a --name and a --route-prefix of its own), add the model to what is "
-            f"served with `rayward models publish --url http://{_shown(running[0])}:{running[1]}`, or start another cluster with RAY_ADDRESS=local",
+            remedy="leave --host and --port out to serve there (with a --name and a --route-prefix of its own), or add the model to what is"
+            f" served: `rayward models publish --url http://{_shown(running[0])}:{running[1]}`; RAY_ADDRESS=local starts another cluster",
         )
     check_exposure(running[0], config, Keys.of(config))
     return *running, False
@@ -259,7 +270,7 @@ def _error_of(told: dict[str, str]) -> RaywardError:
 
 
 def _shown(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound, only shown
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 

@@ -19,6 +19,7 @@ from rayward.serving.autoscaling import REPORT_ENVIRONMENT, scaling_options
 from rayward.serving.calls import Stats
 from rayward.serving.drift import Drift, drift_of
 from rayward.serving.handles import SCORER
+from rayward.serving.loopback import stay_on_loopback
 from rayward.serving.manager import AppState, Manager, Standing
 from rayward.serving.replica import ScorerDeployment
 from rayward.serving.reporting import Board
@@ -164,6 +165,7 @@ class ManagerDeployment:
 
     @marking
     def __init__(self, config: ScoringConfig) -> None:
+        stay_on_loopback()
         front = serve.get_replica_context().app_name
         self._store = table_store(config, front)
         self._manager = Manager(self._store, ServeFleet(front), config, front=front, drift=self._drift)
@@ -204,6 +206,12 @@ class ManagerDeployment:
         """
         if self._rounds.done():
             raise ServerError("the manager's rounds have ended", remedy="none; Serve starts another manager")
+
+    def __del__(self) -> None:
+        # Called by Serve when the replica is stopped; a constructor that failed has no manager. Once: Python calls it again.
+        manager = self.__dict__.pop("_manager", None)
+        if manager is not None:
+            manager.end()
 
     async def _run(self) -> None:
         while True:

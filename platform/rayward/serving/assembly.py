@@ -6,32 +6,31 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
 
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import RaywardError, UnavailableError
-from rayward.serving import administration, page
+from rayward.serving import administration
 from rayward.serving.applications import table_store
 from rayward.serving.auth import Keys, check_exposure
 from rayward.serving.calls import Stats
 from rayward.serving.dispatch import Dispatcher
-from rayward.serving.front import Endpoint, Front, Incoming
+from rayward.serving.front import Endpoint, Front, Incoming, no_span
 from rayward.serving.handles import ServeHandles, our_error
-from rayward.serving.metrics import render
+from rayward.serving.metrics import Recorder
+from rayward.serving.mounts import all_routes
 from rayward.serving.proxies import running_address
-from rayward.serving.reporting import merged, report_forever
 from rayward.serving.routes import RouteTable
+from rayward.serving.seeing import Seeing
 from rayward.serving.status import ServiceStatus
-from rayward.wire.dialect import JSON, Body
-from rayward.wire.dialects.table import ROUTES, with_pairs
-from rayward.wire.endpoints import ENDPOINTS
+from rayward.serving.tracing import tracing_of
+from rayward.wire.dialect import JSON
 
 logger = logging.getLogger("ray.serve")
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MANAGER_TIMEOUT_S = 10.0
 """For what the manager has in memory; publishing may take as long as copying the model does."""
 
@@ -45,7 +44,8 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
         manager: handle of `ManagerDeployment`.
 
     Raises:
-        ConfigError: the proxies listen to other machines and nobody has to show a key; or no storage is shared.
+        ConfigError: the proxies listen to other machines and nobody has to show a key; or no storage is shared; or traces are asked for and
+            no collector is named.
     """
     address = running_address()
     if address is not None:
@@ -53,22 +53,25 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
         check_exposure(address[0], config, Keys.of(config))
     front = serve.get_replica_context().app_name
     handles = ServeHandles(front, lambda model, version: (dispatcher.table or RouteTable()).application(front, model, version))
-    dispatcher = Dispatcher(table_store(config, front).read, handles, source=f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    source = f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    dispatcher = Dispatcher(table_store(config, front).read, handles, source=source)
 
-    async def read_table(_stats: Callable[[], Stats]) -> None:
+    async def read_table() -> None:
         try:
             await dispatcher.run()
         finally:
             await dispatcher.close()
 
-    async def report(stats: Callable[[], Stats]) -> None:
-        await report_forever(lambda: merged(stats(), dispatcher.stats()), lambda taken: manager.report.remote(taken))
-
+    recorder = Recorder(source, "ingress")
+    tracing = tracing_of(config)
+    seeing = Seeing(_RemoteManager(manager), recorder.stats, dispatcher.stats, page=config.page)
     return Front(
         dispatcher,
-        routes=(*(with_pairs(route) if route.path == "/v1/score" else route for route in ENDPOINTS), *ROUTES),
-        endpoints=(*admin_endpoints(manager), *watching_endpoints(config, manager)),
-        background=(read_table, report),
+        routes=all_routes(),
+        endpoints=(*admin_endpoints(manager), *seeing.endpoints()),
+        background=(read_table, seeing.report),
+        recorder=recorder,
+        span=no_span if tracing is None else tracing.span,
     )
 
 
@@ -91,29 +94,22 @@ def _admin_endpoint(manager: Any, method: str, path: str, verb: str, summary: st
     return Endpoint(method, path, summary, answer, scope="admin", request=request, reply=reply)
 
 
-def watching_endpoints(config: ScoringConfig, manager: Any) -> list[Endpoint]:
-    """`/metrics`, `/v1/status` and the page."""
+class _RemoteManager:
+    """`seeing.Manager` by handle."""
 
-    async def metrics(_incoming: Incoming) -> Body:
-        stats: Sequence[Stats] = await ask_manager(manager.stats)
-        return Body(render(stats).encode(), media_type=METRICS_TYPE)
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
 
-    async def status(_incoming: Incoming) -> Body:
-        found: ServiceStatus = await ask_manager(manager.status)
-        return Body(found.model_dump_json().encode())
+    async def report(self, stats: Stats) -> None:
+        await self._handle.report.remote(stats)
 
-    def show(_incoming: Incoming) -> Body:
-        content, headers = page.document()
-        return Body(content, headers, media_type=page.MEDIA_TYPE)
+    async def stats(self) -> Sequence[Stats]:
+        found: Sequence[Stats] = await ask_manager(self._handle.stats)
+        return found
 
-    schema = ServiceStatus.model_json_schema(mode="serialization")
-    endpoints = [
-        Endpoint("GET", "/metrics", "Counts of every process, for Prometheus", metrics, media_type="text/plain"),
-        Endpoint("GET", "/v1/status", "Throughput, replicas and versions now", status, reply=schema),
-    ]
-    if config.page:
-        endpoints.append(Endpoint("GET", "/", "A page to try and to watch the service", show, scope=None, media_type="text/html"))
-    return endpoints
+    async def status(self) -> ServiceStatus:
+        found: ServiceStatus = await ask_manager(self._handle.status)
+        return found
 
 
 async def ask_manager(method: Any, *arguments: Any, timeout_s: float = MANAGER_TIMEOUT_S) -> Any:

@@ -140,6 +140,11 @@ class Keys:
         """Whether keys are given at all; a file that lost all of them still asks for one."""
         return self._path is not None or bool(self._keys)
 
+    @property
+    def score_needs_key(self) -> bool:
+        """Whether nobody scores without one."""
+        return self.required and not self._allow_anonymous
+
     def caller_of(self, authorization: str | None, address: str | None) -> Caller:
         """Who sends a request.
 

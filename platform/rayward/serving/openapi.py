@@ -13,8 +13,7 @@ from rayward.wire.native import ErrorReply
 VERSION = "1"
 """Of the native schema: /v1."""
 
-_KEY: list[dict[str, JSON]] = [{"bearer": []}, {}]
-"""A key, or none: whether one is needed is the server's configuration."""
+_KEY: list[dict[str, list[str]]] = [{"bearer": []}]
 
 REFUSALS = {
     400: "The body cannot be read",
@@ -35,16 +34,21 @@ REFUSALS = {
 }
 
 
-def document(routes: Sequence[Route], endpoints: Sequence[Endpoint]) -> dict[str, JSON]:
-    """The document, as JSON values."""
+def document(routes: Sequence[Route], endpoints: Sequence[Endpoint], *, keys_required: bool) -> dict[str, JSON]:
+    """The document, as JSON values.
+
+    Args:
+        keys_required: whether who scores needs a key; administrators always do.
+    """
+    key = _KEY if keys_required else []
     schemas: dict[str, JSON] = {}
     paths: dict[str, dict[str, JSON]] = {}
     native = _lifted(ErrorReply.model_json_schema(mode="serialization"), "error", schemas)
     for route in routes:
         for method in route.methods:
-            paths.setdefault(route.path, {})[method.lower()] = _scoring(route, method, native, schemas)
+            paths.setdefault(route.path, {})[method.lower()] = _scoring(route, method, key, native, schemas)
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _other(endpoint, native, schemas)
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _other(endpoint, key, native, schemas)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Rayward scoring", "version": VERSION, "description": "Rewards of completions, by reward models."},
@@ -53,31 +57,36 @@ def document(routes: Sequence[Route], endpoints: Sequence[Endpoint]) -> dict[str
     }
 
 
-def _scoring(route: Route, method: str, native: JSON, schemas: dict[str, JSON]) -> dict[str, JSON]:
+def _scoring(route: Route, method: str, key: JSON, native: JSON, schemas: dict[str, JSON]) -> dict[str, JSON]:
     name = _name_of(method, route.path)
     request = _lifted(route.request, f"{name}_request", schemas)
     reply = _lifted(route.reply, f"{name}_reply", schemas)
     refusals = {route.statuses.get(status, status): text for status, text in REFUSALS.items()}
+    if route.pick is not None:
+        # The body decides whose statuses these are.
+        refusals |= {**REFUSALS, 424: REFUSALS[502]}
     # Another system's clients know its own error bodies; their form is in the documentation of that dialect.
     error = native if route.dialect == "rayward" else {"type": "object"}
-    return {
+    found: dict[str, JSON] = {
         "operationId": name,
         "summary": route.summary,
         "tags": [route.dialect],
-        "security": _KEY,
-        "requestBody": {"required": True, "content": {media_type: {"schema": request} for media_type in route.media_types}},
+        "security": key if route.asks == "scores" else [],
         "responses": {"200": _content("Scored", reply)} | _refusals(refusals, error),
     }
+    if method != "GET":
+        found["requestBody"] = {"required": True, "content": {media_type: {"schema": request} for media_type in route.media_types}}
+    return found
 
 
-def _other(endpoint: Endpoint, native: JSON, schemas: dict[str, JSON]) -> dict[str, JSON]:
+def _other(endpoint: Endpoint, key: JSON, native: JSON, schemas: dict[str, JSON]) -> dict[str, JSON]:
     name = _name_of(endpoint.method, endpoint.path)
     reply = {} if endpoint.reply is None else _lifted(endpoint.reply, f"{name}_reply", schemas)
     found: dict[str, JSON] = {
         "operationId": name,
         "summary": endpoint.summary,
         "tags": ["admin" if endpoint.scope == "admin" else "service"],
-        "security": [] if endpoint.scope is None else [{"bearer": []}] if endpoint.scope == "admin" else _KEY,
+        "security": [] if endpoint.scope is None else _KEY if endpoint.scope == "admin" else key,
         "responses": {"200": _content("Done", reply, endpoint.media_type)} | _refusals(REFUSALS, native),
     }
     if endpoint.request is not None:

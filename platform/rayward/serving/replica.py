@@ -6,10 +6,12 @@ import sys
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from rayward.config.scoring import ReplicaConfig
 from rayward.errors import marking
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
+from rayward.serving.loopback import stay_on_loopback
 from rayward.serving.reporting import report_forever
 from rayward.wire.native import ModelInfo, WireNormaliser
 
@@ -46,6 +48,7 @@ class ScorerDeployment:
         from rayward.serving.engine.engine import Engine
         from rayward.serving.sources import localise
 
+        stay_on_loopback()
         torch.set_num_threads(config.threads_per_replica)
         sys.setswitchinterval(SWITCH_S)
         self._model = load_scored_model(localise(source, content), config.placement)
@@ -103,5 +106,5 @@ class ScorerDeployment:
 def _replica_name(model_name: str) -> str:
     try:
         return str(serve.get_replica_context().replica_id.unique_id)
-    except Exception:  # Broad: outside of Serve, whatever it raises.
+    except RayServeException:
         return model_name

@@ -35,6 +35,9 @@ DRIFT_THRESHOLD = 2.0
 CORRELATION_THRESHOLD = 0.6
 """Of |window_reward_length_correlation|: beyond it, more than a third of the variance of the rewards is explained by length alone."""
 
+SPREAD_THRESHOLD = 0.25
+"""Of window_reward_spread: below it, the rewards hardly tell one text from another any more."""
+
 MIN_REWARDS = 200
 """Fewer rewards in a window than these say nothing about drift; the derived gauges are absent then."""
 
@@ -296,11 +299,10 @@ def reference_of(table: RouteTable | None, model: str, version: str) -> tuple[fl
     return None if normaliser is None else (normaliser.mean, normaliser.std)
 
 
-def merged(first: Stats, *others: Stats) -> Stats:
+def merged(*parts: Stats) -> Stats:
     """What several parts of one process have counted, as that of the first."""
-    parts = (first, *others)
     return replace(
-        first,
+        parts[0],
         counters={key: value for part in parts for key, value in part.counters.items()},
         gauges={key: value for part in parts for key, value in part.gauges.items()},
         histograms={key: value for part in parts for key, value in part.histograms.items()},

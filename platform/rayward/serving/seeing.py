@@ -1,7 +1,7 @@
 """What people and machines look at, mounted beside the scores: `/metrics`, `GET /v1/status`, the page at `/`; and the reports behind them.
 
-    seeing = Seeing(manager, dispatcher.stats, page=config.page)
-    Front(backends, endpoints=seeing.endpoints(), background=[seeing.report], ...)
+    seeing = Seeing(manager, recorder.stats, dispatcher.stats, page=config.page)
+    Front(backends, endpoints=seeing.endpoints(), background=[seeing.report], recorder=recorder, ...)
 
 No Ray here: `manager` is anything with the three methods, by handle in the service.
 """
@@ -48,38 +48,35 @@ class Seeing:
     """One ingress process's part of it.
 
     Args:
-        others: counts of this process besides those that `report` is given, for example the dispatcher's.
+        takes: what gives the counts of this process's parts; the first one names the process.
         page: whether the page is served.
     """
 
-    def __init__(self, manager: Manager, *others: Callable[[], Stats], page: bool = True) -> None:
+    def __init__(self, manager: Manager, *takes: Callable[[], Stats], page: bool = True) -> None:
         self._manager = manager
-        self._others = others
+        self._takes = takes
         self._page = page
-        self._own: Callable[[], Stats] | None = None
 
     def endpoints(self) -> list[Endpoint]:
         """What is mounted."""
-        found = [
-            Endpoint("GET", "/metrics", "Counts of all processes, for Prometheus", self._metrics, media_type=CONTENT_TYPE),
-            Endpoint("GET", "/v1/status", "What is served and how it is going", self._status, reply=ServiceStatus.model_json_schema()),
+        return [
+            Endpoint("GET", "/metrics", "Counts of all processes, for Prometheus", self._metrics, media_type="text/plain"),
+            Endpoint(
+                "GET",
+                "/v1/status",
+                "What is served and how it is going",
+                self._status,
+                reply=ServiceStatus.model_json_schema(mode="serialization"),
+            ),
+            *([page_endpoint()] if self._page else []),
         ]
-        if self._page:
-            found.append(Endpoint("GET", "/", "The page", lambda _: _page(), scope=None, media_type=MEDIA_TYPE))
-        return found
 
-    async def report(self, own: Callable[[], Stats]) -> None:
-        """Report this process's counts to the manager until cancelled; work for `Front.background`.
-
-        Args:
-            own: the counts of the HTTP application.
-        """
-        self._own = own
+    async def report(self) -> None:
+        """Report this process's counts to the manager until cancelled; work for `Front.background`."""
         await report_forever(self._taken, self._manager.report)
 
     def _taken(self) -> Stats:
-        assert self._own is not None
-        return merged(self._own(), *(take() for take in self._others))
+        return merged(*(take() for take in self._takes))
 
     async def _metrics(self, _incoming: Incoming) -> Body:
         try:
@@ -89,12 +86,11 @@ class Seeing:
         except Exception as exc:
             logger.warning("the manager does not say what it counted (%s)", type(exc).__name__)
             found, up = [], 0.0
-        own = self._taken() if self._own is not None else None
-        if own is not None:
-            # Newer than what the manager has of this process, and there without it.
-            own = replace(own, gauges={**own.gauges, ("manager_up", ()): up})
-            found = [own, *(each for each in found if each.source != own.source)]
-        return Body(render(found).encode("utf-8"), media_type=CONTENT_TYPE)
+        # Newer than what the manager has of this process, and there without it.
+        own = self._taken()
+        own = replace(own, gauges={**own.gauges, ("manager_up", ()): up})
+        text = render([own, *(each for each in found if each.source != own.source)])
+        return Body(text.encode("utf-8"), media_type=CONTENT_TYPE)
 
     async def _status(self, _incoming: Incoming) -> Body:
         try:
@@ -108,6 +104,8 @@ class Seeing:
         return Body(status.model_dump_json().encode("utf-8"))
 
 
-def _page() -> Body:
+def page_endpoint() -> Endpoint:
+    """The page: open to who reaches the server, because it holds nothing; what it asks for needs the key that is typed into it."""
     content, headers = document()
-    return Body(content, headers, media_type=MEDIA_TYPE)
+    body = Body(content, headers, media_type=MEDIA_TYPE)
+    return Endpoint("GET", "/", "The page", lambda _: body, scope=None, media_type="text/html")

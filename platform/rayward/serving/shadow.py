@@ -27,7 +27,7 @@ COMPLETIONS = "shadow_completions_total"
 ABS_DIFFERENCE = "shadow_abs_difference_total"
 """Sum of |difference| of their rewards; over COMPLETIONS the mean."""
 
-DIFFERENCE = "shadow_difference_total"
+DIFFERENCE = "shadow_difference_sum"
 """Sum of shadow minus current, as a gauge, because it may fall; over COMPLETIONS the shift."""
 
 MAX_DIFFERENCE = "shadow_max_abs_difference"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +37,19 @@ class Service:
     Args:
         url: base URL.
         key_file: holds a key of scope admin; None: RAYWARD_API_KEY.
-        http: for tests.
+        transport: of HTTP, for tests.
 
     Raises:
         ConfigError: the file cannot be read or is empty; the URL is none.
     """
 
-    def __init__(self, url: str, key_file: Path | None = None, *, http: httpx.Client | None = None) -> None:
+    def __init__(self, url: str, key_file: Path | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"the URL is {url!r}; the rule is http://… or https://…", remedy="give the base URL of the service")
         self.url = url.rstrip("/")
         key = key_of(key_file)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = http or httpx.Client(timeout=httpx.Timeout(TIMEOUT_S, connect=10.0))
+        self._transport = transport
 
     def ask(self, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Do something; the models as they stand then.
@@ -59,7 +61,8 @@ class Service:
             ServerError: the service failed.
         """
         try:
-            response = self._http.post(f"{self.url}/admin/models/{verb}", json=dict(body), headers=self._headers)
+            with httpx.Client(timeout=httpx.Timeout(TIMEOUT_S, connect=10.0), transport=self._transport) as http:
+                response = http.post(f"{self.url}/admin/models/{verb}", json=dict(body), headers=self._headers)
         except httpx.TransportError as exc:
             raise UnavailableError(
                 f"{self.url} does not answer ({type(exc).__name__})", remedy="check --url, and that the service runs"
@@ -133,6 +136,30 @@ def publish_model(
     return listing
 
 
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Where a training job publishes what it exports.
+
+    Attributes:
+        model: its name there.
+    """
+
+    service: Service
+    model: str
+
+    def check(self) -> None:
+        """That the service is there and would take it: asked before the work, not after it.
+
+        Raises:
+            RaywardError: as `Service.ask`.
+        """
+        self.service.ask("list", {})
+
+    def publish(self, directory: Path) -> str:
+        """The version that is ready there now; raises as `publish_model`."""
+        return str(publish_model(self.service, self.model, str(directory))["published"])
+
+
 def lines_of(listing: Mapping[str, Any]) -> Iterator[str]:
     """The models of a service, for people."""
     if listing.get("published"):
@@ -182,7 +209,5 @@ def _error_of(status: int, reply: Any, where: str) -> RaywardError:
 
 
 def _typed(kind: str, problem: str, remedy: str) -> RaywardError:
-    import json
-
     found = RaywardError.from_json(json.dumps({"types": [kind, ModelLoadError.__name__], "fields": {"problem": problem, "remedy": remedy}}))
     return found

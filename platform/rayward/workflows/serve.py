@@ -26,8 +26,9 @@ def serve_until_interrupted(
     # A supervisor's SIGTERM is a Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     connect()
-    note_cluster()
-    from rayward.serving.app import serve_model
+    from rayward.serving.app import cluster_address, serve_model
+
+    note_cluster(MARK.expanduser(), cluster_address())
 
     def ready(url: str) -> None:
         served = ", ".join([*([config.model] if config.model else []), *config.models.values()]) or "the models of its state"
@@ -39,12 +40,8 @@ def serve_until_interrupted(
     )  # fmt: skip
 
 
-def note_cluster() -> None:
+def note_cluster(mark: Path, address: str) -> None:
     """Remember who started this cluster; say so where it was a process that is no longer there."""
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    mark = MARK.expanduser()
     if started_here():
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(mark, json.dumps({"pid": os.getpid(), "address": address}))
@@ -52,8 +49,8 @@ def note_cluster() -> None:
     left = left_behind(mark, address)
     if left is not None:
         console.print(
-            f"note: the cluster at {address} was started by a `rayward serve` (process {left}) that is no longer there and could not end it; "
-            "this one joins it. `ray stop` ends it, and every other Ray of yours on this machine.",
+            f"note: this joins the cluster at {address}, which a `rayward serve` (process {left}) started and, killed, could not end. "
+            "`ray stop` ends it, and every other Ray of yours on this machine.",
             markup=False,
         )
 

@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from rayward.data.prepared import PreparedData
     from rayward.evaluation.records import Evaluation
     from rayward.training.trainer import TrainResult
+    from rayward.workflows.publish import Publication
 
 
-def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) -> TrainResult:
-    """Prepare, train, export, verify the export, evaluate it and write its card; print where everything lies."""
+def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool, publication: Publication | None = None) -> TrainResult:
+    """Prepare, train, export, verify the export, evaluate it and write its card; print where everything lies.
+
+    Args:
+        publication: where the export is published at the end; that the service would take it is asked before anything is trained.
+    """
     output = export_to or default_export(config)
+    if publication is not None:
+        publication.check()
     from rayward.data.prepare.job import prepare
     from rayward.training.trainer import train
 
@@ -39,6 +46,11 @@ def train_pipeline(config: Config, *, export_to: Path | None, evaluation: bool) 
         judged = evaluate_pipeline(str(output), [prepared.directory], folder, data_config=config.data, placement=placement)
         publish_evaluated(config, prepared, output, judged, Path(folder))
     console.print(f"model: {output}\nmetrics: {result.location}/metrics.jsonl\nmodel card: {output}/README.md")
+    if publication is not None:
+        version = publication.publish(output)
+        console.print(
+            f"published: version {version} of {publication.model} at {publication.service.url}, ready to be promoted", markup=False
+        )
     return result
 
 

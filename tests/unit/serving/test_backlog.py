@@ -46,7 +46,9 @@ def test_ten_thousand_of_one_do_not_stand_before_one_of_another() -> None:
 
 def test_callers_that_wait_get_the_same_number_of_tokens_whatever_the_size_of_their_items() -> None:
     queue = backlog(max_tokens=10**9)
-    queue.put([entry("small", 20) for _ in range(2000)] + [entry("large", 400) for _ in range(100)] + [entry("middle", 90) for _ in range(450)])
+    queue.put(
+        [entry("small", 20) for _ in range(2000)] + [entry("large", 400) for _ in range(100)] + [entry("middle", 90) for _ in range(450)]
+    )
     given: Counter[str] = Counter()
     for _ in range(20):
         for found in queue.take(1000, 0.0).entries:

@@ -1,108 +1,124 @@
-"""What a replica does with the requests of different clients that it scores together, and the private interface of Serve."""
+"""The scorer's deployment without Serve, over a real model; and the private interface of Serve."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
+from tests.helpers.models import CONVERSATIONS, change_contract, make_export
 
+from rayward.config.placement import Placement
+from rayward.config.scoring import ReplicaConfig
 from rayward.contract.conversation import Message
-from rayward.errors import ServerError
-from rayward.wire.items import ItemResult, ScoreItem
+from rayward.errors import ContractMismatchError, ServerError
+from rayward.scoring.load import load_scored_model
+from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S, ScoreCall, ScoredCall
+from rayward.serving.engine.engine import TEXT_CHARS, count_chars
+from rayward.wire.items import Asked, ScoreItem
 
 # Ray Serve 2.60 is imported inside the tests: its own models warn about deprecated pydantic settings.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-
-def call(*prompts: str) -> list[ScoreItem]:
-    return [ScoreItem(({"role": "user", "content": prompt},), ("x",)) for prompt in prompts]
-
-
-class Model:
-    """Scores by the length of the prompt; raises for a call that holds "bad", and for `too_many` items together."""
-
-    def __init__(self, too_many: int = 1000) -> None:
-        self.calls: list[int] = []
-        self.too_many = too_many
-
-    def score(self, items: Sequence[ScoreItem]) -> list[ItemResult]:
-        self.calls.append(len(items))
-        prompts = [item.prompt[0]["content"] for item in items]
-        if "bad" in prompts or len(items) >= self.too_many:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return [ItemResult(rewards=(float(len(prompt)),)) for prompt in prompts]
+CONFIG = ReplicaConfig(device="cpu", tokens_per_batch=512)
+ITEMS = (
+    *(ScoreItem(prompt, (text, f"{text} Really.")) for prompt, text in CONVERSATIONS),
+    ScoreItem(({"role": "user", "content": "word " * 400},), ("Too much.",)),
+    ScoreItem(({"role": "user", "content": "Hello"},), ("Hi",), Asked(weights="unknown")),
+)
 
 
-def rewards(reply: list[ItemResult] | Exception) -> list[float]:
-    assert not isinstance(reply, Exception)
-    return [result.rewards[0] for result in reply if result.rewards is not None]
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def test_requests_are_scored_together_and_answered_apart() -> None:
-    from rayward.serving.replica import score_calls
-
-    model = Model()
-    assert [rewards(reply) for reply in score_calls(cast(Any, model), [call("a", "ab"), [], call("abc")])] == [[1.0, 2.0], [], [3.0]]
-    assert model.calls == [3]
-
-
-def test_a_request_that_fails_alone_too_fails_no_other() -> None:
-    from rayward.serving.replica import score_calls
-
-    model = Model()
-    first, bad, last = score_calls(cast(Any, model), [call("a"), call("bad", "b"), call("abc")])
-    assert (rewards(first), rewards(last)) == ([1.0], [3.0])
-    assert isinstance(bad, torch.OutOfMemoryError)
-    assert model.calls == [4, 1, 2, 1]
+@pytest.fixture
+def _switch_interval() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
 
 
-def test_requests_that_fail_only_together_are_all_answered() -> None:
-    from rayward.serving.replica import score_calls
-
-    replies = score_calls(cast(Any, Model(too_many=2)), [call("a"), call("ab")])
-    assert [rewards(reply) for reply in replies] == [[1.0], [2.0]]
-
-
-def replica(model: Model) -> Any:
-    """A replica without Serve: its batch queue is left out."""
+async def deployed(source: Path, config: ReplicaConfig = CONFIG) -> Any:
     from rayward.serving.replica import ScorerDeployment
 
-    made = object.__new__(cast(Any, ScorerDeployment).func_or_class)
-    made._scorer, made._thread, made._failure, made._idle = model, ThreadPoolExecutor(1), None, asyncio.Event()
-    return made
+    return cast(Any, ScorerDeployment).func_or_class(str(source), config, "tiny")
 
 
-@pytest.mark.parametrize(("prompts", "healthy"), [(["a", "ab"], True), (["a", "bad"], False)])
-def test_a_replica_is_unhealthy_only_when_a_request_fails_alone(prompts: list[str], healthy: bool) -> None:
-    made = replica(Model(too_many=2))
-    batch = inspect.unwrap(type(made)._score_batch)
-    replies = asyncio.run(batch(made, [SimpleNamespace(items=call(prompt)) for prompt in prompts]))
-    assert [isinstance(reply, Exception) for reply in replies] == [False, not healthy]
-    assert made._idle.is_set()
-    if healthy:
-        made.check_health()
-    else:
-        with pytest.raises(ServerError, match="OutOfMemoryError"):
-            made.check_health()
+@pytest.mark.usefixtures("_switch_interval")
+def test_a_replica_scores_as_the_scorer_does(export: Path) -> None:
+    async def scenario() -> tuple[list[ScoredCall], Any]:
+        replica = await deployed(export)
+        calls = [ScoreCall(ITEMS[index:] + ITEMS[:index], request_id=str(index), caller=str(index % 2)) for index in range(len(ITEMS))]
+        scored = await asyncio.gather(*map(replica.score, calls))
+        replica.check_health()
+        return list(scored), replica
+
+    scored, replica = asyncio.run(scenario())
+    scorer = load_scored_model(export, Placement(device="cpu", tokens_per_batch=512))
+    expected = scorer.score(ITEMS)
+    for index, each in enumerate(scored):
+        assert each.version == scorer.version
+        for found, wanted in zip(each.results, expected[index:] + expected[:index], strict=True):
+            assert found.error == wanted.error
+            assert (found.rewards is None) == (wanted.rewards is None)
+            assert found.rewards == pytest.approx(wanted.rewards, abs=1e-5)
+            assert found.tokens == wanted.tokens
+    info = asyncio.run(replica.info())
+    assert (info.id, info.version, info.max_tokens) == ("tiny", scorer.version, scorer.facts.max_tokens)
+    assert set(replica.record_autoscaling_stats()) == {QUEUED_TOKENS, TOKENS_PER_S}
+    assert asyncio.run(replica.stats()).counters[("completions_total", ())] == 2 * 3 * len(ITEMS)
+    pids = replica._engine._encoders.pids
+    assert pids
+    replica.__del__()
+    assert replica._engine._encoders.pids == set()
 
 
-def test_the_size_of_a_request_is_that_of_all_its_texts() -> None:
-    from rayward.serving.replica import _num_chars
+def test_a_tampered_model_never_becomes_a_replica(tmp_path: Path) -> None:
+    tampered = make_export(tmp_path / "tampered", golden_shift=1.0)
+    with pytest.raises(ContractMismatchError) as caught:
+        asyncio.run(deployed(tampered))
+    assert caught.value.__notes__
 
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    escaping = make_export(tmp_path / "escaping")
+    template = (
+        "{% for m in messages %}{% if 'escape' in m['content'] %}"
+        "{{ messages.__class__.__mro__[1].__subclasses__()|length }}{{ cycler.__init__.__globals__.os.getpid() }}"
+        "{% endif %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    )
+    change_contract(escaping, template=template, golden=())
+
+    async def scenario() -> ScoredCall:
+        replica = await deployed(escaping, CONFIG.model_copy(update={"verify_golden": False}))
+        try:
+            items = tuple(ScoreItem(({"role": "user", "content": text},), ("yes",)) for text in ("please escape", "stay"))
+            scored: ScoredCall = await replica.score(ScoreCall(items, request_id="r"))
+            return scored
+        finally:
+            replica.__del__()
+
+    escaped, stayed = asyncio.run(scenario()).results
+    assert escaped.error is not None
+    assert escaped.error.code == "template"
+    assert stayed.rewards is not None
+
+
+def test_the_size_of_an_item_is_that_of_all_its_texts() -> None:
     called: Message = {
         "role": "assistant", "content": "c" * 10, "reasoning_content": "r" * 20,
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": ["x" * 500]}}}],
     }  # fmt: skip
     prompt: tuple[Message, ...] = ({"role": "user", "content": "p" * 7},)
-    assert _num_chars(ScoreItem(prompt, ("a" * 30, "b" * 3))) == 40
-    rich = _num_chars(ScoreItem(prompt, ((called,),), tools=({"name": "t" * 1000},), chat_template_kwargs={"k": "v" * 100}))
-    assert 7 + 10 + 20 + 500 + 1000 + 100 < rich < 1637 + 100
+    assert count_chars(ScoreItem(prompt, ("a" * 30, "b" * 3))) == 40 + 3 * TEXT_CHARS
+    rich = count_chars(ScoreItem(prompt, ((called,),), tools=({"name": "t" * 1000},), chat_template_kwargs={"k": "v" * 100}))
+    assert 7 + 10 + 20 + 500 + 1000 + 100 < rich < 1637 + 100 + 20 * TEXT_CHARS
 
 
 def test_serve_still_has_the_private_interface_that_we_use() -> None:

@@ -85,7 +85,10 @@ def _die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Serve a pipe until it is closed; arguments: its file descriptor, the process id of the parent, bytes of memory beside the tokenizer."""
+    """Serve a pipe until it is closed.
+
+    Arguments of the command line: its file descriptor, the process id of the parent, bytes of memory beside what the tokenizer takes.
+    """
     pipe, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
     if sys.platform == "linux":
         _die_with_parent(parent)

@@ -102,6 +102,7 @@ class Encoders:
         num_processes: that work when no item is slow.
         timeout_s: longest time of one item.
         done: told of encoded items, in a thread of this pool.
+        restarted: told why a process is replaced: `timeout`, `died`.
         memory_bytes: what a process may take beyond what its tokenizer needs; an item that takes more fails by itself.
     """
 
@@ -112,6 +113,7 @@ class Encoders:
         num_processes: int,
         timeout_s: float,
         done: Callable[[Sequence[tuple[Job, EncodedItem]]], None],
+        restarted: Callable[[str], None] = lambda reason: None,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._spec = pickle.dumps(spec)
@@ -131,7 +133,7 @@ class Encoders:
         self._closed = False
         self._failure: str | None = None
         self._start_error: RaywardError | None = None
-        self.restarts = {"timeout": 0, "died": 0}
+        self._restarted = restarted
         with self._changed:
             for _ in range(num_processes):
                 self._start_thread()
@@ -319,11 +321,12 @@ class Encoders:
             if not job.gone:
                 return job
         for queue in (self._queue, self._uncharged):
-            if (job := queue.pop(lambda caller: self._slow.get(caller, 0) < SLOW_PER_CALLER)) is not None:
-                if busy and num_chars + job.num_chars > AHEAD_CHARS:
-                    queue.push(job.caller, job, job.cost, first=True)
-                    return None
-                return job
+            found = queue.pop(lambda caller: self._slow.get(caller, 0) < SLOW_PER_CALLER)
+            if found is not None and busy and num_chars + found.num_chars > AHEAD_CHARS:
+                queue.push(found.caller, found, found.cost, first=True)
+                return None
+            if found is not None:
+                return found
         return None
 
     def _is_slow(self, slot: _Slot) -> None:
@@ -362,7 +365,7 @@ class Encoders:
             self._done(answers)
 
     def _timed_out(self, slot: _Slot) -> None:
-        self.restarts["timeout"] += 1
+        self._restarted("timeout")
         _end(slot)
         self._is_quick(slot)
         number, job = slot.given.popleft()
@@ -374,7 +377,7 @@ class Encoders:
             self._done([(job, EncodedItem(job.item, error=ItemError.of("encoding_timeout", message)))])
 
     def _died(self, slot: _Slot) -> None:
-        self.restarts["died"] += 1
+        self._restarted("died")
         self._is_quick(slot)
         _end(slot)
         status = slot.process.returncode

@@ -1,4 +1,4 @@
-"""The engine of a replica: calls come in, their items are encoded beside the compute thread, computed with whatever waits, answered one by one.
+"""The engine of a replica: items of calls are encoded beside the compute thread, computed with whatever waits, and answered one by one.
 
     event loop   score(call)  --Job-->  encoder processes  --Entry-->  Backlog  --forward-->  finishing  --result-->  event loop
                  [theirs]               [one thread each]             [compute thread]        [a thread]
@@ -23,14 +23,13 @@ from rayward.contract.conversation import strings_in, turns_of
 from rayward.errors import OverloadedError, ServerError, UnavailableError
 from rayward.scoring.units import EncodedItem, UnitModel, Values
 from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S, ScoreCall, ScoredCall, Stats
-from rayward.serving.engine import counts
 from rayward.serving.engine.backlog import Backlog, Entry
 from rayward.serving.engine.compute import INTERRUPTED, Computed, compute, interrupted
 from rayward.serving.engine.counts import Counts
 from rayward.serving.engine.encoders import Encoders, Job
 from rayward.serving.engine.fair import FairQueue
 from rayward.wire.dialect import Timings
-from rayward.wire.items import Asked, ItemError, ItemResult, ScoreItem
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 logger = logging.getLogger("ray.serve")
 
@@ -109,13 +108,11 @@ class Engine:
     ) -> None:
         self._model = model
         self._config = config
-        self._model_name = model_name
         self._name = name
         self._clock = clock
-        self.counts = Counts(model.facts.normaliser)
+        self.counts = Counts(name, model=model_name, version=model.version, normaliser=model.facts.normaliser)
         self._changed = threading.Condition()
-        padded = getattr(model, "layout", "packed") == "padded"
-        self._backlog = Backlog(max_tokens=config.max_queued_tokens, max_s=config.max_queue_s, padded=padded)
+        self._backlog = Backlog(max_tokens=config.max_queued_tokens, max_s=config.max_queue_s, padded=model.layout == "padded")
         self._chars_per_token = CHARS_PER_TOKEN
         # Items that the compute thread encodes itself, because the model is needed for it.
         self._raw: FairQueue[_Work] = FairQueue(lambda work: not work.gone)
@@ -129,7 +126,13 @@ class Engine:
         self._encoders = (
             None
             if spec is None
-            else Encoders(spec, num_processes=config.encoder_processes, timeout_s=config.encoding_timeout_s, done=self._on_encoded)
+            else Encoders(
+                spec,
+                num_processes=config.encoder_processes,
+                timeout_s=config.encoding_timeout_s,
+                done=self._on_encoded,
+                restarted=lambda reason: self.counts.add("encoder_restarts_total", reason=reason),
+            )
         )
         if self._encoders is not None:
             self._encoders.wait_ready()
@@ -165,35 +168,24 @@ class Engine:
         results = tuple(result for result in pending.results if result is not None)
         assert len(results) == len(call.items)
         timings = self._timings(pending)
-        self.counts.results((result, item.asked == PLAIN) for result, item in zip(results, call.items, strict=True))
+        self.counts.answered(call.items, results, timings)
         return ScoredCall(version=self._model.version, results=results, timings=timings, replica=self._name)
 
     def stats(self) -> Stats:
         """What was counted, and how the replica stands; never waits for a forward."""
-        encoders = self._encoders
         with self._changed:
             gauges = {
-                (QUEUED_TOKENS, ()): float(self._backlog.queued_tokens),
-                (TOKENS_PER_S, ()): self._backlog.speed.tokens_per_s,
-                (counts.SHADOW_TOKENS, ()): float(self._backlog.shadow_tokens),
-                (counts.QUEUED_ITEMS, ()): float(self._num_items),
-                (counts.CALLERS, ()): float(self._backlog.num_callers),
-                (counts.ENCODERS, ()): float(encoders.num_alive if encoders is not None else 0),
-                (counts.HEALTHY, ()): float(self.failure is None),
+                QUEUED_TOKENS: self._backlog.queued_tokens,
+                TOKENS_PER_S: self._backlog.speed.tokens_per_s,
+                "queued_shadow_tokens": self._backlog.shadow_tokens,
+                "queued_items": self._num_items,
+                "waiting_callers": self._backlog.num_callers,
             }
-        counters = self.counts.counters()
-        if encoders is not None:
-            counters |= {(counts.ENCODER_RESTARTS, (("reason", reason),)): float(n) for reason, n in encoders.restarts.items()}
-        return Stats(
-            source=self._name,
-            role="replica",
-            taken_at=time.time(),
-            model=self._model_name,
-            version=self._model.version,
-            counters=counters,
-            gauges=gauges | self.counts.reward_gauges(),
-            histograms=self.counts.histograms(),
-        )
+        gauges["encoder_processes"] = 0 if self._encoders is None else self._encoders.num_alive
+        gauges["healthy"] = self.failure is None
+        for name, value in gauges.items():
+            self.counts.set(name, value)
+        return self.counts.stats()
 
     def load(self) -> dict[str, float]:
         """What the autoscaling policy reads."""
@@ -239,7 +231,7 @@ class Engine:
 
     def _begin(self, call: ScoreCall) -> _Pending:
         if (failure := self.failure) is not None or self._closed:
-            self.counts.count(counts.REFUSALS, reason="unavailable")
+            self.counts.add("refusals_total", reason="unavailable")
             raise UnavailableError(f"the replica is going away ({failure or 'shut down'})", remedy="retry; another replica answers")
         loop, now = asyncio.get_running_loop(), self._clock()
         deadline = math.inf if call.budget_s is None else now + call.budget_s
@@ -251,7 +243,7 @@ class Engine:
                 self._backlog.hold(sum(estimates), charged=call.charged)
                 self._num_items += len(call.items)
         except OverloadedError:
-            self.counts.count(counts.REFUSALS, reason="overloaded" if call.charged else "shadow")
+            self.counts.add("refusals_total", reason="overloaded" if call.charged else "shadow")
             raise
         pending.works = [_Work(pending, i, item, held) for i, (item, held) in enumerate(zip(call.items, estimates, strict=True))]
         if not pending.works:
@@ -293,21 +285,17 @@ class Engine:
                     num_dropped += sum(self._backlog.discard(entry) for entry in work.entries)
                     self._leave(work)
         if num_dropped:
-            self.counts.count(counts.DROPPED, num_dropped, reason=reason)
+            self.counts.add("dropped_units_total", num_dropped, reason=reason)
 
     def _timings(self, pending: _Pending) -> Timings:
         encoded = [work.encoded_at for work in pending.works if work.encoded_at == work.encoded_at]
         computed = [work for work in pending.works if work.ended_at == work.ended_at]
-        timings = Timings(
+        return Timings(
             queue_s=max((work.started_at - work.encoded_at for work in computed), default=0.0),
             encode_s=max(encoded, default=pending.arrived) - pending.arrived,
             compute_s=max(work.ended_at for work in computed) - min(work.started_at for work in computed) if computed else 0.0,
             total_s=self._clock() - pending.arrived,
         )
-        for stage, seconds in (("encode", timings.encode_s), ("queue", timings.queue_s), ("compute", timings.compute_s)):
-            self.counts.observe(counts.STAGE_SECONDS, seconds, stage=stage)
-        self.counts.observe(counts.STAGE_SECONDS, timings.total_s, stage="replica")
-        return timings
 
     # In any thread.
 
@@ -358,7 +346,7 @@ class Engine:
         work.encoded_at = self._clock()
         if encoded.error is not None or not encoded.units:
             error = encoded.error or ItemError.of("failed", "it became no tokens")
-            failed.append((work, ItemResult(error=error)))
+            failed.append((work, ItemResult(error=error, taken_as=encoded.taken_as)))
             return
         if self._dead or self._closed:
             failed.append((work, ItemResult(error=interrupted(self._failure or "it was shut down"))))
@@ -389,7 +377,7 @@ class Engine:
             if raw is not None:
                 self._encode_here(raw)
             if taken.expired:
-                self.counts.count(counts.DROPPED, len(taken.expired), reason="deadline")
+                self.counts.add("dropped_units_total", len(taken.expired), reason="deadline")
                 late = {entry.owner[0]: None for entry in taken.expired}
                 self._deliver([(work, _too_late()) for work in late])
             if taken.entries:
@@ -409,7 +397,7 @@ class Engine:
             self._failure = type(exc).__name__
             encoded = EncodedItem(work.item, error=interrupted(self._failure))
         self._forward_since = math.inf
-        self.counts.count(counts.COMPUTE_SECONDS, self._clock() - start)
+        self.counts.add("compute_seconds_total", self._clock() - start)
         self._on_encoded([(Job(work, work.item, work.pending.call.caller, count_chars(work.item)), encoded)])
 
     def _forward(self, entries: list[Entry], num_tokens: int) -> None:
@@ -464,9 +452,6 @@ class Engine:
             return ItemResult(error=ItemError.of("failed", f"{type(exc).__name__} while its result was made"))
 
 
-PLAIN = Asked()
-
-
 def _too_late() -> ItemResult:
     return ItemResult(error=ItemError.of("deadline_exceeded", "the time of its request was up before it was computed"))
 
@@ -476,4 +461,4 @@ def count_chars(item: ScoreItem) -> int:
     turns = [turn for part in (item.prompt, *map(turns_of, item.completions)) for turn in part]
     given = [value for turn in turns for name, value in turn.items() if name != "role"]
     texts = strings_in((given, item.tools, item.chat_template_kwargs, item.critiques))
-    return sum(len(text) + TEXT_CHARS for text in texts)
+    return sum(len(text) + TEXT_CHARS for text in texts) + round(CHARS_PER_TOKEN) * len(item.token_ids or ())

@@ -144,11 +144,13 @@ function request(options) {
 function composer() {
   const chooser = $("example");
   for (const name of Object.keys(EXAMPLES)) chooser.append(el("option", { value: name }, name));
+  const take = (name) => (setItem(EXAMPLES[name]), $("prompt").focus());
   chooser.addEventListener("change", () => {
-    if (chooser.value) setItem(EXAMPLES[chooser.value]);
+    if (chooser.value) take(chooser.value);
     chooser.value = "";
-    $("prompt").focus();
   });
+  const cards = Object.entries(EXAMPLES).map(([name, { prompt }]) => el("button", { type: "button", onclick: () => take(name) }, el("b", {}, name), el("span", {}, isText(prompt) && typeof prompt !== "string" ? prompt[prompt.length - 1].content : prompt)));
+  $("results").replaceChildren(el("section", { class: "panel" }, el("h2", {}, "Try one"), el("div", { class: "examples" }, cards)));
   $("prompt").addEventListener("input", sayKind);
   $("prompt").addEventListener("paste", pasted);
   $("add").addEventListener("click", () => addCompletion());

@@ -57,6 +57,6 @@ function duration(seconds) {
 
 // Towards blue above the middle, towards orange below it; share is -1 to 1.
 function tint(share) {
-  const strength = Math.round(62 * Math.min(1, Math.abs(share)));
-  return `color-mix(in srgb, var(${share >= 0 ? "--blue" : "--warm"}) ${strength}%, transparent)`;
+  const strength = Math.min(1, Math.abs(share)).toFixed(2);
+  return `color-mix(in srgb, var(${share >= 0 ? "--blue" : "--warm"}) calc(${strength} * var(--heat)), transparent)`;
 }

@@ -52,10 +52,23 @@ function latencyTable(latencies) {
   return el("table", { class: "small" }, el("thead", {}, el("tr", {}, el("th", {}, "Time"), el("th", {}, "median"), el("th", {}, "p99"))), el("tbody", {}, rows));
 }
 
-function versionsPanel(model) {
-  const panel = el("section", { class: "panel", "aria-label": `Versions of ${model.model}` }, el("h2", {}, model.model, model.is_default ? el("span", { class: "note" }, " default") : null));
-  panel.append(...model.versions.map(versionRow));
+function modelPanel(name, status, info) {
+  const model = status?.models.find((each) => each.model === name);
+  const panel = el("section", { class: "panel", "aria-label": `Model ${name}` }, el("h2", {}, name, model?.is_default ? el("span", { class: "note" }, "default") : null));
+  if (info) panel.append(card(info));
+  if (model) panel.append(...model.versions.map(versionRow));
   return panel;
+}
+
+function othersPanel(models) {
+  const rows = models.map((model) => {
+    const replicas = model.versions.reduce((sum, version) => sum + version.replicas.length, 0);
+    const rate = model.versions.reduce((sum, version) => sum + version.tokens_per_s, 0);
+    const current = model.versions.find((version) => "current" in version.parts);
+    const failed = model.versions.some((version) => version.state === "failed");
+    return el("div", { class: "other" }, el("div", { class: "line" }, el("b", {}, model.model), el("span", { class: "grow" }), failed ? el("span", { class: "tag warm" }, "failed") : null, el("code", {}, current?.version ?? "none")), el("p", {}, `${replicas} ${replicas === 1 ? "replica" : "replicas"} · ${compact(rate)} tokens/s`));
+  });
+  return el("section", { class: "panel", "aria-label": "Other models" }, el("h2", {}, "Other models"), rows);
 }
 
 function versionRow(version) {
@@ -69,6 +82,7 @@ function versionRow(version) {
   if (facts.length) row.append(el("p", {}, facts.join(" · ")));
   if (version.replicas.length) row.append(el("div", { class: "replicas", "aria-hidden": "true" }, version.replicas.map(replicaMark)));
   if (version.rewards) row.append(rewardLine(version.rewards));
+  if (version.compared) row.append(el("p", {}, comparedLine(version.compared)));
   if (version.error) row.append(el("p", { class: "problem" }, version.error));
   return row;
 }
@@ -87,14 +101,19 @@ function rewardLine(rewards) {
   return el("p", { title: `${rewards.num} rewards of the last ten minutes` }, said.join(" · "), rewards.drifted ? [" ", el("span", { class: "tag warm" }, "drifted")] : null);
 }
 
-function cardPanel(info) {
+function comparedLine(drift) {
+  const said = [`${compact(drift.num_completions)} rewards beside the current version's`, `mean |difference| ${decimal(drift.mean_abs_difference)}`, `at most ${decimal(drift.max_abs_difference)}`];
+  if (drift.rank_agreement !== null) said.push(`${percent(drift.rank_agreement)} of pairs in the same order`);
+  return said.join(" · ");
+}
+
+function card(info) {
   const pairs = [
-    ["Version", el("code", {}, info.version)],
     ["Tokens at most", compact(info.max_tokens)],
     ["Outputs", info.outputs.length ? info.outputs.join(", ") : "reward"],
   ];
   if (info.weight_sets?.length) pairs.push(["Weight sets", info.weight_sets.join(", ")]);
   if (info.writes_critiques) pairs.push(["Critiques", "written before the score"]);
   if (info.normaliser) pairs.push(["Reference", `${decimal(info.normaliser.mean)} ± ${decimal(info.normaliser.std)}`], ["", `${compact(info.normaliser.num_rewards)} rewards of ${info.normaliser.reference}`]);
-  return el("section", { class: "panel", "aria-label": "Model card" }, el("h2", {}, info.id), el("dl", { class: "kv" }, pairs.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]).flat()));
+  return el("dl", { class: "kv card" }, pairs.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]).flat());
 }

@@ -72,8 +72,11 @@ let status = null;
 function showAside() {
   const info = chosenModel();
   const parts = [];
-  if (status) parts.push(livePanel(status), ...status.models.map(versionsPanel));
-  if (info) parts.push(cardPanel(info));
+  const name = info?.id ?? status?.models[0]?.model;
+  if (status) parts.push(livePanel(status));
+  if (name) parts.push(modelPanel(name, status, info));
+  const others = status?.models.filter((model) => model.model !== name) ?? [];
+  if (others.length) parts.push(othersPanel(others));
   $("live").replaceChildren(...parts);
 }
 

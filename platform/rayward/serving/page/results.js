@@ -13,16 +13,19 @@ function showResults(asked, reply, model) {
   const scored = rows.filter((row) => row.reward !== undefined).sort((a, b) => b.reward - a.reward);
   const failed = rows.filter((row) => row.reward === undefined);
   const scale = scaleOf(scored.map((row) => row.reward), asked.body.weights ? null : model?.normaliser);
+  // Probabilities of steps are no rewards of a Bradley–Terry model.
+  const compared = scored.length > 1 && !scored.some((row) => row.steps);
   const shares = softmax(scored.map((row) => row.reward));
-  traces.clear();
+  traces.length = 0;
   const panel = el("section", { class: "panel", "aria-label": "Rewards" }, el("h2", {}, "Rewards"));
   if (scale && scored.length) panel.append(el("p", { class: "axis" }, scale.said));
-  scored.forEach((row, place) => panel.append(resultRow(row, scale, scored.length > 1 ? shares[place] : null, place === 0 && scored.length > 1, model)));
+  scored.forEach((row, place) => panel.append(resultRow(row, scale, compared ? shares[place] : null, place === 0 && scored.length > 1, model)));
   failed.forEach((row) => panel.append(failedRow(row)));
+  paintTraces();
   const parts = [panel];
-  if (scored.length > 1 && scored.length <= 10) parts.push(winsPanel(scored));
-  parts.push(replyPanel(asked, reply));
-  $("results").replaceChildren(...parts);
+  const wins = compared && scored.length <= 10 ? winsPanel(scored) : null;
+  parts.push(wins && scored.length <= 4 ? el("div", { class: "pair" }, wins, replyPanel(asked, reply)) : [wins, replyPanel(asked, reply)]);
+  $("results").replaceChildren(...parts.flat().filter(Boolean));
 }
 
 const outcome = (result) =>
@@ -90,7 +93,7 @@ function failedRow(row) {
   return el(
     "article",
     { class: "result", tabindex: "-1", "aria-label": `Completion ${letterOf(row.index)}: no reward` },
-    el("div", { class: "head" }, el("span", { class: "letter" }, letterOf(row.index)), el("span", { class: "reward" }, "–"), el("p", { class: "error" }, el("b", {}, "No reward. "), message), el("span", { class: "facts" }, el("span", { class: "tag warm" }, code), retryable ? el("span", { class: "tag plain" }, "another try may help") : null)),
+    el("div", { class: "head failed" }, el("span", { class: "letter" }, letterOf(row.index)), el("p", { class: "error" }, el("b", {}, "No reward: "), message), el("span", { class: "facts" }, el("span", { class: "tag warm" }, code), retryable ? el("span", { class: "tag plain" }, "another try may help") : null)),
     el("p", { class: "said" }, row.text),
   );
 }
@@ -116,7 +119,7 @@ function winsPanel(rows) {
   const body = rows.map((row) =>
     el("tr", {}, el("th", { scope: "row" }, letterOf(row.index)), rows.map((other) => (other === row ? el("td", {}, "") : winCell(row.reward - other.reward)))),
   );
-  return el("section", { class: "panel", "aria-label": "Win probabilities" }, el("h2", {}, "Who would win"), el("div", { class: "scroll" }, el("table", { class: "wins" }, el("thead", {}, head), el("tbody", {}, body))), el("p", { class: "note" }, "σ(difference of the rewards): the probability that the row is preferred to the column, for rewards of a Bradley–Terry model."));
+  return el("section", { class: "panel", "aria-label": "Win probabilities" }, el("h2", {}, "Who would win"), el("div", { class: "scroll" }, el("table", { class: "wins" }, el("thead", {}, head), el("tbody", {}, body))), el("p", { class: "note wins-note" }, "σ(difference of the rewards): the probability that the row is preferred to the column, for rewards of a Bradley–Terry model."));
 }
 
 function winCell(difference) {
@@ -156,7 +159,7 @@ function timesOf(timings) {
   const sum = parts.reduce((all, [, seconds]) => all + seconds, 0) || 1;
   return [
     el("div", { class: "where", role: "img", "aria-label": "Where the time went" }, parts.map(([name, seconds]) => el("i", { class: name, style: { width: `${(100 * seconds) / sum}%` } }))),
-    el("p", { class: "legend times" }, parts.map(([name, seconds]) => el("span", {}, el("i", { class: `dot ${name}` }), `${name} ${duration(seconds)}`)), el("span", { class: "grow" }), el("span", {}, `${duration(timings.total_s)} in all`)),
+    el("p", { class: "legend times" }, el("span", {}, `${duration(timings.total_s)} in all`), parts.map(([name, seconds]) => el("span", {}, el("i", { class: `dot ${name}` }), `${name} ${duration(seconds)}`))),
   ];
 }
 

@@ -1,6 +1,7 @@
 // The reward at every token of a completion, as a heat map over its text and a curve above it.
 let traceMode = "level";
-const traces = new Set();
+// One scale for all completions of a reply, so that a colour means the same everywhere.
+const traces = [];
 
 function tracePanel(trace) {
   const values = trace.rewards;
@@ -28,11 +29,8 @@ function tracePanel(trace) {
     fill(mark, { x1: x, x2: x, visibility: "visible" });
   }
 
-  function paint() {
+  function paint(middle, reach) {
     const series = traceMode === "level" ? values : changes;
-    const middle = traceMode === "level" ? median(values) : 0;
-    // The first token has no change, and a single outlier must not make all others pale.
-    const reach = quantileOf(series.map((value) => Math.abs(value - middle)), 0.98) || 1;
     spans.forEach((span, index) => span.style.setProperty("background", tint((series[index] - middle) / reach)));
     toggle.textContent = traceMode === "level" ? "Show change" : "Show reward";
     ramp[0].textContent = traceMode === "level" ? decimal(middle - reach) : signed(-reach, 3);
@@ -54,15 +52,22 @@ function tracePanel(trace) {
   });
   toggle.addEventListener("click", switchTraces);
   const panel = el("div", {}, line, heat, el("div", { class: "legend" }, toggle, ramp, el("span", { class: "grow" }), readout));
-  traces.add(paint);
-  paint();
+  traces.push({ values, changes, paint });
   show(null);
   return panel;
 }
 
 function switchTraces() {
   traceMode = traceMode === "level" ? "change" : "level";
-  for (const paint of traces) paint();
+  paintTraces();
+}
+
+function paintTraces() {
+  const series = traces.flatMap((trace) => (traceMode === "level" ? trace.values : trace.changes));
+  const middle = traceMode === "level" ? median(series) : 0;
+  // A single outlier must not make all others pale.
+  const reach = quantileOf(series.map((value) => Math.abs(value - middle)), 0.98) || 1;
+  for (const trace of traces) trace.paint(middle, reach);
 }
 
 // White space that would be lost is shown; the text itself stays as it is.

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from rayward.errors import RuleError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, group_items, read_object
+from rayward.wire.dialects.reading import Form, Peer, check_depth, group_items, read_object
 from rayward.wire.dialects.replies import body, detail_error, flat_rewards, output_names, taken_as
 from rayward.wire.rules import Limits
 
@@ -42,6 +42,7 @@ SEED = Form(Peer, others="keep")
 def parse_verify(request: bytes, limits: Limits) -> Call:
     """The input as a prompt, the output as one completion of turns."""
     raw = read_object(request, limits)
+    check_depth(raw)
     asked = VERIFY.read_value(raw)
     params = asked.responses_create_params
     prompt = _turns(params.get("input"), "responses_create_params.input", limits)

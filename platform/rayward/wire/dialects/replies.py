@@ -30,7 +30,6 @@ _OPENAI_TYPES = {
     409: "ConflictError",
     413: "BadRequestError",
     415: "BadRequestError",
-    422: "BadRequestError",
     429: "RateLimitError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
@@ -128,6 +127,7 @@ def message_of(error: RaywardError) -> str:
 
 def openai_error(status: int, error: RaywardError, code: str) -> JSON:
     """The shape of OpenAI's, vLLM's and infinity's errors; our own code ends the message."""
+    status = OPENAI_STATUSES.get(status, status)
     kind = _OPENAI_TYPES.get(status, "InternalServerError")
     return {"error": {"message": f"{message_of(error)} [{code}]", "type": kind, "param": None, "code": status}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -93,6 +94,13 @@ def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], named: str)
     status, error = refusal("/verify", row)
     assert status == 422
     assert named in error["detail"]
+
+
+def test_a_row_that_could_not_be_written_again_is_refused() -> None:
+    row = json.dumps(verify([ANSWER])).encode()
+    deep = row[:-1] + b', "extra": ' + b"[" * 500 + b"]" * 500 + b"}"
+    status, error = refusal("/verify", deep)
+    assert (status, "nested deeper than 64" in error["detail"]) == (422, True)
 
 
 def test_a_failed_score_is_an_error_and_never_a_reward_of_zero() -> None:

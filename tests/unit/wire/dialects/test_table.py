@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.dialects import LIMITS, route_of
+from tests.helpers.dialects import LIMITS, Scored, route_of
 
 from rayward.errors import OverloadedError, RuleError
 from rayward.wire.dialect import Route
@@ -115,3 +116,58 @@ def test_a_field_is_never_both_used_and_ignored() -> None:
         used = set(form.fields.model_fields)
         assert not used & (form.without_effect | form.refused.keys() | form.removed.keys()), dialect
         assert not form.without_effect & (form.refused.keys() | form.removed.keys()), dialect
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 3.5, 10**30, "", " ", "a", "a\x00", "\ud800", [], [""], ["a"], ["a", "b"], [1, 2], [[1], [2]],
+    [["a", "b"]], [None], [{}], {}, {"a": 1}, {"role": "user"}, [{"role": "user", "content": "Hi"}], {"output": "a"}, "x" * 1001,
+    ["a"] * 51,
+    [{"name": "sentences", "datatype": "BYTES", "shape": [1], "data": ["a"]}], [{"name": "rewards", "parameters": {"binary_data": 3}}],
+    {"input": [{"type": "reasoning"}, 3], "output": [{"type": "message", "role": "assistant", "content": None}]},
+]  # fmt: skip
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+PAIR = {"query": "q", "documents": ["a", "b"]}
+GOOD: dict[str, list[dict[str, Any]]] = {
+    "/get_reward": [{"query": ["a", "b"], "prompts": ["a", "b"]}],
+    "/v1/score/evaluation": [{"model": "model", "messages": ["a"]}],
+    "/slime": [{"prompt": "a", "response": "b"}],
+    "/v1/chat/completions": [{"messages": MESSAGES}],
+    "/verify": [{"responses_create_params": {"input": "a"}, "response": {"output": [{"role": "assistant", "content": "b"}]}}],
+    "/compare": [{"conversation_history": MESSAGES[:1], "response_objs": [{"output": MESSAGES[1:]}]}],
+    "/v2/models/reward_model/infer": [{"inputs": [{"name": "sentences", "datatype": "BYTES", "shape": [1, 1], "data": ["a"]}]}],
+    "/pooling": [{"input": "a"}, {"messages": MESSAGES}],
+    "/score": [{"text_1": "a", "text_2": ["b", "c"]}],
+    "/v1/score": [{"queries": "a", "items": ["b", "c"]}],
+    "/classify": [{"input": "a"}, {"messages": MESSAGES}, {"text": "a"}, {"input": ["a"], "raw_scores": True}],
+    "/rerank": [PAIR, {"query": "q", "texts": ["a", "b"]}, {**PAIR, "raw_scores": False}],
+    "/v1/rerank": [PAIR, {**PAIR, "model": "m"}],
+    "/v2/rerank": [PAIR],
+    "/v1/classify": [{"input": ["a"]}],
+    "/v1/embeddings": [{"input": ["a"], "encoding_format": "base64"}],
+    "/predict": [{"inputs": [["a"], ["a", "b"]]}],
+}
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.asks == "scores"], ids=lambda route: route.path)
+def test_whatever_a_body_holds_it_is_asked_or_refused(route: Route) -> None:
+    known = GOOD[route.path.removeprefix(f"/{route.dialect}") if route.path not in GOOD else route.path]
+    names = sorted({name for each in route.request.get("anyOf", [route.request]) for name in each["properties"]})
+    chance, counts = random.Random(route.path), Counter[str]()
+    for _ in range(150):
+        changed = {name: chance.choice(VALUES) for name in chance.sample(names, min(len(names), chance.randint(0, 3)))}
+        outcome = tried(route, json.dumps({**chance.choice(known), **changed}).encode())
+        counts[outcome] += 1
+    assert set(counts) == {"asked", "refused"}, counts
+
+
+def tried(route: Route, body: bytes) -> str:
+    """Whether a body was asked, with its reply, or refused, with its error."""
+    picked = route.pick(body) if route.pick else route
+    try:
+        call = picked.parse(body, LIMITS)
+    except RuleError as error:
+        json.dumps(picked.error(error.status, error, error.code))
+        return "refused"
+    rewards = [float(k) for item in call.items for k in range(len(item.completions))]
+    content = call.render(Scored(rewards).of(call)).content
+    return "asked" if rewards and (isinstance(content, bytes) or json.dumps(content, allow_nan=False)) else "empty"
