@@ -83,9 +83,13 @@ def build(args: ScoringConfig) -> serve.Application:
 
 
 def ingress_environment() -> dict[str, str]:
-    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there."""
+    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there.
+
+    Headers for a trace collector, which may be secrets too, are not among them: they belong into the environment of the machines.
+    """
     keys = os.environ.get(KEYS_VARIABLE)
-    return {**REPORT_ENVIRONMENT, **device_environment(0), **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
+    traces = {name: value for name, value in os.environ.items() if name.startswith("OTEL_") and not name.endswith("_HEADERS")}
+    return {**REPORT_ENVIRONMENT, **device_environment(0), **traces, **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
 
 
 def settled(config: ScoringConfig) -> ScoringConfig:

@@ -35,6 +35,9 @@ DRIFT_THRESHOLD = 2.0
 CORRELATION_THRESHOLD = 0.6
 """Of |window_reward_length_correlation|: beyond it, more than a third of the variance of the rewards is explained by length alone."""
 
+SPREAD_THRESHOLD = 0.25
+"""Of window_reward_spread: below it, the rewards hardly tell one text from another any more."""
+
 MIN_REWARDS = 200
 """Fewer rewards in a window than these say nothing about drift; the derived gauges are absent then."""
 

@@ -1,16 +1,17 @@
-"""OpenTelemetry spans of requests, for a share of them; W3C trace context comes in by the header `traceparent`. Off unless `trace_share` says so.
+"""OpenTelemetry spans of a share of the requests; W3C trace context comes in by the header `traceparent`. Off by default.
 
     tracing = tracing_of(config)            None where trace_share is 0; OTEL_EXPORTER_OTLP_ENDPOINT names the collector
     Front(..., span=tracing.span)           one span per request, below it encode, queue and compute by their durations
 
-A caller that samples its own trace has its requests sampled too, whatever the share. Names, versions, counts and codes stand in spans; no text
-that somebody sent. Spans leave in the background as OTLP over HTTP; a collector that is away costs spans and no request.
+A caller that samples its own trace has its requests sampled too, whatever the share. Names, versions, counts and codes stand in spans, and
+no text that somebody sent. Spans leave in the background as OTLP over HTTP; a collector that is away costs spans and no request.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -30,6 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError
+from rayward.wire.dialect import Answered
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,7 +57,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("rayward")
 
     @contextmanager
-    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
+    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[OpenSpan]:
         """Around one request; below the span that its headers name.
 
         Args:
@@ -62,26 +65,50 @@ class Tracing:
             headers: with lower-case names.
         """
         parent = TraceContextTextMapPropagator().extract(headers)
-        with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, attributes={"url.path": name}):
-            yield
+        with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, attributes={"url.path": name}) as span:
+            yield OpenSpan(self._tracer, span)
 
-    def stages(self, span: trace.Span, stages: Sequence[tuple[str, float]], end_ns: int) -> None:
-        """Spans below another one that follow each other and end together with it.
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
 
-        Args:
-            stages: names and durations in seconds.
-            end_ns: since 1970.
-        """
-        context = trace.set_span_in_context(span)
-        begin_ns = end_ns - sum(round(seconds * 1e9) for _, seconds in stages)
+
+class OpenSpan:
+    """`front.RequestSpan` of one request."""
+
+    def __init__(self, tracer: trace.Tracer, span: trace.Span) -> None:
+        self._tracer = tracer
+        self._span = span
+
+    def scored(self, answered: Answered) -> None:
+        """Who answered, how much it was, and where the time went: the stages follow each other and end now."""
+        if not self._span.is_recording():
+            return
+        failed = sum(result.error is not None for result in answered.results)
+        self._span.set_attributes(
+            {
+                "rayward.model": answered.model,
+                "rayward.version": answered.version,
+                "rayward.items": len(answered.results),
+                "rayward.failed_items": failed,
+                "rayward.tokens": answered.tokens,
+                "rayward.tokens_computed": sum(result.tokens_computed for result in answered.results),
+            }
+        )
+        timings = answered.timings
+        stages = (("encode", timings.encode_s), ("queue", timings.queue_s), ("compute", timings.compute_s))
+        context = trace.set_span_in_context(self._span)
+        begin_ns = time.time_ns() - sum(round(seconds * 1e9) for _, seconds in stages)
         for name, seconds in stages:
             part = self._tracer.start_span(name, context, start_time=begin_ns)
             begin_ns += round(seconds * 1e9)
             part.end(begin_ns)
 
-    def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+    def ended(self, status: int, *, request_id: str, dialect: str) -> None:
+        """What the client gets."""
+        self._span.set_attributes({"http.response.status_code": status, "rayward.request_id": request_id, "rayward.dialect": dialect})
+        if status >= 500:
+            self._span.set_status(trace.StatusCode.ERROR)
 
 
 def tracing_of(config: ScoringConfig, environment: Mapping[str, str] = os.environ) -> Tracing | None:
@@ -158,7 +185,7 @@ def encoded(spans: Sequence[ReadableSpan]) -> bytes:
                 start_time_unix_nano=span.start_time or 0,
                 end_time_unix_nano=span.end_time or 0,
                 attributes=_attributes(span.attributes or {}),
-                status={"code": span.status.status_code.value, "message": span.status.description or ""},
+                status=Status(code=Status.StatusCode.Name(span.status.status_code.value), message=span.status.description or ""),
             )
         )
     return bytes(message.SerializeToString())
