@@ -33,6 +33,7 @@ LOOSE = {"errors", "schema", "storage", "cluster"}
 """The modules that stand in no room."""
 
 MAY_IMPORT_RAY = {
+    "client.adapters.nemo_rl",
     "cluster",
     "data.prepare.job",
     "data.prepare.numbering",

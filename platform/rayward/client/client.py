@@ -304,6 +304,7 @@ class RewardClient(_Client):
 
         Raises:
             ConfigError: a model, a version or options of scoring were asked for, for which this path has no place.
+            TextRefusedError: a text cannot be scored, because it is too long for example.
             RequestError, OverloadedError, UnavailableError, DeadlineError, ServerError: as in `score`; one text without a reward fails all.
         """
         return loops.run(self._score_texts(texts, prompts, self._question(request_id, None), deadline_s))

@@ -142,7 +142,7 @@ class Core:
             try:
                 entry = self.link.prepare(index, item)
                 if bad_items == "report":
-                    _check_alone(index, item)
+                    check_alone(index, item)
             except RequestError as exc:
                 if bad_items == "raise":
                     raise
@@ -300,7 +300,12 @@ class Core:
         return ceiling * (0.5 + 0.5 * self._settings.jitter())
 
 
-def _check_alone(index: int, item: Item) -> None:
+def check_alone(index: int, item: Item) -> None:
+    """Apply every rule that needs no tokenizer and says nothing of sizes to one item.
+
+    Raises:
+        RuleError: of the item at this index.
+    """
     try:
         check_request({"items": [json_item(item)]}, ANY_SIZE)
     except RuleError as exc:

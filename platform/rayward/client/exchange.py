@@ -155,6 +155,10 @@ class TryFailedError(Exception):
         self.unheard = unheard
 
 
+class TextRefusedError(RequestError):
+    """Example: a whole text of 5,000 tokens, and a contract of 4,096; no other try and no other server betters it."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What is known of the items of one call so far."""

@@ -10,7 +10,20 @@ from typing import Any, Protocol
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from rayward.client.exchange import Answer, Entry, Item, Question, Reply, TryFailedError, body_of, encoded, judged, parsed, reply_of
+from rayward.client.exchange import (
+    Answer,
+    Entry,
+    Item,
+    Question,
+    Reply,
+    TextRefusedError,
+    TryFailedError,
+    body_of,
+    encoded,
+    judged,
+    parsed,
+    reply_of,
+)
 from rayward.errors import ConfigError, DeadlineError, ScoringError, ServerError, UnavailableError
 from rayward.wire.items import FiniteFloat, ItemResult
 from rayward.wire.native import Health, ModelInfo, ModelList
@@ -162,6 +175,9 @@ class HttpLink:
         body = {"query": list(texts)} if prompts is None else {"query": list(texts), "prompts": list(prompts)}
         content = json.dumps(body, separators=(",", ":")).encode("ascii")
         endpoint, answer = await self._send("POST", "/get_reward", content, {"x-request-id": question.request_id}, budget_s, tried)
+        if answer.status in (413, 422):
+            text = answer.body[:500].decode("utf-8", "replace")
+            raise TextRefusedError(f"a text cannot be scored: {text}", remedy="leave that text out; /v1/score has an error for each item")
         if answer.status != 200:
             raise judged(answer, endpoint)
         rewards = parsed(answer.body, RewardsOfTexts).rewards

@@ -52,7 +52,7 @@ class Ensemble:
         device: Device = "auto",
         tokens_per_batch: int = 8192,
         verify: bool = True,
-        hash_weights: HashWeights = "sampled",
+        hash_weights: HashWeights = "full",
         batch_invariant: bool = False,
     ) -> Self:
         """Load and verify every member.

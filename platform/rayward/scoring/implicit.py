@@ -67,7 +67,7 @@ class ImplicitScorer:
         device: Device = "auto",
         tokens_per_batch: int = 8192,
         verify: bool = True,
-        hash_weights: HashWeights = "sampled",
+        hash_weights: HashWeights = "full",
         batch_invariant: bool = False,
     ) -> Self:
         """Load both models; the text rules are those of the policy's tokenizer and template. The version covers what both directories

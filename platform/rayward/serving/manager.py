@@ -251,6 +251,16 @@ class Manager:
         )
         self._busy = waits or bool(self._unwanted_since)
 
+    def end(self) -> None:
+        """This manager is being stopped; when that is because the whole application is, nobody comes after it, and its versions end too."""
+        standing = self._fleet.standing()
+        front = standing.get(self.front)
+        if front is not None and front.state != "stopping":
+            return
+        for name, found in standing.items():
+            if name.startswith(f"{self.front}.") and found.state != "stopping":
+                self._fleet.stop(name)
+
     def is_busy(self) -> bool:
         """Whether something is being started or taken down, so that the next round should come soon."""
         return self._busy

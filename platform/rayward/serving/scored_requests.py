@@ -19,7 +19,7 @@ from rayward.serving.calls import ScoredCall
 from rayward.serving.front import Front, RequestSpan
 from rayward.serving.limits import Gate
 from rayward.serving.replies import VERSION_HEADER, response_of, scored_headers
-from rayward.wire.dialect import Answered, Call, Route
+from rayward.wire.dialect import Answered, Call, Route, refuse_plain_texts
 
 DEADLINE_HEADER = "x-rayward-deadline-ms"
 """Of a request in a dialect whose schema has no room for a deadline; the body goes before it."""
@@ -138,6 +138,8 @@ class ScoredRequests:
                 raise
             raise _too_late() from exc
         _check(call, scored)
+        if self._config.flat_text == "refuse":
+            refuse_plain_texts(call.items, scored.results)
         return name, scored
 
     def _budget_of(self, exchange: Exchange, call: Call) -> float:

@@ -37,19 +37,19 @@ class Service:
     Args:
         url: base URL.
         key_file: holds a key of scope admin; None: RAYWARD_API_KEY.
-        http: for tests.
+        transport: of HTTP, for tests.
 
     Raises:
         ConfigError: the file cannot be read or is empty; the URL is none.
     """
 
-    def __init__(self, url: str, key_file: Path | None = None, *, http: httpx.Client | None = None) -> None:
+    def __init__(self, url: str, key_file: Path | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"the URL is {url!r}; the rule is http://… or https://…", remedy="give the base URL of the service")
         self.url = url.rstrip("/")
         key = key_of(key_file)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = http or httpx.Client(timeout=httpx.Timeout(TIMEOUT_S, connect=10.0))
+        self._transport = transport
 
     def ask(self, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Do something; the models as they stand then.
@@ -61,7 +61,8 @@ class Service:
             ServerError: the service failed.
         """
         try:
-            response = self._http.post(f"{self.url}/admin/models/{verb}", json=dict(body), headers=self._headers)
+            with httpx.Client(timeout=httpx.Timeout(TIMEOUT_S, connect=10.0), transport=self._transport) as http:
+                response = http.post(f"{self.url}/admin/models/{verb}", json=dict(body), headers=self._headers)
         except httpx.TransportError as exc:
             raise UnavailableError(
                 f"{self.url} does not answer ({type(exc).__name__})", remedy="check --url, and that the service runs"

@@ -396,6 +396,19 @@ def test_the_applications_of_others_are_not_touched(tmp_path: Path, serve: Serve
         Manager(TableStore(str(tmp_path)), serve, ScoringConfig(), front="front.b")
 
 
+def test_the_versions_end_with_the_application_and_not_with_its_manager(
+    tmp_path: Path, serve: Serve, clock: Clock, exports: list[Path]
+) -> None:
+    manager = manager_of(tmp_path, serve, clock, model=str(exports[0]), model_name="m")
+    settle(manager)
+    serve.apps |= {FRONT: Standing("running"), "other": Standing("running")}
+    manager.end()
+    assert len(serve.apps) == 3
+    serve.apps[FRONT] = Standing("stopping")
+    manager.end()
+    assert set(serve.apps) == {FRONT, "other"}
+
+
 @pytest.mark.parametrize(
     ("verb", "body", "code"),
     [

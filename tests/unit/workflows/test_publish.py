@@ -22,7 +22,7 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 
 def service(answer: Answer, key_file: Path | None = None) -> Service:
-    return Service("http://service/", key_file, http=httpx.Client(transport=httpx.MockTransport(answer)))
+    return Service("http://service/", key_file, transport=httpx.MockTransport(answer))
 
 
 def version(name: str, state: str, source: str = "/models/a", **facts: Any) -> dict[str, Any]:

@@ -461,4 +461,4 @@ def count_chars(item: ScoreItem) -> int:
     turns = [turn for part in (item.prompt, *map(turns_of, item.completions)) for turn in part]
     given = [value for turn in turns for name, value in turn.items() if name != "role"]
     texts = strings_in((given, item.tools, item.chat_template_kwargs, item.critiques))
-    return sum(len(text) + TEXT_CHARS for text in texts)
+    return sum(len(text) + TEXT_CHARS for text in texts) + round(CHARS_PER_TOKEN) * len(item.token_ids or ())
