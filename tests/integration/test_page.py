@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.helpers.chromium import INSTALL, Chromium, find_chromium
+from tests.helpers.chromium import Chromium
 from tests.helpers.page_service import ATTRIBUTES, CANARY, CRITIC, CURRENT, STEPS, PageService, as_pasted, reward_of
 
 PROMPT = "My sourdough came out flat. Why?"
 GOOD = "First look at the starter, because it must double within six hours. If it does not, feed it twice a day."
 POOR = "Baking is hard!"
 EVIL = "</script><img src=x onerror=window.hacked=1><svg onload=window.hacked=1>"
-
-
-@pytest.fixture(scope="session")
-def binary() -> str:
-    """Chromium; CI installs Debian's where it is missing."""
-    found = find_chromium()
-    if found is None and os.environ.get("CI") and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(["bash", "-c", INSTALL], check=True, capture_output=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-        found = find_chromium()
-    if found is None:
-        message = f"the page's test needs Chromium: as root, {INSTALL}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +24,8 @@ def service() -> Iterator[PageService]:
 
 
 @pytest.fixture(scope="module")
-def window(binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(binary, tmp_path_factory.mktemp("chromium")) as running:
+def window(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(chromium, tmp_path_factory.mktemp("chromium")) as running:
         yield running
 
 
