@@ -165,9 +165,11 @@ def test_a_refused_request_says_why_and_what_to_do(page: Chromium) -> None:
     assert "41,200 tokens wait" in problem
     assert "send less at once" in problem
     assert "429" in problem
+    assert page.evaluate("document.getElementById('results').classList.contains('stale')"), "what stands below is of another request"
     _write(page, PROMPT, GOOD, POOR)
     _score(page)
     assert page.evaluate("document.getElementById('problem').hidden")
+    assert not page.evaluate("document.getElementById('results').classList.contains('stale')")
 
 
 def test_keys_alone(page: Chromium) -> None:
@@ -222,13 +224,27 @@ def test_a_pinned_version_answers(page: Chromium) -> None:
     assert CANARY in _texts(page, "#results code")
 
 
+def _wait_for_news(page: Chromium) -> None:
+    shown = json.dumps(_texts(page, ".big b"), separators=(",", ":"), ensure_ascii=False)
+    page.wait_for(f"JSON.stringify([...document.querySelectorAll('.big b')].map((b) => b.textContent)) !== {json.dumps(shown)}")
+
+
 def test_the_service_is_shown_as_it_stands(page: Chromium) -> None:
     assert _texts(page, "#health span") == ["4 of 4 models up · 10 replicas · 1 failed"]
     assert _texts(page, "#live .version code")[:3] == [CURRENT, CANARY, "0c55aa91e3f7"]
     tags = _texts(page, "#live .version .tag")
     assert {"current 90\xa0%", "canary 10\xa0%", "failed", "drifted"} <= set(tags)
-    first = _texts(page, ".big b")
-    page.wait_for(f"JSON.stringify([...document.querySelectorAll('.big b')].map((b) => b.textContent)) !== {json.dumps(json.dumps(first))}")
+    _wait_for_news(page)
+
+
+def test_another_model_is_chosen_beside(page: Chromium) -> None:
+    assert _texts(page, ".other button") == [ATTRIBUTES, CRITIC, STEPS]
+    page.evaluate("document.querySelectorAll('.other button')[1].focus()")
+    _wait_for_news(page)
+    assert page.evaluate("document.activeElement.textContent") == CRITIC, "news do not take the focus away"
+    page.evaluate("document.querySelector('.other button').click()")
+    assert page.evaluate("document.getElementById('model').value") == ATTRIBUTES
+    assert "helpfulness, correctness" in _texts(page, ".card dd")[1]
 
 
 def test_without_the_manager_scoring_goes_on(page: Chromium, service: PageService) -> None:
