@@ -1,4 +1,4 @@
-"""Versions of a model on a real local Serve: published, compared, promoted, rolled back, retired under load, through deaths of the manager."""
+"""Versions of a model on a real local Serve: published, compared, promoted, rolled back, retired under load, the manager killed."""
 
 from __future__ import annotations
 
