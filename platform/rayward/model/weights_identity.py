@@ -22,8 +22,8 @@ def weights_identity(directory: Path, *, full: bool = False) -> str:
     """Hex hash of the weight files of a directory; their names in it count, its place does not.
 
     Full, it covers every byte, as loading reads every byte. Sampled, it covers size and header of every file and a piece of every tensor:
-    another training run changes every tensor that it trains, so this tells models apart at the cost of a few MB per file. A change of single
-    values can be missed.
+    another training run changes every tensor that it trains, so this tells models apart at the cost of a few MB per file. It can miss a
+    change of a few values.
 
     Raises:
         OSError: a file cannot be read.
