@@ -17,7 +17,8 @@ from tests.helpers.units import WordsSpec, words_item
 
 from rayward.errors import ServerError
 from rayward.scoring.units import EncodedItem
-from rayward.serving.engine.encoders import NUM_SPARE, Encoders, Job
+from rayward.serving.engine.encoders import NUM_SPARE, Encoders
+from rayward.serving.engine.work import Job
 from rayward.wire.items import ScoreItem
 
 WAIT_S = 60.0
@@ -41,7 +42,9 @@ class Told:
             self.changed.notify_all()
 
     def restart(self, reason: str) -> None:
-        self.restarts[reason] += 1
+        with self.changed:
+            self.restarts[reason] += 1
+            self.changed.notify_all()
 
     def wait(self, *names: object) -> list[EncodedItem]:
         with self.changed:
@@ -138,6 +141,24 @@ def test_an_item_that_does_not_end_in_time_fails_alone(make: Make, told: Told, b
     assert told.codes("bad", *every) == ["encoding_timeout"] + [""] * len(every)
     assert "3 s" in (told.found["bad"].error.message if told.found["bad"].error else "")
     assert dict(told.restarts) == {"timeout": 1}
+
+
+def test_a_loop_ends_when_its_caller_is_gone(make: Make, told: Told) -> None:
+    encoders = make(timeout_s=1000.0)
+    looping = job("bad", words_item("loop"))
+    encoders.submit([looping, *jobs("behind", 3)])
+    told.wait(*named("behind", 3))
+    looping.gone = True
+    with told.changed:
+        assert told.changed.wait_for(lambda: told.restarts["timeout"] == 1, WAIT_S)
+    assert "bad" not in told.found
+
+
+def test_an_item_that_is_tried_again_does_not_wait_for_a_quiet_moment(make: Make, told: Told, tmp_path: Path) -> None:
+    encoders = make(timeout_s=1000.0)
+    encoders.submit([*jobs("a", 40), job("x", words_item(f"kill-once {tmp_path / 'was-there'}")), *jobs("b", 200)])
+    told.wait("x", *named("b", 200))
+    assert told.order.index("x") < told.order.index("b100")
 
 
 def test_items_that_loop_hold_up_their_own_caller_only(make: Make, told: Told) -> None:
@@ -270,7 +291,8 @@ def test_closing_ends_a_process_that_hangs(make: Make, told: Told) -> None:
 def test_a_process_ends_with_its_parent() -> None:
     program = (
         "import os, signal, sys\n"
-        "from rayward.serving.engine.encoders import Encoders, Job\n"
+        "from rayward.serving.engine.encoders import Encoders\n"
+        "from rayward.serving.engine.work import Job\n"
         "from tests.helpers.units import WordsSpec, words_item\n"
         "pool = Encoders(WordsSpec(), num_processes=1, timeout_s=600, done=print)\n"
         "pool.submit([Job(0, words_item('loop'), 'a', 4)])\n"
