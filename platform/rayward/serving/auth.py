@@ -11,6 +11,7 @@ the log says so. Only who holds a key of scope `admin` may publish, whoever else
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -170,8 +171,16 @@ class Keys:
 
     def _caller_of_key(self, authorization: str) -> Caller:
         scheme, _, given = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
-            raise AccessError("the Authorization header is not of the form `Bearer <key>`", remedy="send it in that form")
+        if scheme.lower() == "basic":
+            # Clients that can be given an address and nothing else put a key into it: http://any:<key>@host.
+            given = _password_of(given)
+        elif scheme.lower() != "bearer":
+            given = ""
+        if not given.strip():
+            raise AccessError(
+                "the Authorization header is not of the form `Bearer <key>`, or Basic with the key as password",
+                remedy="send it in that form",
+            )
         digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
         found = None
         # All of them, and each in constant time: how long it takes says nothing about the keys.
@@ -288,6 +297,13 @@ def is_domain(host: str | None) -> bool:
     except ValueError:
         return "." in name.rstrip(".") and not name.rstrip(".").endswith(".localhost")
     return False
+
+
+def _password_of(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _parts_of(entry: str, where: str) -> tuple[str, str, str]:

@@ -15,9 +15,11 @@ from rayward.config.scoring import ScoringConfig
 from rayward.contract.conversation import TakenAs
 from rayward.errors import DeadlineError, OverloadedError, ServerError
 from rayward.serving.auth import Keys
+from rayward.serving.engine.engine import count_chars
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
 from rayward.serving.mounts import all_routes
+from rayward.serving.poison import content_hash
 from rayward.wire.items import ScoreItem
 
 CLASSIFY = {"input": ["abc"]}
@@ -136,3 +138,11 @@ def test_an_unknown_model_is_refused_and_a_path_of_another_system_is_the_default
 def test_pairs_of_vllm_stand_at_the_native_path_too() -> None:
     assert [row["score"] for row in send("/v1/score", {"queries": "q", "documents": ["a", "bc"]}).json()["data"]] == [1.0, 2.0]
     assert send("/v1/score", {"items": [{"prompt": "q", "completions": ["a", "bc"]}]}).json()["results"][0]["rewards"] == [1.0, 2.0]
+
+
+def test_items_that_differ_in_ids_or_prompts_are_different_suspects() -> None:
+    ids = [ScoreItem((), ("",), form="tokens", token_ids=each) for each in ((1, 2), (1, 3))]
+    texts = [ScoreItem((), ("ab",), form="text", prompt_text=each) for each in (None, "a")]
+    assert len({content_hash(item) for item in (*ids, *texts)}) == 4
+    assert content_hash(ids[0]) == content_hash(replace(ids[0]))
+    assert count_chars(ids[0]) < count_chars(replace(ids[0], token_ids=tuple(range(1000))))
