@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import Counter
 from typing import Any
@@ -50,8 +51,10 @@ CHECKS = [
 ]
 """Rules that JSON schema cannot say (a prompt ends with a user's turn) refuse requests that the schema allows: that is no failure."""
 
-schema = schemathesis.openapi.from_asgi("/openapi.json", APP).exclude(path_regex="^/(vllm|sglang|tei|infinity)/")
-"""Without the second names of the dialects' paths, which are the same code."""
+SECOND_NAMES = "^/(vllm|sglang|tei|infinity)/"
+"""Of the dialects' paths; the code behind them is the same."""
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", APP).exclude(path_regex=SECOND_NAMES)
 
 
 @schema.parametrize()
@@ -92,7 +95,7 @@ WEIRD = [
     _nested(100_000),
     b'{"a":' * 900 + b"1" + b"}" * 900,
 ]
-VALUES = [
+VALUES: list[Any] = [
     None,
     True,
     -1,
@@ -118,18 +121,21 @@ VALUES = [
 """Put in place of every field of a body, one at a time and all at once."""
 
 
+ROUTES = [route for route in all_routes() if "POST" in route.methods and not re.match(SECOND_NAMES, route.path)]
+
+
 def _fields_of(route: Route) -> list[str]:
     shapes = route.request.get("anyOf", [route.request])
     return sorted({name for shape in shapes for name in shape.get("properties", {})})
 
 
-@pytest.mark.parametrize("route", [route for route in all_routes() if "POST" in route.methods], ids=lambda route: route.path)
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
 def test_no_value_of_any_field_breaks_the_server(route: Route) -> None:
     fields = _fields_of(route)
     bodies = [*WEIRD, *(json.dumps(dict.fromkeys(fields, value)).encode() for value in VALUES)]
-    bodies += [
-        json.dumps({name: value, **{other: "a" for other in fields if other != name}}).encode() for name in fields for value in VALUES
-    ]
+    for index, name in enumerate(fields):
+        others = {other: "a" for other in fields if other != name}
+        bodies += [json.dumps({**others, name: value}).encode() for value in VALUES[index % 3 :: 3]]
     statuses: Counter[int] = Counter()
 
     async def work(client: httpx.AsyncClient) -> None:
