@@ -44,6 +44,7 @@ MAY_IMPORT_RAY = {
     "serving.app",
     "serving.applications",
     "serving.assembly",
+    "serving.direct",
     "serving.handles",
     "serving.ingress",
     "serving.loopback",

@@ -297,7 +297,8 @@ def judged(answer: Answer, endpoint: int, entries: Sequence[Entry] = ()) -> Exce
         ours, code, item = False, "", None
         problem = f"status {answer.status}: {answer.body[:200].decode('utf-8', 'replace')}"
         remedy = "check base_url and the server's log"
-    wait_s = retry_after_s(answer.headers.get("retry-after", ""))
+    exact_ms = answer.headers.get("retry-after-ms", "")
+    wait_s = retry_after_s(exact_ms) / 1e3 or retry_after_s(answer.headers.get("retry-after", ""))
     status = answer.status
     if status == 404 and not ours and NOT_UP in answer.body:
         problem = f"no application is mounted there: {problem}"
