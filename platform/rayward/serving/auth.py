@@ -289,13 +289,6 @@ def is_loopback(host: str | None) -> bool:
     return bool((mapped or address).is_loopback)
 
 
-def _password_of(credentials: str) -> str:
-    try:
-        return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
-    except ValueError:
-        return ""
-
-
 def is_domain(host: str | None) -> bool:
     """Whether a Host header holds a name with a point in it, hence one that others may own."""
     name = (host or "").rpartition(":")[0] if (host or "").rpartition(":")[2].isdecimal() else host or ""
@@ -304,6 +297,13 @@ def is_domain(host: str | None) -> bool:
     except ValueError:
         return "." in name.rstrip(".") and not name.rstrip(".").endswith(".localhost")
     return False
+
+
+def _password_of(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _parts_of(entry: str, where: str) -> tuple[str, str, str]:

@@ -66,7 +66,7 @@ function othersPanel(models) {
     const rate = model.versions.reduce((sum, version) => sum + version.tokens_per_s, 0);
     const current = model.versions.find((version) => "current" in version.parts);
     const failed = model.versions.some((version) => version.state === "failed");
-    return el("div", { class: "other" }, el("div", { class: "line" }, el("b", {}, model.model), el("span", { class: "grow" }), failed ? el("span", { class: "tag warm" }, "failed") : null, el("code", {}, current?.version ?? "none")), el("p", {}, `${replicas} ${replicas === 1 ? "replica" : "replicas"} · ${compact(rate)} tokens/s`));
+    return el("div", { class: "other" }, el("div", { class: "line" }, el("button", { type: "button", onclick: () => chooseModel(model.model) }, model.model), el("span", { class: "grow" }), failed ? el("span", { class: "tag warm" }, "failed") : null, el("code", {}, current?.version ?? "none")), el("p", {}, `${replicas} ${replicas === 1 ? "replica" : "replicas"} · ${compact(rate)} tokens/s`));
   });
   return el("section", { class: "panel", "aria-label": "Other models" }, el("h2", {}, "Other models"), rows);
 }
