@@ -73,7 +73,8 @@ def test_the_body_decides_whose_error_it_is() -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "kind"),
     [
-        ("/classify", CLASSIFY, 429, "RateLimitError"),
+        ("/classify", CLASSIFY, 503, '"type":"ServiceUnavailableError","param":null,"code":503'),
+        ("/v1/embeddings", CLASSIFY, 503, '"code":503'),
         ("/tei/predict", {"inputs": "a"}, 429, "overloaded"),
         ("/get_reward", {"query": ["a"]}, 429, "[overloaded]"),
         (

@@ -15,7 +15,7 @@ from rayward.errors import RaywardError, RuleError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
 from rayward.wire.dialects.reading import Form, Peer, TextList, input_items, own_model, pair_items, request_id_of, text_items, texts_of
 from rayward.wire.dialects.replies import (
-    OPENAI_STATUSES,
+    ENGINE_STATUSES,
     body,
     flat_rewards,
     float32_base64,
@@ -220,7 +220,7 @@ def native_error(status: int, error: RaywardError, code: str) -> JSON:
 
 def v1_error(status: int, error: RaywardError, code: str) -> JSON:
     """Of its OpenAI-like paths: flat, and the same nested, which OpenAI's client reads."""
-    nested = openai_error(status, error, code)
+    nested = openai_error(status, error, code, statuses=ENGINE_STATUSES)
     return {"object": "error", **nested["error"], **nested}
 
 
@@ -243,7 +243,7 @@ def _route(
         request=form.schema(),
         reply=reply,
         methods=tuple(methods),
-        statuses=OPENAI_STATUSES,
+        statuses=ENGINE_STATUSES,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
@@ -25,7 +26,7 @@ from rayward.wire.dialects.reading import (
     texts_of,
 )
 from rayward.wire.dialects.replies import (
-    OPENAI_STATUSES,
+    ENGINE_STATUSES,
     Endianness,
     body,
     flat_rewards,
@@ -327,10 +328,10 @@ def _route(path: str, summary: str, parse: Callable[[bytes, Limits], Call], form
         dialect="vllm",
         summary=summary,
         parse=parse,
-        error=openai_error,
+        error=partial(openai_error, statuses=ENGINE_STATUSES),
         request=form.schema(),
         reply=reply,
-        statuses=OPENAI_STATUSES,
+        statuses=ENGINE_STATUSES,
     )
 
 
