@@ -371,6 +371,7 @@ class PartialError(ScoringError):
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_json": 400,
     "invalid_encoding": 400,
+    "not_found": 404,
     "unknown_model": 404,
     "unknown_version": 404,
     "not_found": 404,

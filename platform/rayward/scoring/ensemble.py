@@ -91,6 +91,10 @@ class Ensemble:
         members = tuple((name, spec) for name, spec in specs if spec is not None)
         return EnsembleEncoderSpec(self.facts, members) if len(members) == len(specs) else None
 
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        """Items as units, or their errors."""
+        return [self.encode_item(item) for item in items]
+
     def encode_item(self, item: ScoreItem) -> EncodedItem:
         """One item as the units of all members, or its error."""
         return self._encoder.encode(item)

@@ -118,6 +118,10 @@ class ImplicitScorer:
         """What encodes as this scorer does; None where nobody said where the policy's tokenizer lies."""
         return None if self._directory is None else TextEncoderSpec.of(self._directory, self._contract, self._rules)
 
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        """Items as units, or their errors."""
+        return [self.encode_item(item) for item in items]
+
     def encode_item(self, item: ScoreItem) -> EncodedItem:
         """One item as units of the policy and of the reference, or its error."""
         return self._texts.encode(item)

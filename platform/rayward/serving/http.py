@@ -173,7 +173,8 @@ class _Http:
         return Body(ModelList(data=self._front.backends.models()).model_dump_json().encode())
 
     def _caller_of(self, request: Request) -> Caller:
-        return self._keys.caller_of(request.headers.get("authorization"), request.client.host if request.client else None)
+        address = request.client.host if request.client else None
+        return self._keys.caller_of(request.headers.get("authorization"), address, request.headers.get("host"))
 
     async def _guarded(self, request: Request, route: Route | None, work: Work) -> Response:
         # Every request ends here, whatever happens to it.

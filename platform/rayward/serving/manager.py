@@ -280,13 +280,14 @@ class Manager:
             self._tried_at[application] = self._clock()
             logger.info("starting %s", application)
             self._fleet.start(application, model, release)
-            self._change(lambda t: rollout.note(t, model, version, deployed=deployed_as(release)))
+            starting = release.state == "ready" and (standing is None or release.starting)
+            self._change(lambda t: rollout.note(t, model, version, deployed=deployed_as(release), starting=starting))
         elif standing.state == "failed":
             self._has_failed(model, version, release, application, standing)
-        elif standing.state == "running" and (release.state == "loading" or release.error is not None):
-            if release.state == "ready":
-                self._change(lambda t: rollout.note(t, model, version, error=None))
-                return
+        elif standing.state == "running" and release.state == "ready":
+            if release.error is not None or release.starting:
+                self._change(lambda t: rollout.note(t, model, version, error=None, starting=False))
+        elif standing.state == "running":
             info = self._fleet.info(application)
             self._change(lambda t: rollout.loaded(t, model, version, info, front=self.front))
             logger.info("%s is ready as version %s", application, info.version)

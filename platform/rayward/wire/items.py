@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from rayward.contract.contract import Normalise
-from rayward.contract.conversation import Completion, Message, TakenAs, TemplateInputs
+from rayward.contract.conversation import Completion, Message, TemplateInputs
+from rayward.contract.conversation import TakenAs as TakenAs
 
 FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Form: TypeAlias = Literal["conversation", "text", "tokens"]

@@ -29,6 +29,7 @@ TIMEOUT_S = 600.0
 """A model that has to be copied first is answered for when it is there."""
 
 POLL_S = 1.0
+PATIENT_TRIES = 120
 
 
 class Service:
@@ -132,8 +133,20 @@ def publish_model(
         if mine["state"] == "ready":
             return {**listing, "published": mine["version"]}
         sleep(POLL_S)
-        listing = service.ask("list", {})
+        listing = _list_patiently(service, sleep)
     return listing
+
+
+def _list_patiently(service: Service, sleep: Callable[[float], object]) -> dict[str, Any]:
+    # A manager that is replaced meanwhile goes on where the table says, and answers again.
+    for _ in range(PATIENT_TRIES):
+        try:
+            return service.ask("list", {})
+        except RaywardError as exc:
+            if not exc.retryable:
+                raise
+        sleep(POLL_S)
+    return service.ask("list", {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.units import WordsSpec, words_item
@@ -63,10 +64,16 @@ Make = Callable[..., Encoders]
 def make(told: Told) -> Iterator[Make]:
     made: list[Encoders] = []
 
-    def start(num_processes: int = 1, timeout_s: float = 1.0, at_start: str = "") -> Encoders:
+    def start(num_processes: int = 1, timeout_s: float = 1.0, at_start: str = "", **kwargs: Any) -> Encoders:
         made.append(
             Encoders(
-                WordsSpec(at_start), num_processes=num_processes, timeout_s=timeout_s, done=told, restarted=told.restart, memory_bytes=2**29
+                WordsSpec(at_start),
+                num_processes=num_processes,
+                timeout_s=timeout_s,
+                done=told,
+                restarted=told.restart,
+                memory_bytes=2**29,
+                **kwargs,
             )
         )
         return made[-1]
@@ -140,6 +147,17 @@ def test_items_that_loop_hold_up_their_own_caller_only(make: Make, told: Told) -
     assert told.codes(*named("good", 50)) == [""] * 50
     assert len(encoders.pids) <= 1 + NUM_SPARE
     assert len(told.found) == 50
+
+
+def test_a_process_that_is_one_too_many_goes_when_it_is_idle(make: Make, told: Told) -> None:
+    encoders = make(timeout_s=1000.0, spare_s=0.05)
+    encoders.submit([job("slow", words_item("sleep 3")), *jobs("behind", 5)])
+    told.wait("slow", *named("behind", 5))
+    with encoders._changed:
+        assert encoders._changed.wait_for(lambda: len(encoders._threads) == 1, WAIT_S)
+    # Whichever stayed works on.
+    encoders.submit(jobs("later", 5))
+    assert told.codes(*named("later", 5)) == [""] * 5
 
 
 @pytest.mark.parametrize("bad", ["kill", "fill"])
@@ -230,6 +248,15 @@ def test_processes_that_never_start_lose_what_waits(make: Make, told: Told) -> N
     encoders.submit(jobs("y", 1))
     assert told.codes("y0") == ["encoder_lost"]
     assert encoders.failure is not None
+
+
+def test_closing_tells_everybody(make: Make, told: Told) -> None:
+    encoders = make(timeout_s=1000.0)
+    encoders.submit([job("x", words_item("loop")), *jobs("y", 40)])
+    encoders.wait_ready()
+    encoders.close()
+    assert set(told.codes("x", *named("y", 40))) <= {"", "encoder_lost"}
+    assert told.codes("x") == ["encoder_lost"]
 
 
 def test_closing_ends_a_process_that_hangs(make: Make, told: Told) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections import Counter
 from typing import Any
 
+import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis import Case, checks
 from tests.helpers.backends import FakeBackends, FakeManager
-from tests.unit.serving.test_ingress import send
+from tests.unit.serving.test_ingress import call, send
 
 from rayward.config.scoring import ScoringConfig
 from rayward.serving.auth import Keys, parse_variable
@@ -18,6 +22,7 @@ from rayward.serving.http import build_http
 from rayward.serving.metrics import Recorder
 from rayward.serving.mounts import all_routes
 from rayward.serving.seeing import Seeing
+from rayward.wire.dialect import Route
 
 # Ray Serve 2.60's own models warn about deprecated pydantic settings when they are imported.
 with warnings.catch_warnings():
@@ -63,3 +68,76 @@ def test_every_path_that_needs_a_key_says_so_and_asks_for_it() -> None:
             assert (response.status_code == 401) == bool(operation["security"]), f"{method} {path}: {response.status_code}"
             num_asked += bool(operation["security"])
     assert num_asked > 20
+
+
+def _nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+WEIRD = [
+    b"",
+    b" ",
+    b"null",
+    b"[]",
+    b"{}",
+    b"1",
+    b'"text"',
+    b"{",
+    b"\xef\xbb\xbf{}",
+    b"\xff\xfe",
+    b'{"a": NaN}',
+    b'{"a": 1e999}',
+    b'{"a": ' + b"1" * 5000 + b"}",
+    _nested(900),
+    _nested(100_000),
+    b'{"a":' * 900 + b"1" + b"}" * 900,
+]
+VALUES = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**30,
+    "",
+    "\x00",
+    "\ud800",
+    "x" * 300_000,
+    [],
+    [[]],
+    [None],
+    [1],
+    [[1, 2]],
+    {},
+    {"a": {}},
+    [{}],
+    [[["a"]]],
+    [{"role": "user"}],
+    [{"role": "user", "content": [{"type": "image_url"}]}],
+    ["a"] * 2000,
+]
+"""Put in place of every field of a body, one at a time and all at once."""
+
+
+def _fields_of(route: Route) -> list[str]:
+    shapes = route.request.get("anyOf", [route.request])
+    return sorted({name for shape in shapes for name in shape.get("properties", {})})
+
+
+@pytest.mark.parametrize("route", [route for route in all_routes() if "POST" in route.methods], ids=lambda route: route.path)
+def test_no_value_of_any_field_breaks_the_server(route: Route) -> None:
+    fields = _fields_of(route)
+    bodies = [*WEIRD, *(json.dumps(dict.fromkeys(fields, value)).encode() for value in VALUES)]
+    bodies += [
+        json.dumps({name: value, **{other: "a" for other in fields if other != name}}).encode() for name in fields for value in VALUES
+    ]
+    statuses: Counter[int] = Counter()
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for body in bodies:
+            response = await client.post(route.path, content=body, headers={"authorization": f"Bearer {KEY}"})
+            statuses[response.status_code] += 1
+            assert response.status_code < 500, f"{body[:200]!r}: {response.text[:500]}"
+            response.json()
+
+    call(APP, work)
+    assert sum(statuses.values()) == len(bodies)

@@ -341,7 +341,12 @@ def test_a_new_cluster_with_the_same_state_serves_the_same_table(tmp_path: Path,
     before = settle(manager)
     assert before["models"]["m"]["current"] == second
     empty = Serve()
-    after = settle(manager_of(tmp_path, empty, clock, model=str(exports[0]), model_name="m"))
+    again = manager_of(tmp_path, empty, clock, model=str(exports[0]), model_name="m")
+    again.tick()
+    starting = {version: release.starting for version, release in TableStore(str(tmp_path / "state")).read().models["m"].releases.items()}
+    assert starting == {first: True, second: True}, "verified before, but nobody can score yet"
+    after = settle(again)
+    assert not any(release.starting for release in TableStore(str(tmp_path / "state")).read().models["m"].releases.values())
     assert after["models"] == before["models"]
     assert set(empty.apps) == {application_of(FRONT, "m", version) for version in (first, second)}
 

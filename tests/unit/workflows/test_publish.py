@@ -70,6 +70,16 @@ def test_a_version_that_is_called_otherwise_when_it_is_loaded_is_found() -> None
     assert publish_model(service(answer), "m", "s3://b/m", sleep=lambda _: None)["published"] == "unverified-1"
 
 
+def test_a_manager_that_is_replaced_meanwhile_is_waited_for() -> None:
+    bodies = iter([listing(version("v", "loading"), published="v"), None, None, listing(version("v", "ready"))])
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        body = next(bodies)
+        return httpx.Response(503, text="away") if body is None else httpx.Response(200, json=body)
+
+    assert publish_model(service(answer), "m", "/models/a", sleep=lambda _: None)["published"] == "v"
+
+
 def test_a_version_that_fails_is_its_typed_error() -> None:
     answer, _ = replies(listing(version("v", "loading"), published="v"), listing(version("v", "failed")))
     with pytest.raises(ContractMismatchError, match="head: changed"):

@@ -35,7 +35,9 @@ SLOW_S = 0.5
 """An item that takes longer is slow: the items behind it go elsewhere."""
 
 NUM_SPARE = 2
-"""Processes beyond those configured that slow items may cause to be started; they stay, idle."""
+"""Processes beyond those configured that slow items may cause to be started."""
+
+SPARE_S = 60.0
 
 SLOW_PER_CALLER = 2
 """Slow items of one caller at a time; its others wait, and those of other callers go first."""
@@ -91,6 +93,7 @@ class _Slot:
     given: deque[tuple[int, Job]]
     moved: set[int] = field(default_factory=set)
     slow: str | None = None
+    retired: bool = False
     answers: list[tuple[Job, EncodedItem]] = field(default_factory=list)
 
 
@@ -104,6 +107,7 @@ class Encoders:
         done: told of encoded items, in a thread of this pool.
         restarted: told why a process is replaced: `timeout`, `died`.
         memory_bytes: what a process may take beyond what its tokenizer needs; an item that takes more fails by itself.
+        spare_s: how long a process that is one too many stays, idle, for the next slow item.
     """
 
     def __init__(
@@ -115,9 +119,11 @@ class Encoders:
         done: Callable[[Sequence[tuple[Job, EncodedItem]]], None],
         restarted: Callable[[str], None] = lambda reason: None,
         memory_bytes: int = MEMORY_BYTES,
+        spare_s: float = SPARE_S,
     ) -> None:
         self._spec = pickle.dumps(spec)
         self._memory_bytes = memory_bytes
+        self._spare_s = spare_s
         self._num_processes = num_processes
         self._timeout_s = timeout_s
         self._done = done
@@ -127,7 +133,8 @@ class Encoders:
         # Items whose process died; the next one has nothing else meanwhile.
         self._again: deque[Job] = deque()
         self._slow: dict[str, int] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: set[threading.Thread] = set()
+        self._num_started = 0
         self._pids: set[int] = set()
         self._num_ready = 0
         self._closed = False
@@ -180,12 +187,13 @@ class Encoders:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in list(self._threads):
             thread.join()
 
     def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._run, name=f"encoder-{len(self._threads)}", daemon=True)
-        self._threads.append(thread)
+        self._num_started += 1
+        thread = threading.Thread(target=self._run, name=f"encoder-{self._num_started}", daemon=True)
+        self._threads.add(thread)
         thread.start()
 
     def _run(self) -> None:
@@ -195,13 +203,16 @@ class Encoders:
         except BaseException as exc:
             logger.exception("a thread of the encoders ended")
             self._fail(type(exc).__name__)
+        with self._changed:
+            self._threads.discard(threading.current_thread())
         if self._closed or self._failure is not None:
             self._give_up()
 
     def _run_processes(self) -> None:
         # The thread that starts a process must outlive it: the process dies with it.
         failures = 0
-        while not self._closed and self._failure is None:
+        retired = False
+        while not (retired or self._closed or self._failure is not None):
             slot, error = self._start()
             if slot is None:
                 failures += 1
@@ -216,10 +227,12 @@ class Encoders:
             try:
                 self._serve(slot)
             finally:
+                self._put_back(slot)
                 with self._changed:
                     self._num_ready -= 1
                     self._pids.discard(slot.process.pid)
                 _end(slot)
+            retired = slot.retired
 
     def _start(self) -> tuple[_Slot | None, object]:
         ours, theirs = socket.socketpair()
@@ -310,7 +323,11 @@ class Encoders:
                         break
                 if fresh or slot.given:
                     return fresh
-                self._changed.wait()
+                if not self._changed.wait(self._spare_s) and len(self._threads) > self._num_processes:
+                    # Out of the count at once, so that no second one goes for the same reason.
+                    self._threads.discard(threading.current_thread())
+                    slot.retired = True
+                    return None
 
     def _next(self, slot: _Slot, fresh: list[Job], num_chars: int) -> Job | None:
         busy = bool(slot.given or fresh)

@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -47,6 +47,8 @@ CHARS_PER_TOKEN = 4.0
 
 TEXT_CHARS = 32
 """What a text costs besides its characters, on its way to a process."""
+
+SHUT_DOWN = "it was shut down"
 
 HANG_S = 900.0
 """A forward that takes longer hangs, and its replica is replaced."""
@@ -116,7 +118,7 @@ class Engine:
         self._chars_per_token = CHARS_PER_TOKEN
         # Items that the compute thread encodes itself, because the model is needed for it.
         self._raw: FairQueue[_Work] = FairQueue(lambda work: not work.gone)
-        self._num_items = 0
+        self._live: set[_Work] = set()
         self._finishing: SimpleQueue[tuple[list[Entry], Computed] | None] = SimpleQueue()
         self._failure: str | None = None
         self._dead = False
@@ -137,7 +139,7 @@ class Engine:
         if self._encoders is not None:
             self._encoders.wait_ready()
         self._threads = [
-            threading.Thread(target=run, name=f"rayward-{name}", daemon=True)
+            threading.Thread(target=self._guarded, args=(run,), name=f"rayward-{name}", daemon=True)
             for name, run in (("compute", self._compute_loop), ("finish", self._finish_loop))
         ]
         for thread in self._threads:
@@ -178,7 +180,7 @@ class Engine:
                 QUEUED_TOKENS: self._backlog.queued_tokens,
                 TOKENS_PER_S: self._backlog.speed.tokens_per_s,
                 "queued_shadow_tokens": self._backlog.shadow_tokens,
-                "queued_items": self._num_items,
+                "queued_items": len(self._live),
                 "waiting_callers": self._backlog.num_callers,
             }
         gauges["encoder_processes"] = 0 if self._encoders is None else self._encoders.num_alive
@@ -215,17 +217,19 @@ class Engine:
             raise ServerError(failure, remedy="none; the replica is replaced")
 
     def close(self) -> None:
-        """Ends threads and processes; what still waits is answered with `interrupted`."""
+        """Ends threads and processes; what still waits is answered with `interrupted`, what is being computed with its rewards."""
         with self._changed:
             self._closed = True
             left = self._drain()
             self._changed.notify_all()
-        self._deliver([(work, ItemResult(error=interrupted("it was shut down"))) for work in left])
+        self._interrupt(left, SHUT_DOWN)
         if self._encoders is not None:
             self._encoders.close()
+        compute_thread, finish_thread = self._threads
+        compute_thread.join()
         self._finishing.put(None)
-        for thread in self._threads:
-            thread.join()
+        finish_thread.join()
+        self._interrupt_all(SHUT_DOWN)
 
     # In the event loop of the call.
 
@@ -241,11 +245,12 @@ class Engine:
             with self._changed:
                 estimates = [math.ceil(chars / self._chars_per_token) for chars in num_chars]
                 self._backlog.hold(sum(estimates), charged=call.charged)
-                self._num_items += len(call.items)
         except OverloadedError:
             self.counts.add("refusals_total", reason="overloaded" if call.charged else "shadow")
             raise
         pending.works = [_Work(pending, i, item, held) for i, (item, held) in enumerate(zip(call.items, estimates, strict=True))]
+        with self._changed:
+            self._live.update(pending.works)
         if not pending.works:
             pending.done.set_result(None)
         elif self._encoders is None:
@@ -306,7 +311,7 @@ class Engine:
             work.job.gone = True
         self._backlog.release(work.held, charged=work.pending.call.charged)
         work.held = 0
-        self._num_items -= 1
+        self._live.discard(work)
 
     def _deliver(self, results: Sequence[tuple[_Work, ItemResult]]) -> None:
         with self._changed:
@@ -322,6 +327,26 @@ class Engine:
             except RuntimeError:
                 # The loop is closed, and whoever waited in it is gone.
                 logger.info("%d results have nobody to go to", len(part))
+
+    def _interrupt(self, works: Iterable[_Work], failure: str) -> None:
+        self._deliver([(work, ItemResult(error=interrupted(failure))) for work in works])
+
+    def _interrupt_all(self, failure: str) -> None:
+        with self._changed:
+            left = list(self._live)
+            for work in left:
+                for entry in work.entries:
+                    self._backlog.discard(entry)
+        self._interrupt(left, failure)
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        # Broad on purpose: whoever waits for this thread would wait for ever.
+        except BaseException as exc:
+            logger.exception("a thread of the replica ended")
+            self._failure, self._dead = type(exc).__name__, True
+            self._interrupt_all(self._failure)
 
     def _drain(self) -> list[_Work]:
         # Under the lock: all that waits for the compute thread.
@@ -349,7 +374,7 @@ class Engine:
             failed.append((work, ItemResult(error=error, taken_as=encoded.taken_as)))
             return
         if self._dead or self._closed:
-            failed.append((work, ItemResult(error=interrupted(self._failure or "it was shut down"))))
+            failed.append((work, ItemResult(error=interrupted(self._failure or SHUT_DOWN))))
             return
         work.encoded = encoded
         work.values = [None] * len(encoded.units)
@@ -372,9 +397,9 @@ class Engine:
                 self._changed.wait_for(lambda: self._closed or len(self._backlog) or len(self._raw))
                 if self._closed:
                     return
-                raw = self._raw.pop()
+                raw = self._next_raw()
                 taken = self._backlog.take(self._budget(), self._clock())
-            if raw is not None:
+            if raw:
                 self._encode_here(raw)
             if taken.expired:
                 self.counts.add("dropped_units_total", len(taken.expired), reason="deadline")
@@ -387,18 +412,26 @@ class Engine:
         budget, speed = self._config.tokens_per_batch, self._backlog.speed.tokens_per_s
         return min(budget, max(round(speed * FORWARD_S), FEW_TOKENS) if speed else FIRST_TOKENS)
 
-    def _encode_here(self, work: _Work) -> None:
+    def _next_raw(self) -> list[_Work]:
+        # Under the lock: about as many as one forward takes, because critiques of several items are written together.
+        found: list[_Work] = []
+        while sum(work.held for work in found) < self._config.tokens_per_batch and (work := self._raw.pop()) is not None:
+            found.append(work)
+        return found
+
+    def _encode_here(self, works: list[_Work]) -> None:
         start = self._forward_since = self._clock()
         try:
-            encoded = self._model.encode_item(work.item)
-        # Broad on purpose: a model answers for what the item does; what it raises is the device's.
+            encoded = self._model.encode([work.item for work in works])
+        # Broad on purpose: a model answers for what its items do; what it raises is the device's.
         except Exception as exc:
-            logger.exception("an item could not be encoded")
+            logger.exception("%d items could not be encoded", len(works))
             self._failure = type(exc).__name__
-            encoded = EncodedItem(work.item, error=interrupted(self._failure))
+            encoded = [EncodedItem(work.item, error=interrupted(self._failure)) for work in works]
         self._forward_since = math.inf
         self.counts.add("compute_seconds_total", self._clock() - start)
-        self._on_encoded([(Job(work, work.item, work.pending.call.caller, count_chars(work.item)), encoded)])
+        jobs = [Job(work, work.item, work.pending.call.caller, count_chars(work.item)) for work in works]
+        self._on_encoded(list(zip(jobs, encoded, strict=True)))
 
     def _forward(self, entries: list[Entry], num_tokens: int) -> None:
         start = self._forward_since = self._clock()
@@ -420,7 +453,7 @@ class Engine:
                     self._dead = True
                     left = self._drain()
         self._finishing.put((entries, computed))
-        self._deliver([(work, ItemResult(error=interrupted(computed.failure or ""))) for work in left])
+        self._interrupt(left, computed.failure or "")
         self.counts.forward(num_units=len(entries), num_tokens=num_tokens, budget=self._config.tokens_per_batch, seconds=end - start)
 
     # In the finishing thread.

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayward.contract.conversation import broken_by_text, strings_in
 from rayward.errors import RuleError
@@ -24,6 +24,10 @@ class Peer(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
+
+TextList = Annotated[list[str], Field(fail_fast=True)]
+"""The first element that is no text is said, and not the millions after it."""
+ObjectList = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 Request = TypeVar("Request", bound=Peer)
 _MAX_ID = 2**31 - 1
@@ -47,7 +51,7 @@ class Form(Generic[Request]):
     without_effect: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, str] = field(default_factory=dict)
-    others: str = "refuse"
+    others: Literal["refuse", "keep"] = "refuse"
 
     def read(self, body: bytes, limits: Limits) -> Request:
         """The fields of a body.
@@ -65,12 +69,13 @@ class Form(Generic[Request]):
         for name, reason in self.refused.items():
             if raw.get(name):
                 _refuse_option(name, reason)
-        passed = self.without_effect | self.refused.keys()
-        rest = {name: value for name, value in raw.items() if name not in passed}
-        if self.others == "keep":
-            rest = {name: value for name, value in rest.items() if name in self.fields.model_fields}
+        own, passed = self.fields.model_fields, self.without_effect | self.refused.keys()
+        if self.others == "refuse":
+            for name in raw:
+                if name not in own and name not in passed:
+                    raise RuleError("unknown_field", f"{name[:80]}: no field of this path", remedy=f"the fields are {', '.join(own)}")
         try:
-            return self.fields.model_validate(rest)
+            return self.fields.model_validate({name: raw[name] for name in own if name in raw})
         except ValidationError as exc:
             self._raise(exc)
 
@@ -89,8 +94,8 @@ class Form(Generic[Request]):
     def _raise(self, exc: ValidationError) -> NoReturn:
         first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:200] or "the body"
-        names = ", ".join(self.fields.model_fields)
-        raise RuleError(_SCHEMA_CODES.get(first["type"], "wrong_type"), f"{where}: {first['msg']}", remedy=f"the fields are {names}")
+        code = _SCHEMA_CODES.get(first["type"], "wrong_type")
+        raise RuleError(code, f"{where}: {first['msg']}", remedy=f"the fields are {', '.join(self.fields.model_fields)}")
 
 
 def read_object(body: bytes, limits: Limits) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 
 from rayward.errors import RaywardError, RuleError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, input_items, own_model, pair_items, request_id_of, text_items, texts_of
+from rayward.wire.dialects.reading import Form, Peer, TextList, input_items, own_model, pair_items, request_id_of, text_items, texts_of
 from rayward.wire.dialects.replies import (
     OPENAI_STATUSES,
     body,
@@ -84,7 +84,7 @@ class RerankRequest(Peer):
     """Of `/v1/rerank`."""
 
     query: str
-    documents: list[str]
+    documents: TextList
     model: str | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = True

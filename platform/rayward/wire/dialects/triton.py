@@ -35,7 +35,7 @@ class Tensor(Peer):
 
     name: str
     datatype: str
-    shape: list[Annotated[int, Field(ge=0, le=2**31)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, max_length=2, fail_fast=True)]
     data: list[Any] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
@@ -50,9 +50,9 @@ class Wanted(Peer):
 class InferRequest(Peer):
     """The JSON of a request."""
 
-    inputs: list[Tensor]
+    inputs: Annotated[list[Tensor], Field(fail_fast=True)]
     id: str | None = None
-    outputs: list[Wanted] | None = None
+    outputs: Annotated[list[Wanted], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     def in_binary(self) -> bool:
@@ -124,10 +124,8 @@ def _items(tensors: dict[str, tuple[Tensor, bytes | None]], limits: Limits) -> t
         _refuse(f"inputs are {names}; the rule is sentences, or tokens and sequence_lengths", "send sentences", "missing_field")
     tokens, lengths = tensors["tokens"], tensors["sequence_lengths"]
     shape, count = tokens[0].shape, lengths[0].shape
-    if len(shape) != 2 or not count or prod(count) != shape[0] or count[0] != shape[0]:
-        _refuse(
-            f"tokens has shape {shape[:8]} and sequence_lengths {count[:8]}; the rule is [batch, length] and [batch, 1]", "send both so"
-        )
+    if len(shape) != 2 or prod(count) != shape[0] or count[0] != shape[0]:
+        _refuse(f"tokens has shape {shape} and sequence_lengths {count}; the rule is [batch, length] and [batch, 1]", "send both so")
     width, flat, used = shape[1], _integers(*tokens), _integers(*lengths)
     if any(not 0 < length <= width for length in used):
         _refuse(f"sequence_lengths has a length outside 1 to {width}", "send the number of ids in each row")
@@ -148,8 +146,8 @@ def _integers(tensor: Tensor, part: bytes | None) -> list[int]:
 
 def _texts(tensor: Tensor, part: bytes | None, limits: Limits) -> list[str]:
     number = prod(tensor.shape)
-    if not tensor.shape or len(tensor.shape) > 2 or number != tensor.shape[0]:
-        _refuse(f"sentences has shape {tensor.shape[:8]}; the rule is [batch, 1]", "send one sentence a row")
+    if number != tensor.shape[0]:
+        _refuse(f"sentences has shape {tensor.shape}; the rule is [batch, 1]", "send one sentence a row")
     if number > limits.max_items:
         _refuse(f"sentences has {number} texts; the limit is {limits.max_items}", "split them over several requests", "too_many_items")
     if part is not None:
