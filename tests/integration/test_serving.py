@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export, plain_r
 from tests.helpers.templates import make_family_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from rayward import RewardClient
+from rayward import AsyncRewardClient, RewardClient
 from rayward.config.placement import Placement
 from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import Contract
@@ -175,6 +176,30 @@ def test_body_without_declared_length_is_limited(url: str) -> None:
     response = httpx.post(f"{url}/v1/score", content=chunks(), timeout=30.0)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "body_too_large"
+
+
+def test_the_clients_go_by_handle_inside_of_the_cluster(url: str, scorer: Scorer) -> None:
+    import ray
+
+    from rayward.serving.direct import direct
+
+    items = fifty_items()
+    expected = [result.rewards for result in scorer.score(items)]
+
+    async def main() -> list[list[float]]:
+        async with AsyncRewardClient(direct(APP)) as client:
+            assert (await client.health()).version == scorer.version
+            return (await client.score_items(items, version=scorer.version)).rewards()
+
+    def elsewhere(client: RewardClient) -> list[list[float]]:
+        return client.score_items(items).rewards()
+
+    with RewardClient(direct(APP)) as client:
+        blocking = client.score_items(items).rewards()
+        remote = ray.get(ray.remote(num_cpus=0)(elsewhere).remote(client))
+    for rewards in (asyncio.run(main()), blocking, remote):
+        for got, reference in zip(rewards, expected, strict=True):
+            assert got == pytest.approx(reference, abs=1e-5)
 
 
 def test_client_raises_request_error_with_the_item(client: RewardClient) -> None:
