@@ -1,11 +1,12 @@
 # The first two targets set up everything on a fresh machine (Python 3.11 or 3.12 with venv, a C++ compiler) and then work.
 VENV := .venv
 LATEST := .venv-latest
+CLIENTS := .venv-clients
 TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: demo test install check lint types unit numerics integration drills latest clean
+.PHONY: demo test install check lint types unit numerics integration drills clients latest clean
 
 demo: install
 	$(VENV)/bin/python jobs/demo.py
@@ -46,6 +47,16 @@ numerics: install
 # The whole table of methods and every size of a run: about an hour on two cores.
 drills: install
 	$(VENV)/bin/python -m pytest tests/integration -m drill
+
+# Trainers and clients of other systems, unmodified, against the running server, in an environment beside the one in use. OpenRLHF and verl come
+# without what they pin; what they import is named here.
+clients:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[dev,bench]"
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2 verl==0.9.1
+	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" tensordict omegaconf hydra-core codetiming pylatexenc
+	$(CLIENTS)/bin/python -m pytest -m clients tests/integration/test_real_clients.py
 
 # The unit tests on the newest releases, also those above the ranges of pyproject.toml (pip says which), beside the environment in use.
 latest:

@@ -3,8 +3,8 @@
 
     python benchmarks/serve_throughput.py --data DATA --peers openrlhf pipeline
 
-Real dialogues (hh-rlhf harmless), n completions of each prompt (those beyond the second taken from other dialogues), one replica, one card or
-`--threads` threads for everybody. One run, in this order, each side in a process of its own:
+Real dialogues (hh-rlhf harmless), n completions of each prompt (those beyond the second taken from other dialogues), one replica, one
+card or `--threads` threads for everybody. One run, in this order, each side in a process of its own:
 
     ceiling       the scorer's micro-batches of token ids, all prompts known beforehand: prompts shared, sorted, nothing tokenized or sent
     scorer        `Scorer.score` of all items: rendering and tokenizing too

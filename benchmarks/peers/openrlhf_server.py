@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """OpenRLHF's reward server on a CPU: its own `RewardModelProxy` in float32, its own route around it.
 
-Needs `pip install --no-deps openrlhf peft pylatexenc`. FlashAttention, which its modules import and a CPU has not, is replaced by a name; nothing of it
-is called with `packing_samples` off. It loads bf16 or fp16 alone; the weights are widened afterwards: a CPU computes bf16 slowly.
+Needs `pip install --no-deps openrlhf peft pylatexenc`. FlashAttention, which its modules import and a CPU has not, is replaced by a name;
+nothing of it is called with `packing_samples` off. It loads bf16 or fp16 alone; the weights are widened afterwards: a CPU computes bf16
+slowly.
 """
 
 # No `from __future__ import annotations`: FastAPI reads the types of the handler, which are imported inside `main`.

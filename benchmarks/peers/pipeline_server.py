@@ -3,6 +3,7 @@
 
 # No `from __future__ import annotations`: FastAPI reads the types of the handler, which are imported inside `main`.
 import argparse
+from typing import Any
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     async def get_reward(request: Request) -> dict[str, list[float]]:
         texts = (await request.json())["query"]
         # A batch is a request, padded to its longest text: as fast as the pipeline gets.
-        found = classify(texts, batch_size=len(texts), add_special_tokens=False)
+        found: list[Any] = classify(texts, batch_size=len(texts), add_special_tokens=False)
         return {"rewards": [each[0]["score"] for each in found]}
 
     uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning")

@@ -371,9 +371,9 @@ class PartialError(ScoringError):
 STATUS_BY_CODE: dict[str, int] = {
     "invalid_json": 400,
     "invalid_encoding": 400,
+    "not_found": 404,
     "unknown_model": 404,
     "unknown_version": 404,
-    "not_found": 404,
     "body_timeout": 408,
     "body_too_large": 413,
     "too_many_items": 413,

@@ -6,15 +6,15 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from rayward.contract.conversation import Completion
 from rayward.errors import RuleError, VersionError
 from rayward.serving.administration import parse_asked
-from rayward.serving.calls import ScoredCall
-from rayward.serving.metrics import render
+from rayward.serving.calls import ScoredCall, Stats
 from rayward.serving.reporting import Board
 from rayward.serving.routes import RouteTable
-from rayward.serving.status import build_status
+from rayward.serving.status import ServiceStatus, build_status
 from rayward.wire.dialect import Timings
 from rayward.wire.items import ItemError, ItemResult, ScoreItem, TokenTrace
 from rayward.wire.native import ModelInfo
@@ -76,18 +76,22 @@ class FakeBackends:
 
 
 class FakeManager:
-    """What the manager answers by handle; `asked` keeps what it was asked for."""
+    """The manager as its handle looks: every method is called by `remote`. `asked` keeps what administrators asked for."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bytes]] = []
+        self.administer = SimpleNamespace(remote=self._administer)
 
-    async def administer(self, verb: str, body: bytes) -> dict[str, object]:
+    async def _administer(self, verb: str, body: bytes) -> dict[str, object]:
         parse_asked(verb, body)
         self.asked.append((verb, body))
         return {"models": []}
 
-    async def status(self) -> dict[str, object]:
-        return build_status(RouteTable(), Board(time.monotonic)).model_dump(mode="json")
+    async def report(self, stats: Stats) -> None:
+        pass
 
-    async def metrics(self) -> str:
-        return render([])
+    async def stats(self) -> list[Stats]:
+        return []
+
+    async def status(self) -> ServiceStatus:
+        return build_status(RouteTable(), Board(time.monotonic))

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayward.contract.conversation import TakenAs
 from rayward.errors import RaywardError, RuleError
 from rayward.wire.dialect import Answered, Body, Call, ItemFailedError, Route, Timings
 from rayward.wire.dialects.table import ROUTES
-from rayward.wire.items import ItemError, ItemResult, ScoreItem, TakenAs, TokenTrace
+from rayward.wire.items import ItemError, ItemResult, ScoreItem, TokenTrace
 from rayward.wire.rules import Limits
 
 LIMITS = Limits(max_items=50, max_completions_per_item=4, max_chars_per_text=1000, max_body_bytes=100_000)

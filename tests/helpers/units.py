@@ -119,6 +119,9 @@ class WordsModel:
     def encoder_spec(self) -> EncoderSpec | None:
         return None if self.in_process else self.spec
 
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        return [self.encode_item(item) for item in items]
+
     def encode_item(self, item: ScoreItem) -> EncodedItem:
         return WordsEncoder().encode(item)
 

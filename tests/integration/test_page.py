@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.helpers.chromium import INSTALL, Chromium, find_chromium
+from tests.helpers.chromium import Chromium
 from tests.helpers.page_service import ATTRIBUTES, CANARY, CRITIC, CURRENT, STEPS, PageService, as_pasted, reward_of
 
 PROMPT = "My sourdough came out flat. Why?"
 GOOD = "First look at the starter, because it must double within six hours. If it does not, feed it twice a day."
 POOR = "Baking is hard!"
 EVIL = "</script><img src=x onerror=window.hacked=1><svg onload=window.hacked=1>"
-
-
-@pytest.fixture(scope="session")
-def binary() -> str:
-    """Chromium; CI installs Debian's where it is missing."""
-    found = find_chromium()
-    if found is None and os.environ.get("CI") and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(["bash", "-c", INSTALL], check=True, capture_output=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-        found = find_chromium()
-    if found is None:
-        message = f"the page's test needs Chromium: as root, {INSTALL}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +24,8 @@ def service() -> Iterator[PageService]:
 
 
 @pytest.fixture(scope="module")
-def window(binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(binary, tmp_path_factory.mktemp("chromium")) as running:
+def window(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(chromium, tmp_path_factory.mktemp("chromium")) as running:
         yield running
 
 
@@ -183,9 +165,11 @@ def test_a_refused_request_says_why_and_what_to_do(page: Chromium) -> None:
     assert "41,200 tokens wait" in problem
     assert "send less at once" in problem
     assert "429" in problem
+    assert page.evaluate("document.getElementById('results').classList.contains('stale')"), "what stands below is of another request"
     _write(page, PROMPT, GOOD, POOR)
     _score(page)
     assert page.evaluate("document.getElementById('problem').hidden")
+    assert not page.evaluate("document.getElementById('results').classList.contains('stale')")
 
 
 def test_keys_alone(page: Chromium) -> None:
@@ -240,13 +224,27 @@ def test_a_pinned_version_answers(page: Chromium) -> None:
     assert CANARY in _texts(page, "#results code")
 
 
+def _wait_for_news(page: Chromium) -> None:
+    shown = json.dumps(_texts(page, ".big b"), separators=(",", ":"), ensure_ascii=False)
+    page.wait_for(f"JSON.stringify([...document.querySelectorAll('.big b')].map((b) => b.textContent)) !== {json.dumps(shown)}")
+
+
 def test_the_service_is_shown_as_it_stands(page: Chromium) -> None:
     assert _texts(page, "#health span") == ["4 of 4 models up · 10 replicas · 1 failed"]
     assert _texts(page, "#live .version code")[:3] == [CURRENT, CANARY, "0c55aa91e3f7"]
     tags = _texts(page, "#live .version .tag")
     assert {"current 90\xa0%", "canary 10\xa0%", "failed", "drifted"} <= set(tags)
-    first = _texts(page, ".big b")
-    page.wait_for(f"JSON.stringify([...document.querySelectorAll('.big b')].map((b) => b.textContent)) !== {json.dumps(json.dumps(first))}")
+    _wait_for_news(page)
+
+
+def test_another_model_is_chosen_beside(page: Chromium) -> None:
+    assert _texts(page, ".other button") == [ATTRIBUTES, CRITIC, STEPS]
+    page.evaluate("document.querySelectorAll('.other button')[1].focus()")
+    _wait_for_news(page)
+    assert page.evaluate("document.activeElement.textContent") == CRITIC, "news do not take the focus away"
+    page.evaluate("document.querySelector('.other button').click()")
+    assert page.evaluate("document.getElementById('model').value") == ATTRIBUTES
+    assert "helpfulness, correctness" in _texts(page, ".card dd")[1]
 
 
 def test_without_the_manager_scoring_goes_on(page: Chromium, service: PageService) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,7 +22,7 @@ from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export, plain_r
 from tests.helpers.templates import make_family_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from rayward import RewardClient
+from rayward import AsyncRewardClient, RewardClient
 from rayward.config.placement import Placement
 from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import Contract
@@ -162,7 +162,7 @@ def test_bad_input_is_4xx_and_the_server_lives(url: str, client: RewardClient, b
     response = httpx.post(f"{url}/v1/score", content=body, timeout=30.0)
     assert response.status_code == status
     error = response.json()["error"]
-    assert (error["code"], error["item"]) == (code, item)
+    assert (error["code"], error.get("item")) == (code, item)
     assert error["message"]
     assert error["remedy"]
     assert len(client.score("still", ["alive"])) == 1
@@ -176,6 +176,30 @@ def test_body_without_declared_length_is_limited(url: str) -> None:
     response = httpx.post(f"{url}/v1/score", content=chunks(), timeout=30.0)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "body_too_large"
+
+
+def test_the_clients_go_by_handle_inside_of_the_cluster(url: str, scorer: Scorer) -> None:
+    import ray
+
+    from rayward.serving.direct import direct
+
+    items = fifty_items()
+    expected = [result.rewards for result in scorer.score(items)]
+
+    async def main() -> list[list[float]]:
+        async with AsyncRewardClient(direct(APP)) as client:
+            assert (await client.health()).version == scorer.version
+            return (await client.score_items(items, version=scorer.version)).rewards()
+
+    def elsewhere(client: RewardClient) -> list[list[float]]:
+        return client.score_items(items).rewards()
+
+    with RewardClient(direct(APP)) as client:
+        blocking = client.score_items(items).rewards()
+        remote = ray.get(ray.remote(num_cpus=0)(elsewhere).remote(client))
+    for rewards in (asyncio.run(main()), blocking, remote):
+        for got, reference in zip(rewards, expected, strict=True):
+            assert got == pytest.approx(reference, abs=1e-5)
 
 
 def test_client_raises_request_error_with_the_item(client: RewardClient) -> None:
@@ -193,13 +217,13 @@ def test_health_models_and_unknown_routes(url: str, client: RewardClient, scorer
     assert wrong_method.json()["error"]["code"] == "method_not_allowed"
 
 
-def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(client: RewardClient, scorer: Scorer) -> None:
+def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(url: str, scorer: Scorer) -> None:
     # Real: SIGKILL of the scorer's process while requests arrive. Nothing is simulated.
     items = fifty_items()
     expected = [result.rewards for result in scorer.score(items)]
     pids = scorer_pids()
     assert len(pids) == 1
-    with ThreadPoolExecutor(10) as threads, RewardClient(client_url(client), deadline_s=120.0, max_retries=1000) as patient:
+    with ThreadPoolExecutor(10) as threads, RewardClient(url, deadline_s=120.0, max_retries=1000) as patient:
         texts = [
             ([{"role": t["role"], "content": t["content"]} for t in item.prompt], list(map(text_of, item.completions))) for item in items
         ]
@@ -212,34 +236,26 @@ def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(client:
 
 
 def scorer_pids() -> list[int]:
-    title = f"ray::ServeReplica:{APP}:scorer"
+    title = f"ray::ServeReplica:{APP}.tiny."
     return [process.pid for process in psutil.process_iter(["cmdline"]) if title in " ".join(process.info["cmdline"] or ())]
 
 
-def client_url(client: RewardClient) -> str:
-    return str(client._http.base_url)
-
-
-def test_full_queue_is_refused_with_a_retryable_503(app: ModuleType, config: ScoringConfig, url: str) -> None:
-    small = config.model_copy(update={"max_ongoing_requests": 1, "tokens_per_batch": 64})
+def test_a_full_backlog_is_refused_with_a_retryable_429(app: ModuleType, config: ScoringConfig, url: str) -> None:
+    small = config.model_copy(update={"max_queued_tokens": 1024, "tokens_per_batch": 64})
     base = app.serve_model(small, name=f"{APP}-small", route_prefix="/small")
     assert base == f"{url}/small"
-    item = {"prompt": "p", "completions": [f"{i} {'word ' * 20}" for i in range(50)]}
-    responses: list[httpx.Response] = []
-    for size in (4, 16, 64, 199):  # larger ones until the scorer is slower than the callers
-        big = {"items": [item] * size}
-        with ThreadPoolExecutor(16) as threads:
-            responses += threads.map(lambda _, body=big: httpx.post(f"{base}/v1/score", json=body, timeout=120.0), range(16))
-        if any(response.status_code == 503 for response in responses):
-            break
-    assert {response.status_code for response in responses} == {200, 503}
-    refused = next(response for response in responses if response.status_code == 503)
+    big = {"items": [{"prompt": "p", "completions": [f"{i} {'word ' * 20}" for i in range(50)]}] * 4}
+    with ThreadPoolExecutor(16) as threads:
+        responses = list(threads.map(lambda _: httpx.post(f"{base}/v1/score", json=big, timeout=120.0), range(16)))
+    assert {response.status_code for response in responses} == {200, 429}
+    refused = next(response for response in responses if response.status_code == 429)
     assert refused.json()["error"]["code"] == "overloaded"
     assert int(refused.headers["retry-after"]) >= 1
     with RewardClient(base, max_retries=0) as impatient, ThreadPoolExecutor(8) as threads:
         outcomes = list(threads.map(lambda _: outcome(impatient, big["items"]), range(8)))
     assert OverloadedError in outcomes
-    app.serve.delete(f"{APP}-small")
+    app.take_down(small, f"{APP}-small")
+    assert not [name for name in app.serve.status().applications if name.startswith(f"{APP}-small")]
 
 
 def outcome(client: RewardClient, items: Sequence[Mapping[str, Any]]) -> type:
@@ -316,12 +332,10 @@ def test_tampered_export_is_not_served_and_the_part_is_named(  # type: ignore[no
 ) -> None:
     copy = Path(shutil.copytree(export, tmp_path / "tampered"))
     tamper(copy)
-    started = time.monotonic()
     with pytest.raises(ContractMismatchError) as caught:
         app.serve_model(config.model_copy(update={"model": str(copy)}), name="tampered", route_prefix="/tampered")
     assert caught.value.problem.startswith(f"{part}:")
-    assert time.monotonic() - started < 90.0
-    assert "tampered" not in app.serve.status().applications
+    assert not [name for name in app.serve.status().applications if name.startswith("tampered")]
     assert len(client.score("the other application", ["lives"])) == 1
 
 

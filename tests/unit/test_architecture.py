@@ -33,6 +33,7 @@ LOOSE = {"errors", "schema", "storage", "cluster"}
 """The modules that stand in no room."""
 
 MAY_IMPORT_RAY = {
+    "client.adapters.nemo_rl",
     "cluster",
     "data.prepare.job",
     "data.prepare.numbering",
@@ -43,6 +44,7 @@ MAY_IMPORT_RAY = {
     "serving.app",
     "serving.applications",
     "serving.assembly",
+    "serving.direct",
     "serving.handles",
     "serving.ingress",
     "serving.loopback",

@@ -246,7 +246,9 @@ def test_the_wire_examples_are_valid() -> None:
 
 def test_every_code_of_the_wire_is_listed_with_its_status() -> None:
     page = (DOCS / "serving.md").read_text(encoding="utf-8")
-    source = (ROOT / "platform" / "rayward" / "wire" / "rules.py").read_text(encoding="utf-8")
+    package = ROOT / "platform" / "rayward"
+    files = [package / "wire" / "rules.py", package / "wire" / "endpoints.py", *(package / "serving").glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     conversation = (ROOT / "platform" / "rayward" / "contract" / "conversation.py").read_text(encoding="utf-8")
     codes = {*re.findall(r"RuleError\(\s*\"(\w+)\"", source), *re.findall(r"BrokenRule\(\"(\w+)\"", conversation), *STATUS_BY_CODE}
     codes |= {*re.findall(r"\"(\w+_field|wrong_type)\"", source)}

@@ -184,11 +184,12 @@ class AsyncRewardClient(_Client):
         texts: Sequence[str],
         prompts: Sequence[str] | None = None,
         *,
+        version: str | None = None,
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> list[float]:
         """As `RewardClient.score_texts`."""
-        return await self._score_texts(texts, prompts, self._question(request_id, None), deadline_s)
+        return await self._score_texts(texts, prompts, self._question(request_id, version), deadline_s)
 
     async def models(self) -> list[ModelInfo]:
         """As `RewardClient.models`."""
@@ -292,6 +293,7 @@ class RewardClient(_Client):
         texts: Sequence[str],
         prompts: Sequence[str] | None = None,
         *,
+        version: str | None = None,
         deadline_s: float | None = None,
         request_id: str | None = None,
     ) -> list[float]:
@@ -300,13 +302,14 @@ class RewardClient(_Client):
         Args:
             texts: one per reward wanted.
             prompts: what each text begins with; where a text is plain, the server applies its template to prompt and rest.
-            deadline_s, request_id: as in `score`.
+            version, deadline_s, request_id: as in `score`.
 
         Raises:
-            ConfigError: a model, a version or options of scoring were asked for, for which this path has no place.
+            ConfigError: a model or options of scoring were asked for, for which this path has no place.
+            TextRefusedError: a text cannot be scored, because it is too long for example.
             RequestError, OverloadedError, UnavailableError, DeadlineError, ServerError: as in `score`; one text without a reward fails all.
         """
-        return loops.run(self._score_texts(texts, prompts, self._question(request_id, None), deadline_s))
+        return loops.run(self._score_texts(texts, prompts, self._question(request_id, version), deadline_s))
 
     def models(self) -> list[ModelInfo]:
         """The served models, with the version that answers now: pin that to have a whole step judged by one."""

@@ -28,7 +28,7 @@ from rayward.client.exchange import (
 )
 from rayward.client.links import Link
 from rayward.errors import ConfigError, DeadlineError, RaywardError, RequestError, RuleError
-from rayward.wire.items import Asked, ItemError
+from rayward.wire.items import Asked, ItemError, ScoreItem
 from rayward.wire.rules import Limits, check_request
 
 BACKOFF_BASE_S = 0.1
@@ -108,9 +108,9 @@ class Core:
             ConfigError: the question has options that a flat request cannot carry.
             ScoringError: a text has no reward.
         """
-        if question.model is not None or question.version is not None or question.asked != Asked():
+        if question.model is not None or question.asked != Asked():
             raise ConfigError(
-                "model, version, weights, normalise and critiques cannot be asked for with whole texts",
+                "model, weights, normalise and critiques cannot be asked for with whole texts",
                 remedy="use score or score_items, with prompts and completions",
             )
         if not texts:
@@ -142,7 +142,7 @@ class Core:
             try:
                 entry = self.link.prepare(index, item)
                 if bad_items == "report":
-                    _check_alone(index, item)
+                    check_alone(index, item)
             except RequestError as exc:
                 if bad_items == "raise":
                     raise
@@ -300,8 +300,13 @@ class Core:
         return ceiling * (0.5 + 0.5 * self._settings.jitter())
 
 
-def _check_alone(index: int, item: Item) -> None:
+def check_alone(index: int, item: Item, limits: Limits = ANY_SIZE) -> ScoreItem:
+    """One item past every rule that needs no tokenizer.
+
+    Raises:
+        RuleError: of the item at this index.
+    """
     try:
-        check_request({"items": [json_item(item)]}, ANY_SIZE)
+        return check_request({"items": [json_item(item)]}, limits)[0][0]
     except RuleError as exc:
         raise RuleError(exc.code, exc.problem.replace("item 0:", f"item {index}:"), remedy=exc.remedy, item=index) from exc

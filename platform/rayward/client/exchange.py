@@ -155,6 +155,10 @@ class TryFailedError(Exception):
         self.unheard = unheard
 
 
+class TextRefusedError(RequestError):
+    """Example: a whole text of 5,000 tokens, and a contract of 4,096; no other try and no other server betters it."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What is known of the items of one call so far."""
@@ -293,7 +297,8 @@ def judged(answer: Answer, endpoint: int, entries: Sequence[Entry] = ()) -> Exce
         ours, code, item = False, "", None
         problem = f"status {answer.status}: {answer.body[:200].decode('utf-8', 'replace')}"
         remedy = "check base_url and the server's log"
-    wait_s = retry_after_s(answer.headers.get("retry-after", ""))
+    exact_ms = answer.headers.get("retry-after-ms", "")
+    wait_s = retry_after_s(exact_ms) / 1e3 or retry_after_s(answer.headers.get("retry-after", ""))
     status = answer.status
     if status == 404 and not ours and NOT_UP in answer.body:
         problem = f"no application is mounted there: {problem}"

@@ -10,7 +10,20 @@ from typing import Any, Protocol
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from rayward.client.exchange import Answer, Entry, Item, Question, Reply, TryFailedError, body_of, encoded, judged, parsed, reply_of
+from rayward.client.exchange import (
+    Answer,
+    Entry,
+    Item,
+    Question,
+    Reply,
+    TextRefusedError,
+    TryFailedError,
+    body_of,
+    encoded,
+    judged,
+    parsed,
+    reply_of,
+)
 from rayward.errors import ConfigError, DeadlineError, ScoringError, ServerError, UnavailableError
 from rayward.wire.items import FiniteFloat, ItemResult
 from rayward.wire.native import Health, ModelInfo, ModelList
@@ -148,8 +161,7 @@ class HttpLink:
 
     async def score(self, entries: Sequence[Entry], question: Question, budget_s: float, tried: Collection[int]) -> Reply:
         """POST /v1/score."""
-        deadline_ms = max(1, int(1000.0 * (budget_s - min(REPLY_S, REPLY_SHARE * budget_s))))
-        content = body_of(entries, question, deadline_ms)
+        content = body_of(entries, question, deadline_ms_of(budget_s))
         endpoint, answer = await self._send("POST", "/v1/score", content, {"x-request-id": question.request_id}, budget_s, tried)
         if answer.status != 200:
             raise judged(answer, endpoint, entries)
@@ -161,7 +173,13 @@ class HttpLink:
         """POST /get_reward, whose reply has room for rewards alone: all texts, or an error."""
         body = {"query": list(texts)} if prompts is None else {"query": list(texts), "prompts": list(prompts)}
         content = json.dumps(body, separators=(",", ":")).encode("ascii")
-        endpoint, answer = await self._send("POST", "/get_reward", content, {"x-request-id": question.request_id}, budget_s, tried)
+        headers = {"x-request-id": question.request_id, "x-rayward-deadline-ms": str(deadline_ms_of(budget_s))}
+        if question.version is not None:
+            headers["x-rayward-version"] = question.version
+        endpoint, answer = await self._send("POST", "/get_reward", content, headers, budget_s, tried)
+        if answer.status in (413, 422):
+            text = answer.body[:500].decode("utf-8", "replace")
+            raise TextRefusedError(f"a text cannot be scored: {text}", remedy="leave that text out; /v1/score has an error for each item")
         if answer.status != 200:
             raise judged(answer, endpoint)
         rewards = parsed(answer.body, RewardsOfTexts).rewards
@@ -205,6 +223,11 @@ class HttpLink:
             raise TryFailedError(_lost(exc), endpoint=endpoint, unheard=unheard) from exc
         finally:
             self._endpoints.release(endpoint, shun_s=shun_s)
+
+
+def deadline_ms_of(budget_s: float) -> int:
+    """What the server is told of the caller's time."""
+    return max(1, int(1000.0 * (budget_s - min(REPLY_S, REPLY_SHARE * budget_s))))
 
 
 def _lost(exc: httpx.RequestError) -> ScoringError:

@@ -26,7 +26,7 @@ class Placement(Frozen):
     """Token budget of one forward."""
     verify: bool = True
     """Check an export against its contract before it scores."""
-    hash_weights: HashWeights = "sampled"
+    hash_weights: HashWeights = "full"
     """How much of the weights of a model without contract its version covers."""
     batch_invariant: bool = False
     """Bitwise the same reward whatever is scored beside it; slower."""

@@ -50,8 +50,8 @@ class ReplicaConfig(Frozen):
     """Compute threads of a replica on CPU."""
     verify_golden: bool = True
     """Check files, head and golden scores against the contract at start and refuse to serve when they differ."""
-    hash_weights: HashWeights = "sampled"
-    """What the version of a model without contract covers of its weights: sizes, headers and a piece of every tensor, or every byte."""
+    hash_weights: HashWeights = "full"
+    """What the version of a model without contract covers of its weights: every byte, or sizes, headers and a piece of every tensor."""
 
     @model_validator(mode="after")
     def _replicas(self) -> Self:

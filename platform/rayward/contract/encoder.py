@@ -15,7 +15,7 @@ from rayward.contract.flat import FlatTexts
 from rayward.contract.rendering import Conversation, Rendered, Renderer
 from rayward.contract.template import ChatTemplate, num_kept, truncations
 from rayward.contract.tokens import Head, TextTokenizer, Tokens
-from rayward.errors import ContractError, ContractMismatchError, TooLongError
+from rayward.errors import ContractError, ContractMismatchError, TooLongError, UnsupportedMessageError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -181,15 +181,23 @@ class Encoder:
             found.append(encoding)
         return found
 
-    def encode_text(self, text: str, *, separator: str | None = None) -> Encoding:
+    def encode_text(self, text: str, *, prompt_text: str | None = None, separator: str | None = None) -> Encoding:
         """A finished text without roles: where it went through the template before, the ids of the messages that it was rendered from;
         else as it stands. `Encoding.taken_as` says which.
+
+        Args:
+            prompt_text: the beginning that is the prompt, if somebody knows: a plain text is then put through the template as this prompt
+                and its answer.
 
         Raises:
             TooLongError: it does not fit `max_tokens`; a text has no turns that could go.
             UnsupportedMessageError: the contract reads the reward after a critique.
         """
         rendered, taken_as = self._flat.read(text)
+        parts = self._flat.parts(text, prompt_text) if prompt_text and taken_as == "as_given" else None
+        if parts is not None:
+            turn = Message(role="user", content=parts[0])
+            return self.encode_sure([Conversation((turn,), parts[1], None, NO_INPUTS)], separator=separator)[0]
         (tokens,) = self._tokens.tokenize([rendered], offsets=separator is not None)
         if len(tokens) > self.contract.max_tokens:
             raise TooLongError(
@@ -201,6 +209,25 @@ class Encoder:
             body = rendered.text[rendered.start :].removesuffix(self.contract.end_token).strip()
             steps = self._steps(rendered, tokens, body, separator)
         return Encoding(tokens.ids, tokens.start, steps, len(tokens), taken_as=taken_as)
+
+    def encode_ids(self, ids: Sequence[int]) -> Encoding:
+        """A finished text as token ids: as they are, with the end token behind them where they do not end with it.
+
+        Raises:
+            TooLongError: they do not fit `max_tokens`.
+            UnsupportedMessageError: the reward is read at a place that ids do not show.
+        """
+        contract = self.contract
+        if contract.critique_lead_in is not None or contract.reading is not None or contract.gate == ():
+            raise UnsupportedMessageError(
+                "the reward is read after a critique, at the steps of a text or at the end of the prompt, which token ids do not show",
+                remedy="send texts",
+            )
+        whole = [*ids] if ids and ids[-1] == contract.end_token_id else [*ids, contract.end_token_id]
+        if len(whole) > contract.max_tokens:
+            raise TooLongError(f"{len(whole)} token ids; the contract allows {contract.max_tokens}", remedy="shorten them")
+        # A gate reads where its own ids stand last, wherever the prompt ends.
+        return Encoding(whole, len(whole) if contract.gate else 0, None, len(whole), taken_as="as_given")
 
     def open_critique(self, prompt: Sequence[Message], completion: Completion, *, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Token ids of the conversation up to where the critique begins, for a language model to go on.

@@ -51,6 +51,12 @@ class FlatTexts:
         literal = self._control.always or hidden is not given
         return Rendered(self._lead + hidden + self._contract.end_token, len(self._lead), 0, literal, False, None), "as_given"
 
+    def parts(self, text: str, prompt_text: str) -> tuple[str, str] | None:
+        """Prompt and answer of a plain text that begins with its prompt, without what stands around a text; None where one is empty."""
+        prompt = prompt_text[len(text) - len(self._without_lead(text)) :]
+        answer = self._without_end(text[len(prompt_text) :])[0]
+        return (prompt, answer) if prompt.strip() and answer.strip() else None
+
     def is_rendered(self, body: str) -> bool:
         """Whether a text, without what stands before its first turn, begins as the template begins a conversation."""
         mark = self._control.begins(body)

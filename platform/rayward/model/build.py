@@ -14,6 +14,7 @@ from rayward.batch.layout import Layout
 from rayward.config.model import ModelConfig
 from rayward.contract.contract import Contract
 from rayward.errors import ConfigError, ModelLoadError
+from rayward.model.bounds import refuse_absurd_sizes
 from rayward.model.capabilities import UNSUITABLE, context_length, text_config
 from rayward.model.gate import GATING_FILE, Gating
 from rayward.model.heads import HeadShape, MlpHead, build_head, set_head_shape
@@ -141,6 +142,8 @@ def load_reward_model(
         config.num_labels = head.num_outputs
     if with_language:
         check_language_head(directory, config)
+    shapes = {name: view.shape for name, view in checkpoint.views.items()}
+    refuse_absurd_sizes(directory, shapes, lambda: AutoModelForSequenceClassification.from_config(config))  # type: ignore[no-untyped-call]
     loaded = build_reward_model(config, max_tokens=max_tokens, dtype=dtype, layout=layout, with_language=with_language)
     _keep_in_fp32(loaded.model, dtype)
     fill(loaded.model, scoring_source(loaded.model, checkpoint))

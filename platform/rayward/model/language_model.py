@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rayward.batch.layout import Layout, PackedBatch, language_loss_tokens
 from rayward.errors import ModelLoadError
 from rayward.model.attention import PACKED_ATTENTION, packed_mask, why_not_shareable
+from rayward.model.bounds import refuse_absurd_counts, refuse_absurd_sizes
 from rayward.model.heads import LOGIT_ROWS, capped, soft_cap, token_log_probs
+from rayward.model.weights import raw_config, read_headers
 
 
 class LanguageModel(nn.Module):
@@ -48,8 +50,12 @@ class LanguageModel(nn.Module):
         Raises:
             ModelLoadError: it is no causal language model, or its weights cannot be read.
         """
+        shapes = {name: shape for name, (_, shape) in read_headers(directory).items()}
+        refuse_absurd_counts(directory, raw_config(directory), len(shapes))
         try:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+            config = AutoConfig.from_pretrained(directory)
+            refuse_absurd_sizes(directory, shapes, lambda: AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
             raise ModelLoadError(f"{directory} cannot be loaded as a causal language model: {exc}", remedy="check the directory") from exc
         language_model = cls(model, max_tokens=max_tokens).eval()

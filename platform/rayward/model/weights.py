@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rayward.errors import ModelLoadError
+from rayward.model.bounds import refuse_absurd_counts
 from rayward.model.views import Stored, View
 from rayward.schema import digest
 
@@ -30,6 +31,7 @@ LANGUAGE_HEAD = "lm_head.weight"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 VALUE_HEAD_FILE = "value_head.safetensors"
+OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pt*", "tf_model.h5", "flax_model.msgpack")
 INIT_CHUNK = 1 << 20
 WRAPPERS = ("module.", "base_model.model.", "pretrained_model.")
 """What training frameworks put before the names of a model that they wrapped: DDP and DeepSpeed, PEFT, TRL."""
@@ -110,11 +112,12 @@ class Checkpoint:
         Raises:
             ModelLoadError: the files are missing, damaged or ambiguous, or hold something that is not computed here.
         """
-        config = _raw_config(directory)
+        config = raw_config(directory)
         _refuse_what_is_not_computed(directory, config)
         tensors = [(key, file, shape) for key, (file, shape) in read_headers(directory).items()]
         if (directory / VALUE_HEAD_FILE).is_file():
             tensors += [(key, VALUE_HEAD_FILE, shape) for key, shape in _header(directory, VALUE_HEAD_FILE).items()]
+        refuse_absurd_counts(directory, config, len(tensors))
         prefixes = (*VALUE_HEADS, *([f"{prefix}."] if (prefix := config.get("value_head_prefix")) else []))
         opened: dict[str, Any] = {}
 
@@ -128,6 +131,7 @@ class Checkpoint:
         if isinstance(config.get("text_config"), dict):
             names, left_out = _text_names(names)
             notes += [f"the text model is used alone, without {', '.join(left_out)}"] if left_out else []
+        notes += _not_read(directory)
         checkpoint = cls(directory, {}, {}, tuple(notes))
         for key, file, shape in tensors:
             if key not in names:
@@ -177,7 +181,17 @@ def _notes(renamed: Mapping[str, str]) -> Iterator[str]:
         yield f"the names are read without {', '.join(wrappers)}"
 
 
-def _raw_config(directory: Path) -> dict[str, Any]:
+def _not_read(directory: Path) -> list[str]:
+    names = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
+    return [f"{', '.join(names[:4])} is not read: the weights are those in safetensors"] if names else []
+
+
+def raw_config(directory: Path) -> dict[str, Any]:
+    """`config.json` as it stands; empty where there is none.
+
+    Raises:
+        ModelLoadError: it is no JSON.
+    """
     path = directory / "config.json"
     if not path.is_file():
         return {}

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors",)
+"""What is read; weights in other formats are not."""
 TENSOR_BYTES = 4096
 """Read from the middle of each tensor of a safetensors file."""
 NUM_BLOCKS, BLOCK_BYTES = 64, 64 * 1024
@@ -20,9 +21,9 @@ MAX_HEADER_BYTES = 100_000_000
 def weights_identity(directory: Path, *, full: bool = False) -> str:
     """Hex hash of the weight files of a directory; their names in it count, its place does not.
 
-    Sampled, it covers size and header of every file and a piece of every tensor: another training run changes every tensor that it trains,
-    so this tells models apart at the cost of a few MB per file. A change of single values can be missed; `full` misses nothing and reads
-    as much as loading does.
+    Full, it covers every byte, as loading reads every byte. Sampled, it covers size and header of every file and a piece of every tensor:
+    another training run changes every tensor that it trains, so this tells models apart at the cost of a few MB per file. It can miss a
+    change of a few values.
 
     Raises:
         OSError: a file cannot be read.

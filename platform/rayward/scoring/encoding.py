@@ -15,7 +15,7 @@ from rayward.contract.conversation import TakenAs
 from rayward.contract.encoder import Encoder, Encoding, gate_position
 from rayward.contract.rendering import Conversation
 from rayward.contract.tokenizer import load_tokenizer, pick_pad
-from rayward.errors import ContractMismatchError
+from rayward.errors import ContractMismatchError, UnsupportedMessageError
 from rayward.schema import file_sha256
 from rayward.scoring.isolation import each
 from rayward.scoring.scored_model import ModelFacts, check_ids
@@ -91,7 +91,7 @@ class TextEncoder:
 
     def plain_comparisons(self, item: ScoreItem, *, gated: bool) -> list[EncodedComparison]:
         """The conversations as they end, whatever the head reads; raises as `Encoder.encode_sure`."""
-        if item.form == "text":
+        if item.form != "conversation":
             return self.split(self._texts(item), gated=gated)
         found = self._encoder.encode_sure([Conversation(item.prompt, text, None, item.inputs) for text in item.completions])
         return self.split(found, gated=gated)
@@ -99,11 +99,18 @@ class TextEncoder:
     def _texts(self, item: ScoreItem) -> list[Encoding]:
         reading = self._encoder.contract.reading
         separator = None if reading is None else reading.separator
-        return [self._encoder.encode_text(text, separator=separator) for text in item.completions if isinstance(text, str)]
+        if item.form == "tokens":
+            if self._rules.num_members > 1:
+                raise UnsupportedMessageError(
+                    "the reward is a sum over the completion, and token ids do not show where it begins", remedy="send texts"
+                )
+            return [self._encoder.encode_ids(item.token_ids or ())]
+        texts = [text for text in item.completions if isinstance(text, str)]
+        return [self._encoder.encode_text(text, prompt_text=item.prompt_text, separator=separator) for text in texts]
 
     def _conversations(self, item: ScoreItem) -> list[Encoding]:
         # Of each completion one conversation, or one for each of its critiques.
-        if item.form == "text":
+        if item.form != "conversation":
             return self._texts(item)
         reading, critiques = self._encoder.contract.reading, item.critiques
         given: Sequence[Sequence[str | None]] = [[None]] * len(item.completions)
@@ -202,6 +209,8 @@ class EnsembleEncoder:
     def encode(self, item: ScoreItem) -> EncodedItem:
         """Its units, or the error of the first member that cannot take it."""
         refusal = self._facts.refusal(item.asked)
+        if refusal is None and item.form == "tokens":
+            refusal = ItemError("unsupported_message", "the members of an ensemble have tokenizers of their own, so they take no token ids")
         if refusal is not None:
             return EncodedItem(item, error=refusal)
         units: list[Unit] = []

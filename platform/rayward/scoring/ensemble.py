@@ -52,7 +52,7 @@ class Ensemble:
         device: Device = "auto",
         tokens_per_batch: int = 8192,
         verify: bool = True,
-        hash_weights: HashWeights = "sampled",
+        hash_weights: HashWeights = "full",
         batch_invariant: bool = False,
     ) -> Self:
         """Load and verify every member.
@@ -90,6 +90,10 @@ class Ensemble:
         specs = [(member.model_id, member.encoder_spec()) for member in self._members]
         members = tuple((name, spec) for name, spec in specs if spec is not None)
         return EnsembleEncoderSpec(self.facts, members) if len(members) == len(specs) else None
+
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        """Items as units, or their errors."""
+        return [self.encode_item(item) for item in items]
 
     def encode_item(self, item: ScoreItem) -> EncodedItem:
         """One item as the units of all members, or its error."""

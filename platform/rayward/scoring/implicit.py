@@ -67,7 +67,7 @@ class ImplicitScorer:
         device: Device = "auto",
         tokens_per_batch: int = 8192,
         verify: bool = True,
-        hash_weights: HashWeights = "sampled",
+        hash_weights: HashWeights = "full",
         batch_invariant: bool = False,
     ) -> Self:
         """Load both models; the text rules are those of the policy's tokenizer and template. The version covers what both directories
@@ -117,6 +117,10 @@ class ImplicitScorer:
     def encoder_spec(self) -> TextEncoderSpec | None:
         """What encodes as this scorer does; None where nobody said where the policy's tokenizer lies."""
         return None if self._directory is None else TextEncoderSpec.of(self._directory, self._contract, self._rules)
+
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        """Items as units, or their errors."""
+        return [self.encode_item(item) for item in items]
 
     def encode_item(self, item: ScoreItem) -> EncodedItem:
         """One item as units of the policy and of the reference, or its error."""

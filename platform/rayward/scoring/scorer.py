@@ -13,6 +13,7 @@ from typing import Self, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rayward.batch.comparison import EncodedComparison
 from rayward.batch.layout import Layout, pack
@@ -36,7 +37,7 @@ from rayward.scoring.forward import Forward
 from rayward.scoring.isolation import each, finished
 from rayward.scoring.scored_model import ModelFacts
 from rayward.scoring.units import EncodedItem, Unit, Values, computed
-from rayward.scoring.verify import mismatch, pick_device, read_config, torch_dtype, verify_artifacts
+from rayward.scoring.verify import is_intact, mismatch, pick_device, read_config, torch_dtype, verify_artifacts
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 __all__ = ["ItemError", "ItemResult", "ScoreItem", "Scorer"]
@@ -104,7 +105,7 @@ class Scorer:
         device: Device = "auto",
         tokens_per_batch: int = 8192,
         verify: bool = True,
-        hash_weights: HashWeights = "sampled",
+        hash_weights: HashWeights = "full",
         batch_invariant: bool = False,
     ) -> Self:
         """Load an export, or any Hugging Face sequence-classification model (its contract derives from its tokenizer).
@@ -137,7 +138,9 @@ class Scorer:
         if verify:
             contract.require_golden(directory)
             verify_artifacts(contract, directory)
-        encoder = Encoder(contract, load_tokenizer(str(directory)))
+        tokenizer = load_tokenizer(str(directory))
+        encoder = Encoder(contract, tokenizer)
+        intact = verify or is_intact(contract, directory)
         model = load_reward_model(
             directory,
             device=device,
@@ -149,7 +152,7 @@ class Scorer:
             model,
             encoder,
             model_id=directory.resolve().name,
-            version=contract.model_version(),
+            version=contract.model_version() if intact else _unverified(directory, contract, tokenizer),
             tokens_per_batch=tokens_per_batch,
             directory=directory,
             alone=alone,
@@ -161,7 +164,6 @@ class Scorer:
     @classmethod
     def _load_foreign(cls, directory: Path, device: torch.device, tokens_per_batch: int, hash_weights: HashWeights, alone: bool) -> Self:
         tokenizer = load_tokenizer(str(directory))
-        config = read_config(directory)
         limit = min(FOREIGN_MAX_TOKENS, context_length(read_hf_config(directory)) or FOREIGN_MAX_TOKENS)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_reward_model(directory, device=device, dtype=dtype, max_tokens=limit)
@@ -178,13 +180,11 @@ class Scorer:
                 "head_sha256": head_sha256(model.model.state_dict()),
             }
         )
-        weights = weights_identity(directory, full=hash_weights == "full")
-        content = [identity(contract), config, tokenizer_fingerprint(tokenizer), weights]
         return cls(
             model,
             Encoder(contract, tokenizer),
             model_id=directory.resolve().name,
-            version=f"unverified-{digest(content)[:12]}",
+            version=_unverified(directory, contract, tokenizer, hash_weights),
             tokens_per_batch=tokens_per_batch,
             directory=directory,
             alone=alone,
@@ -335,6 +335,12 @@ class Scorer:
         ends = np.cumsum([comparison.num_completions for comparison in comparisons])[:-1]
         sizes = [int(reads.sum()) for reads in np.split(np.asarray(batch.num_reads), ends)]
         return list(torch.split(outputs, sizes))
+
+
+def _unverified(directory: Path, contract: Contract, tokenizer: PreTrainedTokenizerBase, hash_weights: HashWeights = "full") -> str:
+    # Of a model that nothing vouches for: all that decides its rewards.
+    weights = weights_identity(directory, full=hash_weights == "full")
+    return f"unverified-{digest([identity(contract), read_config(directory), tokenizer_fingerprint(tokenizer), weights])[:12]}"
 
 
 def _items_of(golden: Sequence[GoldenScore]) -> list[ScoreItem]:

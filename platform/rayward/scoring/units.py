@@ -106,7 +106,15 @@ class UnitModel(ScoredModel, Protocol):
         ...
 
     def encoder_spec(self) -> EncoderSpec | None:
-        """None where units need the model, which writes critiques first: then `encode_item` makes them, in the compute thread."""
+        """None where units need the model, which writes critiques first: then `encode` makes them, in the compute thread."""
+        ...
+
+    def encode(self, items: Sequence[ScoreItem]) -> list[EncodedItem]:
+        """As the encoder of `encoder_spec`, here; what several of them need of the model is computed together.
+
+        Raises:
+            Exception: the device is broken, or out of memory.
+        """
         ...
 
     def encode_item(self, item: ScoreItem) -> EncodedItem:

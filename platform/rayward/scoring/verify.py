@@ -32,6 +32,15 @@ def verify_artifacts(contract: Contract, directory: Path) -> None:
         raise mismatch(f"head: its tensors in {directory} are not those that the contract was written for")
 
 
+def is_intact(contract: Contract, directory: Path) -> bool:
+    """Whether weights and all other files are those that the contract was written for."""
+    try:
+        verify_files(contract, directory)
+    except ContractMismatchError:
+        return False
+    return all(path.name in contract.files for path in directory.glob("*.safetensors"))
+
+
 def _head_differs(contract: Contract, directory: Path) -> bool:
     stored = _stored_head_sha256(directory)
     return None not in (stored, contract.head_sha256) and stored != contract.head_sha256

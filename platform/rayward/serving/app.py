@@ -12,8 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, cast
 
+import httpx
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -27,7 +29,7 @@ from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_se
 from rayward.serving.autoscaling import REPORT_ENVIRONMENT
 from rayward.serving.ingress import Ingress
 from rayward.serving.manager import declared_models
-from rayward.serving.preflight import check_sources, free_port, startup_error
+from rayward.serving.preflight import check_listening, check_sources, free_port, startup_error
 from rayward.serving.proxies import running_address
 from rayward.serving.rollout import check_front
 from rayward.serving.sources import settled_source
@@ -41,6 +43,7 @@ KEEP_ALIVE_S = 90
 """Longer than clients keep an idle connection, so that it is the client who ends it and no request meets a closed one."""
 
 POLL_S = 0.25
+INGRESS_PATIENCE_S = 10.0
 MANAGER = "manager"
 
 
@@ -83,9 +86,13 @@ def build(args: ScoringConfig) -> serve.Application:
 
 
 def ingress_environment() -> dict[str, str]:
-    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there."""
+    """Environment variables of an ingress's process: the keys of whoever starts it as digests, because Ray shows what stands there.
+
+    Headers for a trace collector, which may be secrets too, are not among them: they belong into the environment of the machines.
+    """
     keys = os.environ.get(KEYS_VARIABLE)
-    return {**REPORT_ENVIRONMENT, **device_environment(0), **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
+    traces = {name: value for name, value in os.environ.items() if name.startswith("OTEL_") and not name.endswith("_HEADERS")}
+    return {**REPORT_ENVIRONMENT, **device_environment(0), **traces, **({KEYS_VARIABLE: without_secrets(keys)} if keys else {})}
 
 
 def settled(config: ScoringConfig) -> ScoringConfig:
@@ -139,6 +146,7 @@ def serve_model(
         ServerError: the application did not start for another reason.
     """
     check_front(name)
+    check_listening(host, port, config)
     config = settled(config)
     check_sources(config)
     connect()
@@ -157,6 +165,7 @@ def serve_model(
         except (RuntimeError, ValueError, RayServeException) as exc:
             raise startup_error(_failure_message(name) or str(exc)) from exc
         _wait_for_models(config, name, on_note)
+        _wait_for_ingress(url)
         if on_ready is not None:
             on_ready(url)
         if blocking:
@@ -195,7 +204,6 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     running = running_address()
     if running is None:
         host = "127.0.0.1" if host is None else host
-        check_exposure(host, config, Keys.of(config))
         port = free_port(host, 8000 if port is None else port)
         options = {
             "host": host,
@@ -233,6 +241,18 @@ def _wait_for_models(config: ScoringConfig, name: str, on_note: Callable[[str], 
         noted = note
         if all(each is None for each in waits):
             return
+        time.sleep(POLL_S)
+
+
+def _wait_for_ingress(url: str) -> None:
+    # It reads the table every second. A model of an earlier `state` may still be loading: that is no reason to say nothing.
+    end = time.monotonic() + INGRESS_PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=POLL_S * 4).status_code == HTTPStatus.OK:
+                return
+        except httpx.TransportError:
+            pass
         time.sleep(POLL_S)
 
 

@@ -207,6 +207,12 @@ class ManagerDeployment:
         if self._rounds.done():
             raise ServerError("the manager's rounds have ended", remedy="none; Serve starts another manager")
 
+    def __del__(self) -> None:
+        # Called by Serve when the replica is stopped; a constructor that failed has no manager. Once: Python calls it again.
+        manager = self.__dict__.pop("_manager", None)
+        if manager is not None:
+            manager.end()
+
     async def _run(self) -> None:
         while True:
             try:

@@ -18,7 +18,7 @@ from rayward.serving.applications import table_store
 from rayward.serving.auth import Keys, check_exposure
 from rayward.serving.calls import Stats
 from rayward.serving.dispatch import Dispatcher
-from rayward.serving.front import Endpoint, Front, Incoming
+from rayward.serving.front import Endpoint, Front, Incoming, no_span
 from rayward.serving.handles import ServeHandles, our_error
 from rayward.serving.metrics import Recorder
 from rayward.serving.mounts import all_routes
@@ -26,6 +26,7 @@ from rayward.serving.proxies import running_address
 from rayward.serving.routes import RouteTable
 from rayward.serving.seeing import Seeing
 from rayward.serving.status import ServiceStatus
+from rayward.serving.tracing import tracing_of
 from rayward.wire.dialect import JSON
 
 logger = logging.getLogger("ray.serve")
@@ -43,7 +44,8 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
         manager: handle of `ManagerDeployment`.
 
     Raises:
-        ConfigError: the proxies listen to other machines and nobody has to show a key; or no storage is shared.
+        ConfigError: the proxies listen to other machines and nobody has to show a key; or no storage is shared; or traces are asked for and
+            no collector is named.
     """
     address = running_address()
     if address is not None:
@@ -61,6 +63,7 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
             await dispatcher.close()
 
     recorder = Recorder(source, "ingress")
+    tracing = tracing_of(config)
     seeing = Seeing(_RemoteManager(manager), recorder.stats, dispatcher.stats, page=config.page)
     return Front(
         dispatcher,
@@ -68,6 +71,7 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
         endpoints=(*admin_endpoints(manager), *seeing.endpoints()),
         background=(read_table, seeing.report),
         recorder=recorder,
+        span=no_span if tracing is None else tracing.span,
     )
 
 

@@ -11,6 +11,7 @@ the log says so. Only who holds a key of scope `admin` may publish, whoever else
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -145,19 +146,21 @@ class Keys:
         """Whether nobody scores without one."""
         return self.required and not self._allow_anonymous
 
-    def caller_of(self, authorization: str | None, address: str | None) -> Caller:
+    def caller_of(self, authorization: str | None, address: str | None, host: str | None = None) -> Caller:
         """Who sends a request.
 
         Args:
             authorization: the header.
             address: of the peer; None: unknown, taken for another machine's.
+            host: the header. A server without keys is called by no name of the internet: such a request comes through a proxy on this
+                machine, or from a page in its browser whose name was made to point here.
 
         Raises:
             AccessError: 401: the key is not known, or there is none where one is needed.
         """
         if authorization is not None and self.required:
             return self._caller_of_key(authorization)
-        if self._allow_anonymous or (not self.required and is_loopback(address)):
+        if self._allow_anonymous or (not self.required and is_loopback(address) and not is_domain(host)):
             return Caller(address or "unknown", frozenset({"score"}))
         raise AccessError(
             "there is no key in this request",
@@ -168,8 +171,16 @@ class Keys:
 
     def _caller_of_key(self, authorization: str) -> Caller:
         scheme, _, given = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
-            raise AccessError("the Authorization header is not of the form `Bearer <key>`", remedy="send it in that form")
+        if scheme.lower() == "basic":
+            # Clients that can be given an address and nothing else put a key into it: http://any:<key>@host.
+            given = _password_of(given)
+        elif scheme.lower() != "bearer":
+            given = ""
+        if not given.strip():
+            raise AccessError(
+                "the Authorization header is not of the form `Bearer <key>`, or Basic with the key as password",
+                remedy="send it in that form",
+            )
         digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
         found = None
         # All of them, and each in constant time: how long it takes says nothing about the keys.
@@ -276,6 +287,23 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost"
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def is_domain(host: str | None) -> bool:
+    """Whether a Host header holds a name with a point in it, hence one that others may own."""
+    name = (host or "").rpartition(":")[0] if (host or "").rpartition(":")[2].isdecimal() else host or ""
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return "." in name.rstrip(".") and not name.rstrip(".").endswith(".localhost")
+    return False
+
+
+def _password_of(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _parts_of(entry: str, where: str) -> tuple[str, str, str]:

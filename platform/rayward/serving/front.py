@@ -11,7 +11,7 @@ Nothing but `backends` has to exist:
                   /metrics and /v1/status (scope `any`), and the page (scope None: open to who reaches the server)
     background    coroutine functions that run as long as the application does: reading the table of routes, reporting
     recorder      counts what this process does; give the dispatcher the same one
-    span          opens a trace span around one request: `span(name, headers) -> context manager`
+    span          opens a trace span around one request: `span(path, headers) -> context manager of a RequestSpan`
 
 The application itself answers /livez, /readyz, /health, /v1/models and /openapi.json. None of them waits for a replica.
 `Http.stats()` has what the process counted; the `Http` of an application is `app.state.http`.
@@ -24,12 +24,12 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from rayward.serving.auth import Scope
 from rayward.serving.calls import Backends
 from rayward.serving.metrics import Recorder
-from rayward.wire.dialect import JSON, Route
+from rayward.wire.dialect import JSON, Answered, Route
 from rayward.wire.rules import decode
 
 
@@ -82,6 +82,23 @@ class Endpoint:
     media_type: str = "application/json"
 
 
+class RequestSpan(Protocol):
+    """The trace span of one request, while it is open."""
+
+    def scored(self, answered: Answered) -> None:
+        """Who answered, and where the time went."""
+        ...
+
+    def ended(self, status: int, *, request_id: str, dialect: str) -> None:
+        """What the client gets."""
+        ...
+
+
+def no_span(_path: str, _headers: Mapping[str, str]) -> AbstractContextManager[RequestSpan | None]:
+    """Nothing is traced."""
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class Front:
     """What is mounted; see the module."""
@@ -91,4 +108,4 @@ class Front:
     endpoints: Sequence[Endpoint] = ()
     background: Sequence[Callable[[], Awaitable[None]]] = ()
     recorder: Recorder = field(default_factory=lambda: Recorder(f"ingress-{uuid.uuid4().hex[:12]}", "ingress"))
-    span: Callable[[str, Mapping[str, str]], AbstractContextManager[Any]] = field(default=lambda _name, _headers: contextlib.nullcontext())
+    span: Callable[[str, Mapping[str, str]], AbstractContextManager[RequestSpan | None]] = no_span

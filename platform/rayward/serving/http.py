@@ -173,12 +173,13 @@ class _Http:
         return Body(ModelList(data=self._front.backends.models()).model_dump_json().encode())
 
     def _caller_of(self, request: Request) -> Caller:
-        return self._keys.caller_of(request.headers.get("authorization"), request.client.host if request.client else None)
+        address = request.client.host if request.client else None
+        return self._keys.caller_of(request.headers.get("authorization"), address, request.headers.get("host"))
 
     async def _guarded(self, request: Request, route: Route | None, work: Work) -> Response:
         # Every request ends here, whatever happens to it.
         exchange = Exchange(request, route, _request_id_of(request.headers), self._clock())
-        with self._front.span(request.url.path, request.headers):
+        with self._front.span(request.url.path, request.headers) as exchange.span:
             try:
                 response = await work(exchange)
             except RaywardError as exc:
@@ -198,7 +199,7 @@ class _Http:
                     f"the server failed ({type(exc).__name__})", remedy=f"retry; the server's log has {exchange.request_id}"
                 )
                 response = self._refused(exchange, error, "internal")
-        self._note(exchange, response.status_code)
+            self._note(exchange, response.status_code)
         if self._echo_request_id:
             response.headers["x-request-id"] = exchange.request_id
         return response
@@ -219,6 +220,8 @@ class _Http:
         self._recorder.observe("request_seconds", self._clock() - exchange.started_s, dialect=dialect)
         self._recorder.set("requests_in_flight", self._gate.num_in_flight)
         self._recorder.set("body_bytes_held", self._bodies.num_held_bytes)
+        if exchange.span is not None:
+            exchange.span.ended(status, request_id=exchange.request_id, dialect=dialect)
 
     async def _no_such_path(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)

@@ -251,6 +251,16 @@ class Manager:
         )
         self._busy = waits or bool(self._unwanted_since)
 
+    def end(self) -> None:
+        """This manager is being stopped; when that is because the whole application is, nobody comes after it, and its versions end too."""
+        standing = self._fleet.standing()
+        front = standing.get(self.front)
+        if front is not None and front.state != "stopping":
+            return
+        for name, found in standing.items():
+            if name.startswith(f"{self.front}.") and found.state != "stopping":
+                self._fleet.stop(name)
+
     def is_busy(self) -> bool:
         """Whether something is being started or taken down, so that the next round should come soon."""
         return self._busy
@@ -270,13 +280,14 @@ class Manager:
             self._tried_at[application] = self._clock()
             logger.info("starting %s", application)
             self._fleet.start(application, model, release)
-            self._change(lambda t: rollout.note(t, model, version, deployed=deployed_as(release)))
+            starting = release.state == "ready" and (standing is None or release.starting)
+            self._change(lambda t: rollout.note(t, model, version, deployed=deployed_as(release), starting=starting))
         elif standing.state == "failed":
             self._has_failed(model, version, release, application, standing)
-        elif standing.state == "running" and (release.state == "loading" or release.error is not None):
-            if release.state == "ready":
-                self._change(lambda t: rollout.note(t, model, version, error=None))
-                return
+        elif standing.state == "running" and release.state == "ready":
+            if release.error is not None or release.starting:
+                self._change(lambda t: rollout.note(t, model, version, error=None, starting=False))
+        elif standing.state == "running":
             info = self._fleet.info(application)
             self._change(lambda t: rollout.loaded(t, model, version, info, front=self.front))
             logger.info("%s is ready as version %s", application, info.version)

@@ -110,7 +110,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward_mean", "gauge", "replica", "Mean of about the last thousand rewards of this replica."),
     Metric("reward_std", "gauge", "replica", "Standard deviation of the same."),
     Metric("reward_length_correlation", "gauge", "replica", "Pearson's correlation of reward and tokens, of the same."),
-    Metric("start_time_seconds", "gauge", "ingress, replica", "When the process started, in seconds since 1970."),
+    Metric("reference_mean", "gauge", "replica", "Mean reward of the contract's reference set."),
+    Metric("reference_std", "gauge", "replica", "Standard deviation of the rewards of the contract's reference set."),
+    Metric("start_time_seconds", "gauge", "ingress, replica, manager", "When the process started, in seconds since 1970."),
     # Over all replicas of a version, by the manager
     Metric("replicas", "gauge", "manager", "Replicas heard of in the last ten seconds.", _OF_VERSION),
     Metric("version_state", "gauge", "manager", "1 for the state that a version is in.", (*_OF_VERSION, "state")),

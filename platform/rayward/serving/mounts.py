@@ -1,4 +1,4 @@
-"""Every path that scores: the native schema and the dialects. What is mounted beside them: `seeing` and `assembly`. No Ray."""
+"""Every path that scores: the native schema and all dialects."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from rayward.wire.endpoints import BEST_OF_N, SCORE
 
 
 def all_routes() -> tuple[Route, ...]:
-    """Every path that scores."""
+    """What an ingress mounts; `/v1/score` takes vLLM's requests of this path too."""
     return (with_pairs(SCORE), BEST_OF_N, *ROUTES)

@@ -28,7 +28,8 @@ MAX_KNOWN = 100_000
 
 def content_hash(item: ScoreItem) -> str:
     """Names what is computed of an item: its texts and what its template is given, not what is asked of the rewards."""
-    return digest((item.form, item.prompt, item.completions, item.tools, item.chat_template_kwargs, item.critiques))
+    texts = (item.form, item.prompt, item.completions, item.tools, item.chat_template_kwargs, item.critiques)
+    return digest((*texts, item.prompt_text, item.token_ids))
 
 
 class Quarantine:

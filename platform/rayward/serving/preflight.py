@@ -10,6 +10,7 @@ from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import CONTRACT_FILE, Contract
 from rayward.errors import ConfigError, ModelLoadError, RaywardError, ServerError, find_in
 from rayward.scoring.combining import EnsembleRule, ImplicitRule, rule_kind
+from rayward.serving.auth import Keys, check_exposure
 from rayward.serving.sources import is_elsewhere, look_up
 
 
@@ -55,14 +56,24 @@ def check_sources(config: ScoringConfig) -> None:
             check_model(Path(source).expanduser(), verify=config.verify_golden)
 
 
+def check_listening(host: str | None, port: int | None, config: ScoringConfig) -> None:
+    """What can be said of an address before anything is started.
+
+    Raises:
+        ConfigError: it is no port; or others would reach the address and no key is asked for.
+    """
+    if port is not None and not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; the rule is 0 (any free one) to 65535", remedy="choose another port")
+    if host is not None:
+        check_exposure(host, config, Keys.of(config))
+
+
 def free_port(host: str, port: int) -> int:
     """The port if it can be bound, any free one for 0.
 
     Raises:
-        ConfigError: it is no port, taken or not allowed; or the host is no address of this machine.
+        ConfigError: it is taken or not allowed; or the host is no address of this machine.
     """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port is {port}; the rule is 0 (any free one) to 65535", remedy="choose another port")
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,9 @@ DRIFT_THRESHOLD = 2.0
 
 CORRELATION_THRESHOLD = 0.6
 """Of |window_reward_length_correlation|: beyond it, more than a third of the variance of the rewards is explained by length alone."""
+
+SPREAD_THRESHOLD = 0.25
+"""Of window_reward_spread: below it, the rewards hardly tell one text from another any more."""
 
 MIN_REWARDS = 200
 """Fewer rewards in a window than these say nothing about drift; the derived gauges are absent then."""
@@ -120,6 +124,7 @@ class Board:
         self, clock: Callable[[], float], *, expiry_s: float = EXPIRY_S, window_s: float = WINDOW_S, step_s: float = STEP_S
     ) -> None:
         self._clock, self._expiry_s, self._window_s, self.step_s = clock, expiry_s, window_s, step_s
+        self._began_at = time.time()
         self._heard: dict[str, Heard] = {}
         self._steps: deque[_Step] = deque()
 
@@ -248,6 +253,7 @@ class Board:
 
     def _summary(self, table: RouteTable | None) -> Stats:
         recorder = Recorder("manager", "manager")
+        recorder.set("start_time_seconds", self._began_at)
         living = [heard.stats for heard in self.heard() if heard.stats.role == "replica"]
         for model, version in sorted({(stats.model, stats.version) for stats in living} | _in_table(table)):
             named = {"model": model, "version": version}

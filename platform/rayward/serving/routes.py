@@ -44,6 +44,8 @@ class Release(Frozen):
     """What identifies the files that were published, where they are not in a directory of the cluster: another content is refused."""
     deployed: str | None = None
     """Identity of what was handed to Serve last; another one is handed over again."""
+    starting: bool = False
+    """Verified before, and started anew (on a new cluster, say): none of its replicas runs yet."""
     info: ModelInfo | None = None
     """What its replicas say that it is; None until one has."""
 

@@ -16,10 +16,10 @@ from rayward.errors import DeadlineError, RuleError, ServerError, UnavailableErr
 from rayward.serving.auth import Caller
 from rayward.serving.body import Bodies
 from rayward.serving.calls import ScoredCall
-from rayward.serving.front import Front
+from rayward.serving.front import Front, RequestSpan
 from rayward.serving.limits import Gate
 from rayward.serving.replies import VERSION_HEADER, response_of, scored_headers
-from rayward.wire.dialect import Answered, Call, Route
+from rayward.wire.dialect import Answered, Call, Route, refuse_plain_texts
 
 DEADLINE_HEADER = "x-rayward-deadline-ms"
 """Of a request in a dialect whose schema has no room for a deadline; the body goes before it."""
@@ -45,6 +45,7 @@ class Exchange:
     route: Route | None
     request_id: str
     started_s: float
+    span: RequestSpan | None = None
 
 
 class ScoredRequests:
@@ -88,6 +89,8 @@ class ScoredRequests:
         timings = replace(scored.timings, total_s=self._clock() - arrived_s)
         outputs = self._outputs_of(model, scored.version)
         answered = Answered(exchange.request_id, model, scored.version, scored.results, int(time.time()), timings, outputs)
+        if exchange.span is not None:
+            exchange.span.scored(answered)
         return response_of(call.render(answered), scored_headers(answered))
 
     async def answer_probe(self, exchange: Exchange, route: Route) -> Response:
@@ -135,6 +138,8 @@ class ScoredRequests:
                 raise
             raise _too_late() from exc
         _check(call, scored)
+        if self._config.flat_text == "refuse":
+            refuse_plain_texts(call.items, scored.results)
         return name, scored
 
     def _budget_of(self, exchange: Exchange, call: Call) -> float:

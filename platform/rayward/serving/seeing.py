@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from rayward.errors import UnavailableError
@@ -79,18 +78,19 @@ class Seeing:
         return merged(*(take() for take in self._takes))
 
     async def _metrics(self, _incoming: Incoming) -> Body:
+        own = self._taken()
         try:
             async with asyncio.timeout(MANAGER_TIMEOUT_S):
+                # The manager first learns what this process has counted: of two ingresses that are scraped in turn, none then shows less of
+                # the other than that one has shown itself. A counter that falls is a restart to Prometheus.
+                await self._manager.report(own)
                 found, up = list(await self._manager.stats()), 1.0
         # Broad on purpose: whatever became of the manager, a scrape must say so rather than fail.
         except Exception as exc:
             logger.warning("the manager does not say what it counted (%s)", type(exc).__name__)
-            found, up = [], 0.0
-        # Newer than what the manager has of this process, and there without it.
-        own = self._taken()
-        own = replace(own, gauges={**own.gauges, ("manager_up", ()): up})
-        text = render([own, *(each for each in found if each.source != own.source)])
-        return Body(text.encode("utf-8"), media_type=CONTENT_TYPE)
+            found, up = [own], 0.0
+        answered = Stats(own.source, own.role, own.taken_at, gauges={("manager_up", ()): up})
+        return Body(render([*found, answered]).encode("utf-8"), media_type=CONTENT_TYPE)
 
     async def _status(self, _incoming: Incoming) -> Body:
         try:

@@ -150,7 +150,9 @@ def _look_up_uri(source: str) -> Found:
         entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except FileNotFoundError as exc:
         raise ModelLoadError(f"{source} is not there", remedy="point at an exported or downloaded model") from exc
-    except (OSError, pa.ArrowException, DataError) as exc:
+    except DataError as exc:
+        raise ModelLoadError(exc.problem, remedy=exc.remedy) from exc
+    except (OSError, pa.ArrowException) as exc:
         raise ModelLoadError(f"{source} cannot be read ({exc})", remedy="check the URI, the network and the credentials") from exc
     files = [entry for entry in entries if entry.is_file and entry.path.endswith(READ_SUFFIXES)]
     listed = sorted(

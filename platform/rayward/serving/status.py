@@ -12,6 +12,7 @@ from typing import Literal
 from rayward.errors import RaywardError
 from rayward.schema import Frozen
 from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S
+from rayward.serving.drift import Drift, drift_of
 from rayward.serving.metrics import quantile
 from rayward.serving.reporting import DRIFT_THRESHOLD, Board, Heard, added, parts_of, reference_of
 from rayward.serving.routes import Release, RouteTable, State
@@ -69,6 +70,8 @@ class VersionStatus(Frozen):
     batch_fill: float | None
     """Mean share of the token budget that a forward used, over the last minute."""
     rewards: RewardStatus | None
+    compared: Drift | None
+    """Of a shadow: how far its rewards are from those of the current version."""
 
 
 class ModelStatus(Frozen):
@@ -175,6 +178,7 @@ def _versions(table: RouteTable, board: Board, model: str, replicas: list[Heard]
                 completions_per_s=board.rate("completions_total", model=model, version=version),
                 prefix_saving=1.0 - computed / asked if asked else None,
                 batch_fill=fill.total / sum(fill.counts) if fill is not None else None,
+                compared=_compared(table, board, model, version),
                 rewards=_rewards(board, model, version, reference_of(table, model, version)),
             )
         )
@@ -206,6 +210,13 @@ def _rewards(board: Board, model: str, version: str, reference: tuple[float, flo
         length_correlation=rewards.length_correlation,
         drifted=rewards.are_enough and rewards.drift is not None and abs(rewards.drift) > DRIFT_THRESHOLD,
     )
+
+
+def _compared(table: RouteTable, board: Board, model: str, version: str) -> Drift | None:
+    routes = table.models.get(model)
+    if routes is None or routes.shadow != version or routes.current is None:
+        return None
+    return drift_of((heard.stats for heard in board.heard()), model=model, current=routes.current, version=version)
 
 
 def _problem(error: str) -> str:

@@ -134,7 +134,7 @@ class TableView:
     def ready(self) -> bool:
         """Whether there are models, and each has a version that answers."""
         current = self._current()
-        return bool(current) and all(release is not None and release.state == "ready" for _, release in current)
+        return bool(current) and all(release is not None and release.state == "ready" and not release.starting for _, release in current)
 
     def _ask_for_infos(self) -> None:
         for model, release in self._current():

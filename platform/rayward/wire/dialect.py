@@ -172,6 +172,18 @@ def rewards_of(results: Sequence[ItemResult]) -> list[tuple[float, ...]]:
     return found
 
 
+def refuse_plain_texts(items: Sequence[ScoreItem], results: Sequence[ItemResult]) -> None:
+    """Where nobody may send texts that went through no chat template (`flat_text: refuse`).
+
+    Raises:
+        ItemFailedError: the first one that was sent all the same.
+    """
+    for index, (item, result) in enumerate(zip(items, results, strict=True)):
+        if item.form == "text" and result.taken_as == "as_given" and result.error is None:
+            error = ItemError.of("not_templated", "the text has none of the contract's turns, and flat_text is refuse")
+            raise ItemFailedError(error, item=index)
+
+
 def single_rewards(results: Sequence[ItemResult]) -> list[float]:
     """The rewards of items of one completion each; raises as `rewards_of`."""
     return [reward for (reward,) in rewards_of(results)]

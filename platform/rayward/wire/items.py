@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from rayward.contract.contract import Normalise
-from rayward.contract.conversation import Completion, Message, TakenAs, TemplateInputs
+from rayward.contract.conversation import Completion, Message, TemplateInputs
+from rayward.contract.conversation import TakenAs as TakenAs
 
 FiniteFloat: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
-Form: TypeAlias = Literal["conversation", "text"]
-"""What an item is: a prompt and completions for the template, or one finished text of a flat dialect."""
+Form: TypeAlias = Literal["conversation", "text", "tokens"]
+"""What an item is: a prompt and completions for the template, or one finished text of a flat dialect, or that as token ids."""
 
 RETRYABLE_CODES = frozenset({"deadline_exceeded", "overloaded", "interrupted", "encoder_lost"})
 """Errors of items that another try may not meet: the time was up, the replica went away, a neighbour took the process down."""
@@ -54,6 +55,7 @@ class ScoreItem:
         form: `text`: there is no prompt, and one completion, a whole text of a flat dialect: templated before or plain.
         prompt_text: of a text, the beginning that its sender calls the prompt; where no template has been applied, the contract's is
             applied to it and to what follows. None: not said.
+        token_ids: of `tokens`, whose one completion is empty.
         trace: the reward at every token of the completions is asked for.
     """
 
@@ -66,6 +68,7 @@ class ScoreItem:
     chat_template_kwargs: dict[str, Any] | None = None
     form: Form = "conversation"
     prompt_text: str | None = None
+    token_ids: tuple[int, ...] | None = None
     trace: bool = False
 
     @property

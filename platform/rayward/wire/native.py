@@ -76,7 +76,8 @@ def _kind(value: object) -> str | None:
 
 
 TextOrMessages = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[WireMessage], Tag("messages")],
+    # Lists end at their first fault: an error is a record of its own, and there may be millions.
+    Annotated[str, Tag("text")] | Annotated[list[WireMessage], Field(fail_fast=True), Tag("messages")],
     Discriminator(_kind, custom_error_type="text_or_messages", custom_error_message="Input should be a string or a list of messages"),
 ]
 
@@ -89,8 +90,8 @@ class WireItem(Wire):
     """
 
     prompt: TextOrMessages
-    completions: list[TextOrMessages]
-    tools: list[dict[str, Any]] | None = None
+    completions: Annotated[list[TextOrMessages], Field(fail_fast=True)]
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -116,7 +117,7 @@ class Options(Wire):
 class ScoreRequest(Options):
     """Body of `POST /v1/score`."""
 
-    items: list[WireItem]
+    items: Annotated[list[WireItem], Field(fail_fast=True)]
     trace: bool = False
     """Also the reward at every token of each completion."""
 

@@ -32,6 +32,9 @@ from rayward.wire.native import ScoreRequest, WireItem, WireMessage
 MAX_DEPTH = 64
 """Of JSON values inside an item."""
 
+MAX_FIELDS = 64
+"""Of a request, an item or a turn, known and unknown ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -83,6 +86,7 @@ def checked(raw: Any, limits: Limits, *, escapes: bool = True) -> tuple[list[Sco
         RuleError: as `parse_request`.
     """
     _check_sizes(raw, limits)
+    _check_fields(raw)
     if escapes:
         _check_characters(raw)
     try:
@@ -147,6 +151,20 @@ def _check_sizes(raw: Any, limits: Limits) -> None:
                 remedy="repeat the prompt in several items",
                 item=index,
             )
+
+
+def _check_fields(raw: Any) -> None:
+    # As above: a request, an item or a turn of a million fields would be as many errors.
+    items = raw.get("items") if isinstance(raw, dict) else None
+    objects = [raw, *(items if isinstance(items, list) else ())]
+    for item in objects[1:]:
+        if isinstance(item, dict):
+            completions = item.get("completions")
+            for turns in (item.get("prompt"), *(completions if isinstance(completions, list) else ())):
+                objects += turns if isinstance(turns, list) else ()
+    for value in objects:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise RuleError("unknown_field", f"an object has {len(value)} fields; none here has more than {MAX_FIELDS}", remedy=_FORM)
 
 
 def _check_characters(raw: Any) -> None:

@@ -29,6 +29,7 @@ TIMEOUT_S = 600.0
 """A model that has to be copied first is answered for when it is there."""
 
 POLL_S = 1.0
+PATIENT_TRIES = 120
 
 
 class Service:
@@ -37,19 +38,19 @@ class Service:
     Args:
         url: base URL.
         key_file: holds a key of scope admin; None: RAYWARD_API_KEY.
-        http: for tests.
+        transport: of HTTP, for tests.
 
     Raises:
         ConfigError: the file cannot be read or is empty; the URL is none.
     """
 
-    def __init__(self, url: str, key_file: Path | None = None, *, http: httpx.Client | None = None) -> None:
+    def __init__(self, url: str, key_file: Path | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"the URL is {url!r}; the rule is http://… or https://…", remedy="give the base URL of the service")
         self.url = url.rstrip("/")
         key = key_of(key_file)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = http or httpx.Client(timeout=httpx.Timeout(TIMEOUT_S, connect=10.0))
+        self._transport = transport
 
     def ask(self, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Do something; the models as they stand then.
@@ -61,7 +62,8 @@ class Service:
             ServerError: the service failed.
         """
         try:
-            response = self._http.post(f"{self.url}/admin/models/{verb}", json=dict(body), headers=self._headers)
+            with httpx.Client(timeout=httpx.Timeout(TIMEOUT_S, connect=10.0), transport=self._transport) as http:
+                response = http.post(f"{self.url}/admin/models/{verb}", json=dict(body), headers=self._headers)
         except httpx.TransportError as exc:
             raise UnavailableError(
                 f"{self.url} does not answer ({type(exc).__name__})", remedy="check --url, and that the service runs"
@@ -131,8 +133,20 @@ def publish_model(
         if mine["state"] == "ready":
             return {**listing, "published": mine["version"]}
         sleep(POLL_S)
-        listing = service.ask("list", {})
+        listing = _list_patiently(service, sleep)
     return listing
+
+
+def _list_patiently(service: Service, sleep: Callable[[float], object]) -> dict[str, Any]:
+    # A manager that is replaced meanwhile goes on where the table says, and answers again.
+    for _ in range(PATIENT_TRIES):
+        try:
+            return service.ask("list", {})
+        except RaywardError as exc:
+            if not exc.retryable:
+                raise
+        sleep(POLL_S)
+    return service.ask("list", {})
 
 
 @dataclass(frozen=True, slots=True)

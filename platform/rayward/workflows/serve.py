@@ -10,7 +10,7 @@ from pathlib import Path
 from rayward.cluster import connect, started_here
 from rayward.config.scoring import ScoringConfig
 from rayward.schema import write_atomically
-from rayward.serving.preflight import check_sources
+from rayward.serving.preflight import check_listening, check_sources
 from rayward.workflows.console import console
 
 MARK = Path("~/.rayward/serving/cluster.json")
@@ -22,6 +22,7 @@ def serve_until_interrupted(
 ) -> None:
     """Serve in the foreground; raises as `rayward.serving.app.serve_model`."""
     # Before a cluster is started for it.
+    check_listening(host, port, config)
     check_sources(config)
     # A supervisor's SIGTERM is a Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -324,6 +324,8 @@ def test_whole_texts_go_to_the_path_that_takes_them() -> None:
     assert json.loads(seen[0].content) == {"query": ["<s>a</s>", "<s>b</s>"]}
     run(handle, ["pa", "pb"], ["p", "p"], method="score_texts")
     assert json.loads(seen[1].content) == {"query": ["pa", "pb"], "prompts": ["p", "p"]}
+    run(handle, ["a", "b"], method="score_texts", version="v3", deadline_s=10.0)
+    assert (seen[2].headers["x-rayward-version"], seen[2].headers["x-rayward-deadline-ms"]) == ("v3", "9750")
 
 
 @pytest.mark.parametrize("rewards", [[1.0], [1.0, 2.0, 3.0], [1.0, None], ["1", 2.0], [1.0, float("inf")]])

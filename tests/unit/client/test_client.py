@@ -96,7 +96,7 @@ def sequence(*answers: httpx.Response | Exception) -> tuple[Handler, list[httpx.
             raise answer
         # A fresh response each time: a client consumes it.
         return httpx.Response(
-            answer.status_code, content=answer.content, headers={k: v for k, v in answer.headers.items() if k == "retry-after"}
+            answer.status_code, content=answer.content, headers={k: v for k, v in answer.headers.items() if k.startswith("retry-after")}
         )
 
     return handle, seen
@@ -284,6 +284,12 @@ def test_retry_after_is_honoured(call: Callable[..., Any], clock: Clock, text: s
     handle, _ = sequence(error(503, headers={"retry-after": text}), reply([{"rewards": [2.0]}]))
     call(handle, "score", "p", ["a"])
     assert clock.sleeps == pytest.approx([wait])
+
+
+def test_retry_after_in_milliseconds_goes_before_seconds(call: Callable[..., Any], clock: Clock) -> None:
+    handle, _ = sequence(error(429, headers={"retry-after": "1", "retry-after-ms": "350"}), reply([{"rewards": [2.0]}]))
+    call(handle, "score", "p", ["a"])
+    assert clock.sleeps == pytest.approx([0.35])
 
 
 def test_retry_after_date_in_the_past_falls_back_to_backoff(call: Callable[..., Any], clock: Clock) -> None:

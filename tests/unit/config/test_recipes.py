@@ -27,7 +27,7 @@ RECIPES = sorted([*(ROOT / "jobs" / "recipes").glob("*.y*ml"), *(ROOT / "jobs" /
 METHODS = sorted((ROOT / "jobs" / "recipes" / "methods").glob("*.y*ml"))
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
 MADE_BY_THE_DEMO = ("runs/critique_sft/export", "runs/correctness/export")
-APPLICATIONS = sorted((ROOT / "serve").glob("*.y*ml"))
+APPLICATIONS = sorted(path for path in (ROOT / "serve").glob("*.y*ml") if "applications:" in path.read_text(encoding="utf-8"))
 
 
 def test_there_is_something_to_check() -> None:

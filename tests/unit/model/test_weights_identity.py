@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tests.helpers.models import make_export
 from tests.helpers.tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rayward.config.placement import Placement
+from rayward.config.scoring import ReplicaConfig
 from rayward.model import weights_identity as module
 from rayward.model.weights_identity import BLOCK_BYTES, NUM_BLOCKS, weights_identity
 from rayward.scoring.combining import EnsembleRule, ImplicitRule
@@ -55,7 +58,7 @@ def test_header_name_and_number_of_files_count(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "headless.safetensors"])
 def test_what_is_read_of_a_large_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     # A file of 200 GB, all of it a hole: reading it whole would take minutes.
     size, num_tensors = 200 << 30, 500
@@ -63,7 +66,7 @@ def test_what_is_read_of_a_large_file_is_bounded(tmp_path: Path, monkeypatch: py
     entries = {f"t{i}": {"dtype": "U8", "shape": [step], "data_offsets": [i * step, (i + 1) * step]} for i in range(num_tensors)}
     header = json.dumps(entries).encode()
     with (tmp_path / name).open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header if name.endswith("safetensors") else b"PK\x03\x04" + b"\xff" * 8)
+        stream.write(len(header).to_bytes(8, "little") + header if name.startswith("model") else b"PK\x03\x04" + b"\xff" * 8)
         stream.truncate(8 + len(header) + num_tensors * step)
     read: list[int] = []
     places = module._places
@@ -117,17 +120,44 @@ def test_foreign_models_of_one_shape_have_versions_of_their_own(tmp_path: Path) 
     assert Scorer.load(shutil.copytree(tmp_path / "first", tmp_path / "again"), device="cpu").version == first
 
 
-def test_every_byte_counts_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_every_byte_counts_unless_it_is_not_asked_for(tmp_path: Path) -> None:
     # The first value of the embedding lies outside of the sample.
     directories = [foreign(tmp_path / "first"), foreign(tmp_path / "second", "model.embed_tokens.weight")]
-    assert len({Scorer.load(path, device="cpu").version for path in directories}) == 1
-    assert len({Scorer.load(path, device="cpu", hash_weights="full").version for path in directories}) == 2
+    assert len({Scorer.load(path, device="cpu", hash_weights="sampled").version for path in directories}) == 1
+    assert len({Scorer.load(path, device="cpu").version for path in directories}) == 2
     ensembles = []
     for index, path in enumerate(directories):
         (tmp_path / f"ensemble{index}").mkdir()
         EnsembleRule(rule="mean", members=(str(path), str(path))).save(tmp_path / f"ensemble{index}")
-        ensembles.append(Ensemble.load(tmp_path / f"ensemble{index}", device="cpu", hash_weights="full").version)
+        ensembles.append(Ensemble.load(tmp_path / f"ensemble{index}", device="cpu").version)
     assert ensembles[0] != ensembles[1]
+
+
+def test_every_byte_counts_of_everything_that_is_served() -> None:
+    assert {ReplicaConfig().placement.hash_weights, Placement().hash_weights} == {"full"}
+
+
+def test_weights_that_were_changed_beside_a_contract_never_carry_its_version(tmp_path: Path) -> None:
+    directory = make_export(tmp_path / "model")
+    trusted = Scorer.load(directory, device="cpu").version
+    assert Scorer.load(directory, device="cpu", verify=False).version == trusted
+    versions = {trusted}
+    for step in (1.0, 2.0):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.norm.weight"][0] += step
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        versions.add(Scorer.load(directory, device="cpu", verify=False).version)
+    assert len(versions) == 3
+    assert sum(version.startswith("unverified-") for version in versions) == 2
+
+
+def test_weights_in_another_format_are_neither_read_nor_part_of_the_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = foreign(tmp_path / "model")
+    expected = Scorer.load(directory, device="cpu").version
+    (directory / "pytorch_model.bin").write_bytes(b"a pickle that must not be opened")
+    with caplog.at_level(logging.WARNING):
+        assert Scorer.load(directory, device="cpu").version == expected
+    assert "pytorch_model.bin is not read: the weights are those in safetensors" in caplog.text
 
 
 def test_an_implicit_reward_is_known_by_its_policies_and_not_by_their_place(tmp_path: Path) -> None:

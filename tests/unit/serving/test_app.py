@@ -19,7 +19,8 @@ from rayward.serving.routes import Release
 # Ray Serve 2.60 is imported inside the tests: its own models warn about deprecated pydantic settings.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-CONFIG_FILES = sorted((Path(__file__).parents[3] / "serve").glob("*.yaml"))
+SERVE = Path(__file__).parents[3] / "serve"
+CONFIG_FILES = [path for path in sorted(SERVE.glob("*.yaml")) if "applications" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)

@@ -12,7 +12,7 @@ import pytest
 
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import AccessError, ConfigError
-from rayward.serving.auth import Keys, check_exposure, is_loopback, parse_variable, read_keys, without_secrets
+from rayward.serving.auth import Keys, check_exposure, is_domain, is_loopback, parse_variable, read_keys, without_secrets
 
 SECRET = "s3cret-0123456789abcdef"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
@@ -182,6 +182,32 @@ def test_a_server_is_not_opened_to_the_network_by_accident() -> None:
         check_exposure(host, ScoringConfig(allow_anonymous=True), none)
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.9"):
         check_exposure(host, ScoringConfig(), none)
+
+
+@pytest.mark.parametrize(
+    ("host", "domain"),
+    [
+        ("127.0.0.1:8000", False),
+        ("[::1]:8000", False),
+        ("::1", False),
+        ("localhost:8000", False),
+        ("node-3", False),
+        ("rm.localhost", False),
+        (None, False),
+        ("rewards.example.com", True),
+        ("rewards.example.com:8000", True),
+        ("127.0.0.1.example.com.", True),
+    ],
+)
+def test_a_server_without_keys_is_called_by_no_name_of_the_internet(host: str | None, domain: bool) -> None:
+    assert is_domain(host) is domain
+    if domain:
+        with pytest.raises(AccessError):
+            Keys().caller_of(None, "127.0.0.1", host)
+        assert Keys(allow_anonymous=True).caller_of(None, "127.0.0.1", host).scopes == {"score"}
+        assert Keys(parse_variable(f"a:{SECRET}")).caller_of(f"Bearer {SECRET}", None, host).name == "a"
+    else:
+        assert Keys().caller_of(None, "127.0.0.1", host).scopes == {"score"}
 
 
 @pytest.mark.parametrize(

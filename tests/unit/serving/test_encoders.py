@@ -10,13 +10,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.units import WordsSpec, words_item
 
 from rayward.errors import ServerError
 from rayward.scoring.units import EncodedItem
-from rayward.serving.engine.encoders import NUM_SPARE, Encoders, Job
+from rayward.serving.engine.encoders import NUM_SPARE, Encoders
+from rayward.serving.engine.work import Job
 from rayward.wire.items import ScoreItem
 
 WAIT_S = 60.0
@@ -40,7 +42,9 @@ class Told:
             self.changed.notify_all()
 
     def restart(self, reason: str) -> None:
-        self.restarts[reason] += 1
+        with self.changed:
+            self.restarts[reason] += 1
+            self.changed.notify_all()
 
     def wait(self, *names: object) -> list[EncodedItem]:
         with self.changed:
@@ -63,10 +67,16 @@ Make = Callable[..., Encoders]
 def make(told: Told) -> Iterator[Make]:
     made: list[Encoders] = []
 
-    def start(num_processes: int = 1, timeout_s: float = 1.0, at_start: str = "") -> Encoders:
+    def start(num_processes: int = 1, timeout_s: float = 1.0, at_start: str = "", **kwargs: Any) -> Encoders:
         made.append(
             Encoders(
-                WordsSpec(at_start), num_processes=num_processes, timeout_s=timeout_s, done=told, restarted=told.restart, memory_bytes=2**29
+                WordsSpec(at_start),
+                num_processes=num_processes,
+                timeout_s=timeout_s,
+                done=told,
+                restarted=told.restart,
+                memory_bytes=2**29,
+                **kwargs,
             )
         )
         return made[-1]
@@ -133,6 +143,24 @@ def test_an_item_that_does_not_end_in_time_fails_alone(make: Make, told: Told, b
     assert dict(told.restarts) == {"timeout": 1}
 
 
+def test_a_loop_ends_when_its_caller_is_gone(make: Make, told: Told) -> None:
+    encoders = make(timeout_s=1000.0)
+    looping = job("bad", words_item("loop"))
+    encoders.submit([looping, *jobs("behind", 3)])
+    told.wait(*named("behind", 3))
+    looping.gone = True
+    with told.changed:
+        assert told.changed.wait_for(lambda: told.restarts["timeout"] == 1, WAIT_S)
+    assert "bad" not in told.found
+
+
+def test_an_item_that_is_tried_again_does_not_wait_for_a_quiet_moment(make: Make, told: Told, tmp_path: Path) -> None:
+    encoders = make(timeout_s=1000.0)
+    encoders.submit([*jobs("a", 40), job("x", words_item(f"kill-once {tmp_path / 'was-there'}")), *jobs("b", 200)])
+    told.wait("x", *named("b", 200))
+    assert told.order.index("x") < told.order.index("b100")
+
+
 def test_items_that_loop_hold_up_their_own_caller_only(make: Make, told: Told) -> None:
     encoders = make(timeout_s=1000.0)
     encoders.submit([job(f"bad{index}", words_item("loop"), "attacker") for index in range(6)])
@@ -140,6 +168,17 @@ def test_items_that_loop_hold_up_their_own_caller_only(make: Make, told: Told) -
     assert told.codes(*named("good", 50)) == [""] * 50
     assert len(encoders.pids) <= 1 + NUM_SPARE
     assert len(told.found) == 50
+
+
+def test_a_process_that_is_one_too_many_goes_when_it_is_idle(make: Make, told: Told) -> None:
+    encoders = make(timeout_s=1000.0, spare_s=0.05)
+    encoders.submit([job("slow", words_item("sleep 3")), *jobs("behind", 5)])
+    told.wait("slow", *named("behind", 5))
+    with encoders._changed:
+        assert encoders._changed.wait_for(lambda: len(encoders._threads) == 1, WAIT_S)
+    # Whichever stayed works on.
+    encoders.submit(jobs("later", 5))
+    assert told.codes(*named("later", 5)) == [""] * 5
 
 
 @pytest.mark.parametrize("bad", ["kill", "fill"])
@@ -232,6 +271,15 @@ def test_processes_that_never_start_lose_what_waits(make: Make, told: Told) -> N
     assert encoders.failure is not None
 
 
+def test_closing_tells_everybody(make: Make, told: Told) -> None:
+    encoders = make(timeout_s=1000.0)
+    encoders.submit([job("x", words_item("loop")), *jobs("y", 40)])
+    encoders.wait_ready()
+    encoders.close()
+    assert set(told.codes("x", *named("y", 40))) <= {"", "encoder_lost"}
+    assert told.codes("x") == ["encoder_lost"]
+
+
 def test_closing_ends_a_process_that_hangs(make: Make, told: Told) -> None:
     encoders = make(timeout_s=600.0)
     encoders.submit([job("x", words_item("loop"))])
@@ -243,7 +291,8 @@ def test_closing_ends_a_process_that_hangs(make: Make, told: Told) -> None:
 def test_a_process_ends_with_its_parent() -> None:
     program = (
         "import os, signal, sys\n"
-        "from rayward.serving.engine.encoders import Encoders, Job\n"
+        "from rayward.serving.engine.encoders import Encoders\n"
+        "from rayward.serving.engine.work import Job\n"
         "from tests.helpers.units import WordsSpec, words_item\n"
         "pool = Encoders(WordsSpec(), num_processes=1, timeout_s=600, done=print)\n"
         "pool.submit([Job(0, words_item('loop'), 'a', 4)])\n"

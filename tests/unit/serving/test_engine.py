@@ -378,6 +378,50 @@ def test_closing_answers_what_waits(make: Make) -> None:
     assert run(scenario()) == [["interrupted"], [2.0]]
 
 
+def test_a_fault_of_the_engine_itself_answers_everybody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = WordsModel()
+    engine = make(model)
+
+    async def scenario() -> None:
+        model.gate.clear()
+        first = asyncio.create_task(engine.score(call(text(1))))
+        await forward_began(model)
+        waits = asyncio.create_task(engine.score(call(text(2))))
+        await waiting(engine, 1)
+        monkeypatch.setattr(engine.counts, "forward", None)
+        model.gate.set()
+        assert outcomes(await waits) == ["interrupted"]
+        assert outcomes(await first) in ([2.0], ["interrupted"])
+
+    run(scenario())
+    with pytest.raises(ServerError, match="TypeError"):
+        engine.check_health()
+
+
+def test_items_that_the_model_itself_encodes_are_encoded_together(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = WordsModel(in_process=True)
+    engine = make(model)
+    sizes: list[int] = []
+    encode = model.encode
+
+    def counted(items: Sequence[ScoreItem]) -> list[Any]:
+        sizes.append(len(items))
+        return encode(items)
+
+    monkeypatch.setattr(model, "encode", counted)
+    assert len(outcomes(run(engine.score(call(*[text(4)] * 10))))) == 10
+    assert sizes == [10]
+
+
+def test_a_device_that_breaks_while_items_are_encoded_interrupts_them(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = WordsModel(in_process=True)
+    engine = make(model)
+    monkeypatch.setattr(model, "encode", None)
+    assert outcomes(run(engine.score(call(text(4))))) == ["interrupted"]
+    with pytest.raises(ServerError, match="TypeError"):
+        engine.check_health()
+
+
 def test_an_engine_whose_encoder_cannot_be_loaded_does_not_start() -> None:
     with pytest.raises(ServerError, match="no such tokenizer"):
         Engine(WordsModel(spec=WordsSpec("no such tokenizer")), ReplicaConfig())

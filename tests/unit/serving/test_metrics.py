@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
+from types import ModuleType
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from rayward.contract.contract import Normaliser
+from rayward.serving import dispatch, shadow
 from rayward.serving.calls import QUEUED_TOKENS, Histogram, Stats
+from rayward.serving.engine import counts
 from rayward.serving.metrics import BY_NAME, METRICS, PREFIX, Recorder, quantile, render
+from rayward.wire.dialect import Timings
+from rayward.wire.items import ItemError, ItemResult, ScoreItem
 
 
 def _recorder(source: str = "replica#1", role: str = "replica") -> Recorder:
@@ -150,3 +156,21 @@ def test_quantiles_are_linear_within_a_bucket(counts: tuple[int, ...], share: fl
 
 def test_a_quantile_below_the_first_negative_bound_is_that_bound() -> None:
     assert quantile(Histogram((-2.0, 0.0), (10, 0, 0), 0.0), 0.5) == -2.0
+
+
+@pytest.mark.parametrize("module", [dispatch, shadow])
+def test_what_dispatchers_count_is_in_the_list(module: ModuleType) -> None:
+    constants = {value for name, value in vars(module).items() if name.isupper() and isinstance(value, str) and not name.startswith("_")}
+    assert len(constants) > 5
+    assert constants - set(BY_NAME) == set()
+
+
+def test_a_replica_counts_under_names_of_the_list() -> None:
+    normaliser = Normaliser(mean=1.0, std=2.0, num_rewards=10, reference="held-out prompts")
+    counted = counts.Counts("r1", model="helper", version="v", normaliser=normaliser)
+    counted.forward(num_units=3, num_tokens=100, budget=200, seconds=0.1)
+    item = ScoreItem(prompt=({"role": "user", "content": "a"},), completions=("b", "c"))
+    good = ItemResult(rewards=(1.0, 5.0), num_tokens=(5, 6), tokens=11, tokens_computed=8)
+    counted.answered([item, item], [good, ItemResult(error=ItemError.of("non_finite", "NaN"))], Timings(queue_s=0.1))
+    families = {family.name for family in text_string_to_metric_families(render([counted.stats()]))}
+    assert {f"{PREFIX}reward_standardised", f"{PREFIX}reward_sums", f"{PREFIX}reference_std", f"{PREFIX}non_finite"} <= families

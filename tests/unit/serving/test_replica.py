@@ -18,7 +18,7 @@ from rayward.contract.conversation import Message
 from rayward.errors import ContractMismatchError, ServerError
 from rayward.scoring.load import load_scored_model
 from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S, ScoreCall, ScoredCall
-from rayward.serving.engine.engine import TEXT_CHARS, count_chars
+from rayward.serving.engine.work import TEXT_CHARS, count_chars
 from rayward.wire.items import Asked, ScoreItem
 
 # Ray Serve 2.60 is imported inside the tests: its own models warn about deprecated pydantic settings.

@@ -341,7 +341,12 @@ def test_a_new_cluster_with_the_same_state_serves_the_same_table(tmp_path: Path,
     before = settle(manager)
     assert before["models"]["m"]["current"] == second
     empty = Serve()
-    after = settle(manager_of(tmp_path, empty, clock, model=str(exports[0]), model_name="m"))
+    again = manager_of(tmp_path, empty, clock, model=str(exports[0]), model_name="m")
+    again.tick()
+    starting = {version: release.starting for version, release in TableStore(str(tmp_path / "state")).read().models["m"].releases.items()}
+    assert starting == {first: True, second: True}, "verified before, but nobody can score yet"
+    after = settle(again)
+    assert not any(release.starting for release in TableStore(str(tmp_path / "state")).read().models["m"].releases.values())
     assert after["models"] == before["models"]
     assert set(empty.apps) == {application_of(FRONT, "m", version) for version in (first, second)}
 
@@ -394,6 +399,19 @@ def test_the_applications_of_others_are_not_touched(tmp_path: Path, serve: Serve
     assert len(serve.apps) == 4
     with pytest.raises(ConfigError, match="letters"):
         Manager(TableStore(str(tmp_path)), serve, ScoringConfig(), front="front.b")
+
+
+def test_the_versions_end_with_the_application_and_not_with_its_manager(
+    tmp_path: Path, serve: Serve, clock: Clock, exports: list[Path]
+) -> None:
+    manager = manager_of(tmp_path, serve, clock, model=str(exports[0]), model_name="m")
+    settle(manager)
+    serve.apps |= {FRONT: Standing("running"), "other": Standing("running")}
+    manager.end()
+    assert len(serve.apps) == 3
+    serve.apps[FRONT] = Standing("stopping")
+    manager.end()
+    assert set(serve.apps) == {FRONT, "other"}
 
 
 @pytest.mark.parametrize(

@@ -55,16 +55,20 @@ class Manager:
 class Mounted:
     """The application with `Seeing` in it, as an ingress has it; `ask` is one process's client."""
 
-    def __init__(self, *, keys: str = "", page: bool = True) -> None:
+    def __init__(self, *, keys: str = "", page: bool = True, source: str = "ingress-1") -> None:
         self.manager = Manager()
         dispatcher = Recorder("dispatcher", "ingress")
         dispatcher.add("poisoned_items_total", 2)
-        recorder = Recorder("ingress-1", "ingress")
+        recorder = Recorder(source, "ingress")
         self.seeing = Seeing(self.manager, recorder.stats, dispatcher.stats, page=page)
         front = Front(
             FakeBackends(), routes=all_routes(), endpoints=self.seeing.endpoints(), background=[self.seeing.report], recorder=recorder
         )
         self.app: Starlette = build_http(front, ScoringConfig(model="x"), Keys(parse_variable(keys)))
+
+    def share(self, other: Mounted) -> None:
+        """Have the other one's manager."""
+        self.manager.board = other.manager.board
 
     async def ask(self, *paths: str, headers: dict[str, str] | None = None) -> list[httpx.Response]:
         transport = httpx.ASGITransport(self.app)
@@ -90,6 +94,22 @@ async def test_metrics_are_those_of_all_processes() -> None:
     assert values["poisoned_items_total", "ingress-1"] == 2
     assert values["requests_total", "ingress-1"] == 1
     assert values["manager_up", "ingress-1"] == 1
+
+
+@pytest.mark.anyio
+async def test_no_counter_falls_when_two_ingresses_are_scraped_in_turn() -> None:
+    first, second = Mounted(source="ingress-1"), Mounted(source="ingress-2")
+    second.share(first)
+    counted = []
+    for ingress in (first, second, first, second):
+        (reply,) = await ingress.ask("/metrics")
+        counted += [
+            sample.value
+            for family in text_string_to_metric_families(reply.text)
+            for sample in family.samples
+            if sample.name == f"{PREFIX}requests_total" and sample.labels["source"] == "ingress-1" and sample.labels["dialect"] == "rayward"
+        ]
+    assert counted == [1, 1, 2, 2]
 
 
 @pytest.mark.anyio

@@ -11,9 +11,10 @@ from typing import Any
 import fsspec
 import pytest
 
+from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError, ModelLoadError
 from rayward.serving import sources
-from rayward.serving.preflight import free_port
+from rayward.serving.preflight import check_listening, free_port
 
 FILES = {
     "config.json": "{}",
@@ -115,9 +116,17 @@ def test_a_hub_that_cannot_be_asked_is_named() -> None:
 
 
 @pytest.mark.parametrize("port", [80808, -1, 65536])
-def test_what_is_no_port_is_refused(port: int) -> None:
+def test_what_is_no_port_is_refused_before_anything_starts(port: int) -> None:
     with pytest.raises(ConfigError, match=str(port)):
-        free_port("127.0.0.1", port)
+        check_listening(None, port, ScoringConfig())
+
+
+def test_an_address_of_the_network_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYWARD_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match="no keys"):
+        check_listening("0.0.0.0", 8000, ScoringConfig())
+    check_listening("0.0.0.0", 8000, ScoringConfig(allow_anonymous=True))
+    check_listening("127.0.0.1", None, ScoringConfig())
 
 
 def test_what_is_no_address_of_this_machine_is_refused() -> None:

@@ -5,14 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rayward.contract.conversation import TemplateInputs
 from rayward.errors import RequestError, RuleError
 from rayward.wire.items import Asked, ItemError, ItemResult
-from rayward.wire.native import ScoreReply, build_reply, error_reply
+from rayward.wire.native import ScoreReply, ScoreRequest, build_reply, error_reply
 from rayward.wire.rules import Limits, parse_request
 
 LIMITS = Limits(max_items=100, max_completions_per_item=4, max_chars_per_text=1000, max_body_bytes=1_000_000)
+FLOOD = {f"k{number}": 1 for number in range(65)}
 GOOD = {"prompt": "Hi", "completions": ["Hello"]}
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -78,6 +80,9 @@ BAD_REQUESTS: list[tuple[str, bytes, str, int, int | None]] = [
     ("item is null", items(None), "wrong_type", 422, 1),
     ("item is a list", items([]), "wrong_type", 422, 1),
     ("item with unknown key", items({**GOOD, "weight": 1}), "unknown_field", 422, 1),
+    ("item with a flood of keys", items({**GOOD, **FLOOD}), "unknown_field", 422, None),
+    ("turn with a flood of keys", prompt([{**USER, **FLOOD}]), "unknown_field", 422, None),
+    ("request with a flood of keys", json.dumps({"items": [GOOD], **FLOOD}).encode(), "unknown_field", 422, None),
     ("item without prompt", items({"completions": ["a"]}), "missing_field", 422, 1),
     ("item without completions", items({"prompt": "a"}), "missing_field", 422, 1),
     ("prompt is a number", prompt(7), "wrong_type", 422, 1),
@@ -330,3 +335,19 @@ def test_what_is_asked_reaches_every_item_and_only_what_differs_is_sent() -> Non
     assert asked.given() == {"weights": "w", "normalise": "centred", "n_critiques": 3, "temperature": 0.5}
     found, _ = parse_request(json.dumps({"items": [GOOD, GOOD], **asked.given()}).encode(), LIMITS)
     assert [item.asked for item in found] == [asked, asked]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"items": [1] * 1000},
+        {"items": [{**GOOD, "tools": [1] * 1000}]},
+        {"items": [{**GOOD, "completions": [1] * 1000}]},
+        {"items": [{**GOOD, "completions": [[1] * 1000]}]},
+        {"items": [{**GOOD, "prompt": [1] * 1000}]},
+    ],
+)
+def test_a_list_of_faults_is_one_error(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ScoreRequest.model_validate(bad)
+    assert caught.value.error_count() == 1

@@ -22,7 +22,7 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 
 def service(answer: Answer, key_file: Path | None = None) -> Service:
-    return Service("http://service/", key_file, http=httpx.Client(transport=httpx.MockTransport(answer)))
+    return Service("http://service/", key_file, transport=httpx.MockTransport(answer))
 
 
 def version(name: str, state: str, source: str = "/models/a", **facts: Any) -> dict[str, Any]:
@@ -68,6 +68,16 @@ def test_a_version_that_is_called_otherwise_when_it_is_loaded_is_found() -> None
     first = listing(version("loading-1", "loading", "s3://b/m"), published="loading-1")
     answer, _ = replies(first, listing(version("old", "ready", "/x"), version("unverified-1", "ready", "s3://b/m")))
     assert publish_model(service(answer), "m", "s3://b/m", sleep=lambda _: None)["published"] == "unverified-1"
+
+
+def test_a_manager_that_is_replaced_meanwhile_is_waited_for() -> None:
+    bodies = iter([listing(version("v", "loading"), published="v"), None, None, listing(version("v", "ready"))])
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        body = next(bodies)
+        return httpx.Response(503, text="away") if body is None else httpx.Response(200, json=body)
+
+    assert publish_model(service(answer), "m", "/models/a", sleep=lambda _: None)["published"] == "v"
 
 
 def test_a_version_that_fails_is_its_typed_error() -> None:

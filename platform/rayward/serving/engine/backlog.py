@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -25,8 +26,8 @@ SHADOW_SHARE = 0.25
 GONE_KEPT = 1000
 """Discarded units beyond the number of those that wait, after which all discarded ones are let go."""
 
-SPEED_MEMORY_S = 20.0
-"""Seconds of computing after which a forward counts half as much for the measured speed."""
+SPEED_FORWARDS = 64
+"""Forwards over which the speed is measured."""
 
 State: TypeAlias = Literal["waiting", "taken", "gone"]
 PromptKey: TypeAlias = tuple[int, bytes]
@@ -87,22 +88,26 @@ def _prompt_of(unit: Unit) -> tuple[PromptKey | None, int]:
 
 
 class Speed:
-    """Tokens a second while something is computed, over the last forwards."""
+    """Tokens a second while something is computed: what half of the tokens of the last forwards were computed at, or faster.
+
+    A median, because a first forward, or one that a kernel is compiled for, may take a thousand times as long; by tokens, because small
+    forwards say little about what a full one does.
+    """
 
     def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
+        self._forwards: deque[tuple[float, int]] = deque(maxlen=SPEED_FORWARDS)
+        self.tokens_per_s = 0.0
+        """0 until it is known."""
 
     def add(self, num_tokens: int, seconds: float) -> None:
         """One forward."""
-        kept = 0.5 ** (seconds / SPEED_MEMORY_S)
-        self._tokens = self._tokens * kept + num_tokens
-        self._seconds = self._seconds * kept + seconds
-
-    @property
-    def tokens_per_s(self) -> float:
-        """0 until it is known."""
-        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+        self._forwards.append((num_tokens / max(seconds, 1e-9), num_tokens))
+        half = sum(tokens for _, tokens in self._forwards) / 2
+        for speed, tokens in sorted(self._forwards, reverse=True):
+            self.tokens_per_s = speed
+            half -= tokens
+            if half <= 0:
+                return
 
 
 @dataclass(frozen=True, slots=True)

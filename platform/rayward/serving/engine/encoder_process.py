@@ -13,6 +13,7 @@ import pickle
 import resource
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -79,8 +80,8 @@ def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    # Where memory runs out, it goes before the process that holds the model.
-    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
+    # Where memory runs out, it goes before the process that holds the model; a container may not let it say so.
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
         score.write("1000")
 
 

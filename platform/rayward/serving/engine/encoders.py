@@ -7,35 +7,30 @@ and the few behind it go to another process. While an item is slow, a process mo
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from typing import Any
 
 from rayward.errors import RaywardError, ServerError
 from rayward.scoring.units import EncodedItem, EncoderSpec
-from rayward.serving.engine.encoder_process import STAND_IN, Unready
+from rayward.serving.engine.encoder_handle import GONE, EncoderHandle
+from rayward.serving.engine.encoder_process import STAND_IN
 from rayward.serving.engine.fair import FairQueue
-from rayward.wire.items import ItemError, ScoreItem
+from rayward.serving.engine.work import Job
+from rayward.wire.items import ItemError
 
 logger = logging.getLogger("ray.serve")
-
-PROGRAM = "from rayward.serving.engine.encoder_process import main; main()"
-"""Not `-m`, whose classes would be those of `__main__`; nor multiprocessing, which would run the main module of its parent."""
 
 SLOW_S = 0.5
 """An item that takes longer is slow: the items behind it go elsewhere."""
 
 NUM_SPARE = 2
-"""Processes beyond those configured that slow items may cause to be started; they stay, idle."""
+"""Processes beyond those configured that slow items may cause to be started."""
+
+SPARE_S = 60.0
 
 SLOW_PER_CALLER = 2
 """Slow items of one caller at a time; its others wait, and those of other callers go first."""
@@ -54,43 +49,15 @@ START_TRIES = 3
 
 MEMORY_BYTES = 4 * 2**30
 
-ITEM_CHARS = 200
-"""What an item costs besides its characters, in the fair queue."""
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One item on its way through the encoders.
-
-    Attributes:
-        owner: whoever is told of it.
-        num_chars: of its texts, and some for every one of them.
-        charged: False for shadow work, which waits until nothing else does.
-        deaths: processes that died of it, or at the same time.
-    """
-
-    owner: Any
-    item: ScoreItem
-    caller: str
-    num_chars: int
-    charged: bool = True
-    deaths: int = 0
-    gone: bool = False
-
-    @property
-    def cost(self) -> int:
-        """Its part of a turn."""
-        return self.num_chars + ITEM_CHARS
-
 
 @dataclass(eq=False, slots=True)
 class _Slot:
     # One process and what it was given; `moved` were given to another one since.
-    process: subprocess.Popen[bytes]
-    pipe: Connection
-    given: deque[tuple[int, Job]]
+    process: EncoderHandle
+    given: deque[tuple[int, Job]] = field(default_factory=deque)
     moved: set[int] = field(default_factory=set)
     slow: str | None = None
+    retired: bool = False
     answers: list[tuple[Job, EncodedItem]] = field(default_factory=list)
 
 
@@ -104,6 +71,7 @@ class Encoders:
         done: told of encoded items, in a thread of this pool.
         restarted: told why a process is replaced: `timeout`, `died`.
         memory_bytes: what a process may take beyond what its tokenizer needs; an item that takes more fails by itself.
+        spare_s: how long a process that is one too many stays, idle, for the next slow item.
     """
 
     def __init__(
@@ -115,9 +83,11 @@ class Encoders:
         done: Callable[[Sequence[tuple[Job, EncodedItem]]], None],
         restarted: Callable[[str], None] = lambda reason: None,
         memory_bytes: int = MEMORY_BYTES,
+        spare_s: float = SPARE_S,
     ) -> None:
         self._spec = pickle.dumps(spec)
         self._memory_bytes = memory_bytes
+        self._spare_s = spare_s
         self._num_processes = num_processes
         self._timeout_s = timeout_s
         self._done = done
@@ -127,7 +97,8 @@ class Encoders:
         # Items whose process died; the next one has nothing else meanwhile.
         self._again: deque[Job] = deque()
         self._slow: dict[str, int] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: set[threading.Thread] = set()
+        self._num_started = 0
         self._pids: set[int] = set()
         self._num_ready = 0
         self._closed = False
@@ -180,12 +151,13 @@ class Encoders:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in list(self._threads):
             thread.join()
 
     def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._run, name=f"encoder-{len(self._threads)}", daemon=True)
-        self._threads.append(thread)
+        self._num_started += 1
+        thread = threading.Thread(target=self._run, name=f"encoder-{self._num_started}", daemon=True)
+        self._threads.add(thread)
         thread.start()
 
     def _run(self) -> None:
@@ -195,83 +167,47 @@ class Encoders:
         except BaseException as exc:
             logger.exception("a thread of the encoders ended")
             self._fail(type(exc).__name__)
+        with self._changed:
+            self._threads.discard(threading.current_thread())
         if self._closed or self._failure is not None:
             self._give_up()
 
     def _run_processes(self) -> None:
-        # The thread that starts a process must outlive it: the process dies with it.
-        failures = 0
-        while not self._closed and self._failure is None:
-            slot, error = self._start()
-            if slot is None:
-                failures += 1
-                logger.error("an encoder process does not start: %s", error)
-                if failures >= START_TRIES or isinstance(error, RaywardError):
-                    self._fail(error)
-                continue
-            failures = 0
-            with self._changed:
-                self._num_ready += 1
-                self._changed.notify_all()
+        failures, retired = 0, False
+        while not (retired or self._closed or self._failure is not None):
+            process = EncoderHandle(self._spec, self._memory_bytes)
             try:
-                self._serve(slot)
+                with self._changed:
+                    self._pids.add(process.pid)
+                error = process.start_error(START_S, lambda: self._closed)
+                if error is None:
+                    failures, retired = 0, self._work(process)
+                    continue
             finally:
                 with self._changed:
-                    self._num_ready -= 1
-                    self._pids.discard(slot.process.pid)
-                _end(slot)
+                    self._pids.discard(process.pid)
+                process.end()
+            failures += 1
+            logger.error("an encoder process does not start: %s", error)
+            if failures >= START_TRIES or isinstance(error, RaywardError):
+                self._fail(error)
 
-    def _start(self) -> tuple[_Slot | None, object]:
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(os.getpid()), str(self._memory_bytes)]
-        pipe = Connection(ours.detach())
-        try:
-            with theirs:
-                process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        except OSError as exc:
-            pipe.close()
-            return None, exc
-        slot = _Slot(process, pipe, deque())
+    def _work(self, process: EncoderHandle) -> bool:
+        # Until it ends or is one too many, which is what is returned.
+        slot = _Slot(process)
         with self._changed:
-            self._pids.add(process.pid)
-        error: object = f"it has not loaded its tokenizer after {START_S:g} s"
+            self._num_ready += 1
+            self._changed.notify_all()
         try:
-            pipe.send_bytes(self._spec)
-            if self._poll(pipe, START_S):
-                answer = pipe.recv()
-                if not isinstance(answer, Unready):
-                    return slot, None
-                error = RaywardError.from_json(answer.error) if answer.typed else answer.error
-        except (EOFError, OSError):
-            error = f"it ended with {process.wait()}"
-        with self._changed:
-            self._pids.discard(process.pid)
-        _end(slot)
-        return None, error
-
-    def _poll(self, pipe: Connection, seconds: float) -> bool:
-        # In steps, so that closing does not wait for a process that hangs.
-        until = time.monotonic() + seconds
-        while not self._closed:
-            left = until - time.monotonic()
-            if pipe.poll(min(max(left, 0.0), 0.5)):
-                return True
-            if left <= 0:
-                return False
-        return False
+            self._serve(slot)
+        finally:
+            self._put_back(slot)
+            with self._changed:
+                self._num_ready -= 1
+        return slot.retired
 
     def _serve(self, slot: _Slot) -> None:
-        ticket = 0
-        since = 0.0
+        ticket, since = 0, 0.0
         while (fresh := self._take(slot)) is not None:
             since = since if slot.given else time.monotonic()
             numbered = [(ticket + index, job) for index, job in enumerate(fresh)]
@@ -279,21 +215,32 @@ class Encoders:
             slot.given.extend(numbered)
             try:
                 if fresh:
-                    slot.pipe.send([(number, job.item) for number, job in numbered])
-                if not self._poll(slot.pipe, min(SLOW_S, self._timeout_s)) and not self._closed:
-                    self._is_slow(slot)
-                    if not self._poll(slot.pipe, since + self._timeout_s - time.monotonic()) and not self._closed:
-                        self._timed_out(slot)
-                        return
-                while slot.pipe.poll(0):
-                    self._answered(slot, *slot.pipe.recv())
-            except (EOFError, OSError, pickle.UnpicklingError):
+                    slot.process.send([(number, job.item) for number, job in numbered])
+                if not self._is_answered(slot, since):
+                    return
+                for number, encoded in slot.process.answers():
+                    self._answered(slot, number, encoded)
+            except GONE:
                 self._tell(slot)
                 self._died(slot)
                 return
             since = time.monotonic()
             self._is_quick(slot)
             self._tell(slot)
+
+    def _is_answered(self, slot: _Slot, since: float) -> bool:
+        # False: closed, or the process was ended over the item that it has worked on since then.
+        if slot.process.wait(min(SLOW_S, self._timeout_s), lambda: self._closed):
+            return True
+        if self._closed:
+            return False
+        self._is_slow(slot)
+        _, job = slot.given[0]
+        if slot.process.wait(since + self._timeout_s - time.monotonic(), lambda: self._closed or job.gone):
+            return True
+        if not self._closed:
+            self._timed_out(slot)
+        return False
 
     def _take(self, slot: _Slot) -> list[Job] | None:
         # None: there is nothing to serve any more. An empty list: the process has enough of what it was given beforehand.
@@ -310,13 +257,19 @@ class Encoders:
                         break
                 if fresh or slot.given:
                     return fresh
-                self._changed.wait()
+                if not self._changed.wait(self._spare_s) and len(self._threads) > self._num_processes:
+                    # Out of the count at once, so that no second one goes for the same reason.
+                    self._threads.discard(threading.current_thread())
+                    slot.retired = True
+                    return None
 
     def _next(self, slot: _Slot, fresh: list[Job], num_chars: int) -> Job | None:
         busy = bool(slot.given or fresh)
         if any(job.deaths for _, job in slot.given):
             return None
-        while self._again and not busy:
+        while self._again:
+            if busy:
+                return None
             job = self._again.popleft()
             if not job.gone:
                 return job
@@ -365,22 +318,23 @@ class Encoders:
             self._done(answers)
 
     def _timed_out(self, slot: _Slot) -> None:
+        # Or nobody waits for the item any more.
         self._restarted("timeout")
-        _end(slot)
+        slot.process.end()
         self._is_quick(slot)
         number, job = slot.given.popleft()
         moved = number in slot.moved
         self._put_back(slot)
+        if moved or job.gone:
+            return
         logger.warning("an item of %d characters was not encoded in %g s; its process is replaced", job.num_chars, self._timeout_s)
-        if not moved:
-            message = f"rendering and tokenizing it did not end within {self._timeout_s:g} s"
-            self._done([(job, EncodedItem(job.item, error=ItemError.of("encoding_timeout", message)))])
+        message = f"rendering and tokenizing it did not end within {self._timeout_s:g} s"
+        self._done([(job, EncodedItem(job.item, error=ItemError.of("encoding_timeout", message)))])
 
     def _died(self, slot: _Slot) -> None:
         self._restarted("died")
         self._is_quick(slot)
-        _end(slot)
-        status = slot.process.returncode
+        status = slot.process.end()
         logger.error("an encoder process ended with %s", status)
         if not slot.given:
             return
@@ -431,9 +385,3 @@ def _waits(job: Job) -> bool:
 
 def _lost(job: Job) -> EncodedItem:
     return EncodedItem(job.item, error=ItemError.of("encoder_lost", "the processes that render and tokenize are gone"))
-
-
-def _end(slot: _Slot) -> None:
-    slot.process.kill()
-    slot.process.wait()
-    slot.pipe.close()

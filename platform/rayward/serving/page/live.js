@@ -66,7 +66,7 @@ function othersPanel(models) {
     const rate = model.versions.reduce((sum, version) => sum + version.tokens_per_s, 0);
     const current = model.versions.find((version) => "current" in version.parts);
     const failed = model.versions.some((version) => version.state === "failed");
-    return el("div", { class: "other" }, el("div", { class: "line" }, el("b", {}, model.model), el("span", { class: "grow" }), failed ? el("span", { class: "tag warm" }, "failed") : null, el("code", {}, current?.version ?? "none")), el("p", {}, `${replicas} ${replicas === 1 ? "replica" : "replicas"} · ${compact(rate)} tokens/s`));
+    return el("div", { class: "other" }, el("div", { class: "line" }, el("button", { type: "button", onclick: () => chooseModel(model.model) }, model.model), el("span", { class: "grow" }), failed ? el("span", { class: "tag warm" }, "failed") : null, el("code", {}, current?.version ?? "none")), el("p", {}, `${replicas} ${replicas === 1 ? "replica" : "replicas"} · ${compact(rate)} tokens/s`));
   });
   return el("section", { class: "panel", "aria-label": "Other models" }, el("h2", {}, "Other models"), rows);
 }
@@ -82,6 +82,7 @@ function versionRow(version) {
   if (facts.length) row.append(el("p", {}, facts.join(" · ")));
   if (version.replicas.length) row.append(el("div", { class: "replicas", "aria-hidden": "true" }, version.replicas.map(replicaMark)));
   if (version.rewards) row.append(rewardLine(version.rewards));
+  if (version.compared) row.append(el("p", {}, comparedLine(version.compared)));
   if (version.error) row.append(el("p", { class: "problem" }, version.error));
   return row;
 }
@@ -98,6 +99,12 @@ function rewardLine(rewards) {
   if (rewards.drift !== null) said.push(`${signed(rewards.drift, 1)} σ from the reference`);
   if (rewards.length_correlation !== null) said.push(`length ρ ${signed(rewards.length_correlation)}`);
   return el("p", { title: `${rewards.num} rewards of the last ten minutes` }, said.join(" · "), rewards.drifted ? [" ", el("span", { class: "tag warm" }, "drifted")] : null);
+}
+
+function comparedLine(drift) {
+  const said = [`${compact(drift.num_completions)} rewards beside the current version's`, `mean |difference| ${decimal(drift.mean_abs_difference)}`, `at most ${decimal(drift.max_abs_difference)}`];
+  if (drift.rank_agreement !== null) said.push(`${percent(drift.rank_agreement)} of pairs in the same order`);
+  return said.join(" · ");
 }
 
 function card(info) {

@@ -23,6 +23,12 @@ function showOptions() {
   $("model")?.addEventListener("change", () => (showOptions(), showAside()));
 }
 
+function chooseModel(name) {
+  if (!$("model")) return;
+  $("model").value = name;
+  $("model").dispatchEvent(new Event("change"));
+}
+
 function asked() {
   const options = {};
   for (const name of ["model", "version", "weights"]) if ($(name)?.value) options[name] = $(name).value;
@@ -77,7 +83,13 @@ function showAside() {
   if (name) parts.push(modelPanel(name, status, info));
   const others = status?.models.filter((model) => model.model !== name) ?? [];
   if (others.length) parts.push(othersPanel(others));
-  $("live").replaceChildren(...parts);
+  const live = $("live");
+  // Who is about to copy something, or has walked to a button, is not disturbed.
+  const selection = getSelection();
+  if (!selection.isCollapsed && live.contains(selection.anchorNode)) return;
+  const at = [...live.querySelectorAll("button")].indexOf(document.activeElement);
+  live.replaceChildren(...parts);
+  if (at >= 0) live.querySelectorAll("button")[at]?.focus();
 }
 
 async function refresh() {
@@ -87,10 +99,12 @@ async function refresh() {
     if (JSON.stringify(models) !== before) showOptions();
     showHealth(status, null);
     showAside();
+    $("live").classList.remove("stale");
     return true;
   } catch (problem) {
     if (!(problem instanceof ServiceError)) throw problem;
     showHealth(null, problem);
+    $("live").classList.add("stale");
     if (problem.status === 401 && !secret) askForKey();
     return false;
   }
@@ -150,6 +164,7 @@ function keyboard() {
   $("help").addEventListener("click", plain["?"]);
 }
 
+if (/Mac|iPhone|iPad/.test(navigator.platform)) for (const key of document.querySelectorAll("kbd")) key.textContent = key.textContent.replace("Ctrl", "⌘");
 theme();
 composer();
 showOptions();

@@ -2,6 +2,8 @@
 function showProblem(problem) {
   const box = $("problem");
   box.hidden = problem === null;
+  // What stands below is of another request.
+  $("results").classList.toggle("stale", problem !== null);
   if (problem === null) return;
   const { code, message, remedy } = problem.detail || {};
   const said = [remedy, code, problem.status ? `HTTP ${problem.status}` : ""].filter(Boolean).join(" · ");
@@ -119,7 +121,7 @@ function winsPanel(rows) {
   const body = rows.map((row) =>
     el("tr", {}, el("th", { scope: "row" }, letterOf(row.index)), rows.map((other) => (other === row ? el("td", {}, "") : winCell(row.reward - other.reward)))),
   );
-  return el("section", { class: "panel", "aria-label": "Win probabilities" }, el("h2", {}, "Who would win"), el("div", { class: "scroll" }, el("table", { class: "wins" }, el("thead", {}, head), el("tbody", {}, body))), el("p", { class: "note wins-note" }, "σ(difference of the rewards): the probability that the row is preferred to the column, for rewards of a Bradley–Terry model."));
+  return el("section", { class: "panel", "aria-label": "Win probabilities" }, el("h2", {}, "Who would win"), el("div", { class: "scroll" }, el("table", { class: "wins" }, el("thead", {}, head), el("tbody", {}, body))), el("p", { class: "note" }, "σ(difference of the rewards): the probability that the row is preferred to the column, for rewards of a Bradley–Terry model."));
 }
 
 function winCell(difference) {

@@ -9,7 +9,7 @@ function tracePanel(trace) {
   const heat = el("div", { class: "heat", tabindex: "0", role: "group", "aria-label": "Reward after every token; arrow keys move" });
   const spans = trace.tokens.map((token) => el("span", {}, token === "" ? el("i", { class: "gap" }, "∅") : visible(token)));
   heat.append(...spans);
-  const readout = el("span", {});
+  const readout = el("span", { "aria-live": "polite" });
   const toggle = el("button", { type: "button", class: "quiet", title: "m" });
   const ramp = [el("span", {}), el("i", { class: "ramp" }), el("span", {})];
   const { line, mark } = curve(values);

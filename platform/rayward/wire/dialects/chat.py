@@ -13,7 +13,7 @@ from pydantic import WithJsonSchema
 
 from rayward.errors import RaywardError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, conversation_items, own_model
+from rayward.wire.dialects.reading import Form, ObjectList, Peer, conversation_items, own_model
 from rayward.wire.dialects.replies import OPENAI_STATUSES, body, flat_rewards, label, openai_error, output_names, usage
 from rayward.wire.rules import Limits
 
@@ -48,7 +48,7 @@ class ChatRequest(Peer):
 
     messages: Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "object"}, "minItems": 2})]
     model: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: ObjectList | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     n: Literal[1] | None = None
 

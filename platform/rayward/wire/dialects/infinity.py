@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, own_model, pair_items, text_items
+from rayward.wire.dialects.reading import Form, Peer, TextList, own_model, pair_items, text_items
 from rayward.wire.dialects.replies import OPENAI_STATUSES, body, flat_rewards, label, openai_error, ranked, sigmoid, usage
 from rayward.wire.rules import Limits
 
@@ -19,7 +19,7 @@ from rayward.wire.rules import Limits
 class ClassifyRequest(Peer):
     """Of `/classify`."""
 
-    input: list[str]
+    input: TextList
     model: str = "default/not-specified"
     raw_scores: bool = False
 
@@ -28,7 +28,7 @@ class RerankRequest(Peer):
     """Of `/rerank`."""
 
     query: str
-    documents: list[str]
+    documents: TextList
     model: str = "default/not-specified"
     raw_scores: bool = False
     return_documents: bool = False

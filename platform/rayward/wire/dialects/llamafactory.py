@@ -8,7 +8,7 @@ Each message is a whole text, decoded with its special tokens.
 from __future__ import annotations
 
 from rayward.wire.dialect import Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, own_model, text_items
+from rayward.wire.dialects.reading import Form, Peer, TextList, own_model, text_items
 from rayward.wire.dialects.replies import OPENAI_STATUSES, body, detail_error, flat_rewards
 from rayward.wire.rules import Limits
 
@@ -20,7 +20,7 @@ class EvaluationRequest(Peer):
     """What its server takes."""
 
     model: str
-    messages: list[str]
+    messages: TextList
 
 
 FORM = Form(EvaluationRequest, refused={"max_length": "texts are never cut; one that is too long is an error"})

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from rayward.errors import RuleError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, check_depth, group_items, read_object
+from rayward.wire.dialects.reading import Form, ObjectList, Peer, check_depth, group_items, read_object
 from rayward.wire.dialects.replies import body, detail_error, flat_rewards, output_names, taken_as
 from rayward.wire.rules import Limits
 
@@ -30,8 +30,8 @@ class VerifyRequest(Peer):
 class CompareRequest(Peer):
     """Of `/compare`."""
 
-    conversation_history: list[dict[str, Any]]
-    response_objs: list[dict[str, Any]]
+    conversation_history: ObjectList
+    response_objs: ObjectList
 
 
 VERIFY = Form(VerifyRequest, refused={"principle": PRINCIPLE}, others="keep")

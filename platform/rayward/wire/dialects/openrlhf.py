@@ -12,7 +12,7 @@ from typing import Any
 
 from rayward.errors import RuleError
 from rayward.wire.dialect import Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, text_items
+from rayward.wire.dialects.reading import Form, Peer, TextList, text_items
 from rayward.wire.dialects.replies import body, detail_error, flat_rewards, output_names
 from rayward.wire.rules import Limits
 
@@ -20,8 +20,8 @@ from rayward.wire.rules import Limits
 class RewardRequest(Peer):
     """What its client sends."""
 
-    query: list[str]
-    prompts: list[str] | None = None
+    query: TextList
+    prompts: TextList | None = None
 
 
 FORM = Form(RewardRequest, without_effect=frozenset({"labels"}))

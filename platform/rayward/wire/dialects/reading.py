@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayward.contract.conversation import broken_by_text, strings_in
 from rayward.errors import RuleError
@@ -25,7 +25,12 @@ class Peer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+TextList = Annotated[list[str], Field(fail_fast=True)]
+"""The first element that is no text is said, and not the millions after it."""
+ObjectList = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+
 Request = TypeVar("Request", bound=Peer)
+_MAX_ID = 2**31 - 1
 _ID = re.compile(r"[!-~]{1,200}")
 _SCHEMA_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
 
@@ -46,7 +51,7 @@ class Form(Generic[Request]):
     without_effect: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, str] = field(default_factory=dict)
-    others: str = "refuse"
+    others: Literal["refuse", "keep"] = "refuse"
 
     def read(self, body: bytes, limits: Limits) -> Request:
         """The fields of a body.
@@ -64,12 +69,13 @@ class Form(Generic[Request]):
         for name, reason in self.refused.items():
             if raw.get(name):
                 _refuse_option(name, reason)
-        passed = self.without_effect | self.refused.keys()
-        rest = {name: value for name, value in raw.items() if name not in passed}
-        if self.others == "keep":
-            rest = {name: value for name, value in rest.items() if name in self.fields.model_fields}
+        own, passed = self.fields.model_fields, self.without_effect | self.refused.keys()
+        if self.others == "refuse":
+            for name in raw:
+                if name not in own and name not in passed:
+                    raise RuleError("unknown_field", f"{name[:80]}: no field of this path", remedy=f"the fields are {', '.join(own)}")
         try:
-            return self.fields.model_validate(rest)
+            return self.fields.model_validate({name: raw[name] for name in own if name in raw})
         except ValidationError as exc:
             self._raise(exc)
 
@@ -88,8 +94,8 @@ class Form(Generic[Request]):
     def _raise(self, exc: ValidationError) -> NoReturn:
         first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:200] or "the body"
-        names = ", ".join(self.fields.model_fields)
-        raise RuleError(_SCHEMA_CODES.get(first["type"], "wrong_type"), f"{where}: {first['msg']}", remedy=f"the fields are {names}")
+        code = _SCHEMA_CODES.get(first["type"], "wrong_type")
+        raise RuleError(code, f"{where}: {first['msg']}", remedy=f"the fields are {', '.join(self.fields.model_fields)}")
 
 
 def read_object(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -142,15 +148,12 @@ def texts_of(value: object, name: str) -> list[str]:
     """One text or a list of texts, as a list.
 
     Raises:
-        RuleError: it is something else; token ids are named as such.
+        RuleError: it is something else.
     """
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):
-        if all(isinstance(each, str) for each in value):
-            return value
-        if all(isinstance(each, int) or (isinstance(each, list) and all(isinstance(part, int) for part in each)) for each in value):
-            raise RuleError("unsupported_option", f"{name}: token ids are not scored here; the contract tokenizes", remedy="send texts")
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return value
     raise RuleError("wrong_type", f"{name}: Input should be a text or a list of texts", remedy=f"send {name} as texts")
 
 
@@ -182,6 +185,37 @@ def text_items(
         begins = bool(prompt) and prompt != text and text.startswith(prompt or "")
         items.append(ScoreItem((), (text,), form="text", prompt_text=prompt if begins else None, trace=trace))
     return tuple(items)
+
+
+def input_items(value: object, limits: Limits, name: str, *, trace: bool = False) -> tuple[ScoreItem, ...]:
+    """One text or several, or the token ids of one or of several, as one item each; raises as `text_items` and `id_items`."""
+    if isinstance(value, list) and value and all(type(each) is int for each in value):
+        return id_items([value], limits, name, trace=trace)
+    if isinstance(value, list) and value and all(isinstance(each, list) for each in value):
+        return id_items(value, limits, name, trace=trace)
+    return text_items(texts_of(value, name), limits, name, trace=trace)
+
+
+def id_items(rows: Sequence[Sequence[Any]], limits: Limits, name: str, *, trace: bool = False) -> tuple[ScoreItem, ...]:
+    """Finished texts as token ids, as one item each.
+
+    Raises:
+        RuleError: there are too many, or one is empty, too long, or no list of ids.
+    """
+    _check_count(len(rows), limits, name)
+    for index, row in enumerate(rows):
+        if not row:
+            raise RuleError("empty_completion", f"{name}[{index}] is empty", remedy="send token ids, or leave it out", item=index)
+        if len(row) > limits.max_chars_per_text:
+            raise RuleError(
+                "text_too_long",
+                f"{name}[{index}] has {len(row)} token ids; the limit is {limits.max_chars_per_text}",
+                remedy="shorten it; the model's own token limit is lower still",
+                item=index,
+            )
+        if not all(type(each) is int and 0 <= each <= _MAX_ID for each in row):
+            raise RuleError("wrong_type", f"{name}[{index}] holds what is no token id", remedy="send integers from 0 on", item=index)
+    return tuple(ScoreItem((), ("",), form="tokens", token_ids=tuple(row), trace=trace) for row in rows)
 
 
 def _check_count(number: int, limits: Limits, name: str) -> None:

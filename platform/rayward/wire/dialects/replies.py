@@ -21,6 +21,8 @@ Endianness: TypeAlias = Literal["native", "big", "little"]
 
 OPENAI_STATUSES: Mapping[int, int] = {422: 400}
 """Of servers that answer 400 to whatever is wrong with a request."""
+ENGINE_STATUSES: Mapping[int, int] = {**OPENAI_STATUSES, 429: 503}
+"""Of inference engines: verl, which calls them, gives up at any 4xx, and tries again after a 503."""
 _OPENAI_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -125,9 +127,9 @@ def message_of(error: RaywardError) -> str:
     return f"{error.problem}; {error.remedy}".replace("\n", " ")
 
 
-def openai_error(status: int, error: RaywardError, code: str) -> JSON:
-    """The shape of OpenAI's, vLLM's and infinity's errors; our own code ends the message."""
-    status = OPENAI_STATUSES.get(status, status)
+def openai_error(status: int, error: RaywardError, code: str, *, statuses: Mapping[int, int] = OPENAI_STATUSES) -> JSON:
+    """The shape of OpenAI's, vLLM's and infinity's errors, which repeat the status; our own code ends the message."""
+    status = statuses.get(status, status)
     kind = _OPENAI_TYPES.get(status, "InternalServerError")
     return {"error": {"message": f"{message_of(error)} [{code}]", "type": kind, "param": None, "code": status}}
 

@@ -13,9 +13,9 @@ from pydantic import Field, WithJsonSchema
 
 from rayward.errors import RaywardError, RuleError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, own_model, pair_items, request_id_of, text_items, texts_of
+from rayward.wire.dialects.reading import Form, Peer, TextList, input_items, own_model, pair_items, request_id_of, text_items, texts_of
 from rayward.wire.dialects.replies import (
-    OPENAI_STATUSES,
+    ENGINE_STATUSES,
     body,
     flat_rewards,
     float32_base64,
@@ -25,7 +25,7 @@ from rayward.wire.dialects.replies import (
     ranked,
     usage,
 )
-from rayward.wire.dialects.vllm import LIST, USAGE, Texts, classified
+from rayward.wire.dialects.vllm import IDS, LIST, USAGE, Inputs, Texts, classified
 from rayward.wire.items import ScoreItem
 from rayward.wire.rules import Limits
 
@@ -36,7 +36,6 @@ REFUSED: Mapping[str, str] = {
     "video_data": MEDIA,
     "audio_data": MEDIA,
     "modalities": MEDIA,
-    "input_ids": "token ids are not scored here; the contract tokenizes",
     "input_embeds": "embeddings are not scored",
     "dimensions": "a reward has one",
     "lora_path": "adapters are published as versions",
@@ -58,9 +57,10 @@ Pairs = Annotated[
 
 
 class NativeRequest(Peer):
-    """Of `/classify`: a text, texts, or pairs of them for a cross encoder."""
+    """Of `/classify`: a text, texts, or pairs of them for a cross encoder; or token ids."""
 
-    text: Pairs
+    text: Pairs = None
+    input_ids: Annotated[Any, WithJsonSchema({"anyOf": [IDS, {"type": "array", "items": IDS}]})] = None
     model: str | None = None
     rid: Texts = None
     is_cross_encoder_request: bool = False
@@ -69,7 +69,7 @@ class NativeRequest(Peer):
 class ClassifyRequest(Peer):
     """Of `/v1/classify`."""
 
-    input: Texts
+    input: Inputs
     model: str | None = None
     rid: Texts = None
 
@@ -84,7 +84,7 @@ class RerankRequest(Peer):
     """Of `/v1/rerank`."""
 
     query: str
-    documents: list[str]
+    documents: TextList
     model: str | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = True
@@ -124,6 +124,13 @@ def _ids(rid: Any, number: int) -> tuple[str | None, list[str] | None]:
 
 def _native_items(asked: NativeRequest, limits: Limits) -> tuple[ScoreItem, ...]:
     text = asked.text
+    if (text is None) == (asked.input_ids is None):
+        given = "neither" if text is None else "both"
+        raise RuleError("wrong_type", f"the request has {given} of text and input_ids; the rule is one", remedy="send text or input_ids")
+    if text is None:
+        if isinstance(asked.input_ids, str) or (isinstance(asked.input_ids, list) and any(isinstance(i, str) for i in asked.input_ids)):
+            raise RuleError("wrong_type", "input_ids: Input should be token ids", remedy="send texts as text")
+        return input_items(asked.input_ids, limits, "input_ids")
     if isinstance(text, list) and text and all(isinstance(each, list) for each in text):
         if not all(len(each) == 2 and all(isinstance(part, str) for part in each) for each in text):
             raise RuleError("wrong_type", "text: a pair is a list of two texts", remedy="send [[query, document], ...]")
@@ -154,13 +161,15 @@ def parse_native(request: bytes, limits: Limits) -> Call:
     """Texts or pairs; one text given as such gets one object back, a list a list."""
     asked = NATIVE.read(request, limits)
     items = _native_items(asked, limits)
-    request_id, ids = _ids(asked.rid, sum(len(item.completions) for item in items))
+    request_id, own_ids = _ids(asked.rid, sum(len(item.completions) for item in items))
 
     def render(answered: Answered) -> Body:
         rows = [{"embedding": [r], "meta_info": info} for r, info in zip(flat_rewards(answered), meta(answered), strict=True)]
-        for row, own in zip(rows, ids or (), strict=False):
+        for row, own in zip(rows, own_ids or (), strict=False):
             row["meta_info"]["id"] = own  # type: ignore[index]
-        return body(rows[0] if isinstance(asked.text, str) else rows, answered)
+        ids = asked.input_ids
+        single = isinstance(asked.text, str) or (isinstance(ids, list) and isinstance(ids[0], int))
+        return body(rows[0] if single else rows, answered)
 
     return Call(items, render, model=own_model(asked.model), request_id=request_id)
 
@@ -168,14 +177,14 @@ def parse_native(request: bytes, limits: Limits) -> Call:
 def parse_classify(request: bytes, limits: Limits) -> Call:
     """Texts; the reply is vLLM's."""
     asked = CLASSIFY.read(request, limits)
-    items = text_items(texts_of(asked.input, "input"), limits, "input")
+    items = input_items(asked.input, limits, "input")
     return Call(items, classified, model=own_model(asked.model), request_id=_ids(asked.rid, len(items))[0])
 
 
 def parse_embeddings(request: bytes, limits: Limits) -> Call:
     """Texts, whose rewards are vectors of one value."""
     asked = EMBEDDINGS.read(request, limits)
-    items = text_items(texts_of(asked.input, "input"), limits, "input")
+    items = input_items(asked.input, limits, "input")
 
     def render(answered: Answered) -> Body:
         rows = [
@@ -211,7 +220,7 @@ def native_error(status: int, error: RaywardError, code: str) -> JSON:
 
 def v1_error(status: int, error: RaywardError, code: str) -> JSON:
     """Of its OpenAI-like paths: flat, and the same nested, which OpenAI's client reads."""
-    nested = openai_error(status, error, code)
+    nested = openai_error(status, error, code, statuses=ENGINE_STATUSES)
     return {"object": "error", **nested["error"], **nested}
 
 
@@ -234,7 +243,7 @@ def _route(
         request=form.schema(),
         reply=reply,
         methods=tuple(methods),
-        statuses=OPENAI_STATUSES,
+        statuses=ENGINE_STATUSES,
     )
 
 

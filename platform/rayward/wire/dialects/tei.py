@@ -12,7 +12,7 @@ from pydantic import WithJsonSchema
 
 from rayward.errors import OverloadedError, RaywardError, RuleError, UnavailableError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, pair_items, text_items
+from rayward.wire.dialects.reading import Form, Peer, TextList, pair_items, text_items
 from rayward.wire.dialects.replies import body, flat_rewards, label, message_of, ranked, sigmoid
 from rayward.wire.items import ScoreItem
 from rayward.wire.rules import Limits
@@ -49,7 +49,7 @@ class RerankRequest(_Common):
     """Of `/rerank`."""
 
     query: str
-    texts: list[str]
+    texts: TextList
     return_text: bool = False
 
 

@@ -1,6 +1,7 @@
 """NeMo-Aligner's reward server: KServe's protocol v2 over HTTP, as PyTriton's client speaks it to the model `reward_model`.
 
-    inputs   sentences, BYTES [batch, 1]: whole texts
+    inputs   sentences, BYTES [batch, 1]: whole texts; or
+             tokens, INT64 [batch, length], and sequence_lengths, INT64 [batch, 1]: as many ids of each row
     outputs  rewards, FP32 [batch, 1]
 
 Tensors stand in the JSON or, with `binary_data_size`, behind it in one body; so does the reply's when it is asked for in binary. PyTriton's
@@ -19,8 +20,9 @@ from pydantic import Field
 
 from rayward.errors import RaywardError, RuleError
 from rayward.wire.dialect import JSON, Answered, Body, Call, Route
-from rayward.wire.dialects.reading import Form, Peer, check_characters, request_id_of, text_items
+from rayward.wire.dialects.reading import Form, Peer, check_characters, id_items, request_id_of, text_items
 from rayward.wire.dialects.replies import OPENAI_STATUSES, body, flat_rewards, float32_bytes, message_of
+from rayward.wire.items import ScoreItem
 from rayward.wire.rules import Limits, body_too_large, decode, has_escapes
 
 MODEL = "reward_model"
@@ -33,7 +35,7 @@ class Tensor(Peer):
 
     name: str
     datatype: str
-    shape: list[Annotated[int, Field(ge=0, le=2**31)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, max_length=2, fail_fast=True)]
     data: list[Any] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
@@ -48,9 +50,9 @@ class Wanted(Peer):
 class InferRequest(Peer):
     """The JSON of a request."""
 
-    inputs: list[Tensor]
+    inputs: Annotated[list[Tensor], Field(fail_fast=True)]
     id: str | None = None
-    outputs: list[Wanted] | None = None
+    outputs: Annotated[list[Wanted], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     def in_binary(self) -> bool:
@@ -63,10 +65,16 @@ class InferRequest(Peer):
 
 
 FORM = Form(InferRequest)
+INPUTS = (
+    ("sentences", "BYTES", "TYPE_STRING", [-1]),
+    ("tokens", "INT64", "TYPE_INT64", [-1]),
+    ("sequence_lengths", "INT64", "TYPE_INT64", [-1]),
+)
+"""Name, type in requests, type in the model's configuration, shape without the batch."""
 
 
 def parse_infer(request: bytes, limits: Limits) -> Call:
-    """Sentences as whole texts."""
+    """Sentences as whole texts, or rows of token ids."""
     if len(request) > limits.max_body_bytes:
         body_too_large(len(request), limits)
     header, binary = _split(request)
@@ -77,8 +85,7 @@ def parse_infer(request: bytes, limits: Limits) -> Call:
         check_characters(raw)
     asked = FORM.read_value(raw)
     in_binary = asked.in_binary()
-    sentences = _sentences(asked.inputs, binary, limits)
-    items = text_items(sentences, limits, "sentences")
+    items = _items(_tensors(asked.inputs, binary), limits)
     return Call(items, lambda answered: _rewards(answered, asked.id, in_binary), request_id=request_id_of(asked.id or None, "id"))
 
 
@@ -91,41 +98,65 @@ def _split(request: bytes) -> tuple[bytes, bytes]:
     return request[:end], request[end:]
 
 
-def _sentences(inputs: Sequence[Tensor], binary: bytes, limits: Limits) -> list[str]:
-    start, found = 0, None
+def _tensors(inputs: Sequence[Tensor], binary: bytes) -> dict[str, tuple[Tensor, bytes | None]]:
+    # Each input with its part of what stands behind the JSON.
+    start, found = 0, {}
     for tensor in inputs:
+        kind = next((kind for name, kind, _, _ in INPUTS if name == tensor.name), None)
+        if kind != tensor.datatype or tensor.name in found:
+            rule = ", ".join(f"{name} of type {kind}" for name, kind, _, _ in INPUTS)
+            _refuse(f"input {tensor.name[:40]!r} of type {tensor.datatype[:20]!r}; the rule is {rule}, each once", "send sentences")
         size = tensor.parameters.get("binary_data_size")
         if size is not None and (type(size) is not int or not 0 <= size <= len(binary) - start):
-            _refuse(f"input {tensor.name[:40]!r} says {str(size)[:20]} bytes; {len(binary) - start} stand behind the JSON", "send them all")
-        part = None if size is None else binary[start : start + size]
+            _refuse(f"input {tensor.name!r} says {str(size)[:20]} bytes; {len(binary) - start} stand behind the JSON", "send them all")
+        found[tensor.name] = (tensor, None if size is None else binary[start : start + size])
         start += size or 0
-        if tensor.name in ("tokens", "sequence_lengths"):
-            _refuse(f"input {tensor.name!r}: token ids are not scored here; the contract tokenizes", "send sentences", "unsupported_option")
-        if tensor.name != "sentences" or tensor.datatype != "BYTES":
-            _refuse(f"input {tensor.name[:40]!r} of type {tensor.datatype[:20]!r}; the rule is sentences of type BYTES", "send sentences")
-        found = _texts(tensor, part, limits)
-    if start != len(binary.strip(b" \t\r\n")) and start != len(binary):
+    if binary[start:].strip(b" \t\r\n"):
         _refuse(f"{len(binary) - start} bytes behind the JSON belong to no input", "give binary_data_size for each input in binary")
-    if found is None:
-        _refuse("inputs holds no sentences", "send sentences", "missing_field")
     return found
+
+
+def _items(tensors: dict[str, tuple[Tensor, bytes | None]], limits: Limits) -> tuple[ScoreItem, ...]:
+    if set(tensors) == {"sentences"}:
+        return text_items(_texts(*tensors["sentences"], limits), limits, "sentences")
+    if set(tensors) != {"tokens", "sequence_lengths"}:
+        names = ", ".join(sorted(tensors)) or "none"
+        _refuse(f"inputs are {names}; the rule is sentences, or tokens and sequence_lengths", "send sentences", "missing_field")
+    tokens, lengths = tensors["tokens"], tensors["sequence_lengths"]
+    shape, count = tokens[0].shape, lengths[0].shape
+    if len(shape) != 2 or prod(count) != shape[0] or count[0] != shape[0]:
+        _refuse(f"tokens has shape {shape} and sequence_lengths {count}; the rule is [batch, length] and [batch, 1]", "send both so")
+    width, flat, used = shape[1], _integers(*tokens), _integers(*lengths)
+    if any(not 0 < length <= width for length in used):
+        _refuse(f"sequence_lengths has a length outside 1 to {width}", "send the number of ids in each row")
+    return id_items([flat[row * width : row * width + length] for row, length in enumerate(used)], limits, "tokens")
+
+
+def _integers(tensor: Tensor, part: bytes | None) -> list[int]:
+    number = prod(tensor.shape)
+    if part is not None:
+        if len(part) != 8 * number:
+            _refuse(f"{tensor.name} has {len(part)} bytes for shape {tensor.shape}; the rule is 8 for each", "send them all")
+        return list(struct.unpack(f"<{number}q", part))
+    flat = [value for row in tensor.data or () for value in (row if isinstance(row, list) else [row])]
+    if len(flat) != number or not all(type(value) is int for value in flat):
+        _refuse(f"{tensor.name} has {len(flat)} elements for shape {tensor.shape}; the rule is as many integers", "send them all")
+    return flat
 
 
 def _texts(tensor: Tensor, part: bytes | None, limits: Limits) -> list[str]:
     number = prod(tensor.shape)
-    if not tensor.shape or len(tensor.shape) > 2 or number != tensor.shape[0]:
-        _refuse(f"sentences has shape {tensor.shape[:8]}; the rule is [batch, 1]", "send one sentence a row")
+    if number != tensor.shape[0]:
+        _refuse(f"sentences has shape {tensor.shape}; the rule is [batch, 1]", "send one sentence a row")
     if number > limits.max_items:
         _refuse(f"sentences has {number} texts; the limit is {limits.max_items}", "split them over several requests", "too_many_items")
     if part is not None:
         texts = _strings(part)
+        check_characters(texts)
     else:
-        rows = tensor.data or []
-        texts = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
+        texts = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in tensor.data or ()]
     if len(texts) != number or not all(isinstance(text, str) for text in texts):
         _refuse(f"sentences has {len(texts)} elements for shape {tensor.shape}; the rule is as many texts", "send them all")
-    if part is not None:
-        check_characters(texts)
     return texts
 
 
@@ -168,12 +199,11 @@ def error_body(status: int, error: RaywardError, code: str) -> JSON:
     return {"error": f"{message_of(error)} [{code}]"}
 
 
-_INPUTS = (("sentences", "BYTES", "TYPE_STRING"),)
 METADATA: JSON = {
     "name": MODEL,
     "versions": ["1"],
     "platform": "rayward",
-    "inputs": [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind, _ in _INPUTS],
+    "inputs": [{"name": name, "datatype": kind, "shape": [-1, *shape]} for name, kind, _, shape in INPUTS],
     "outputs": [{"name": "rewards", "datatype": "FP32", "shape": [-1, 1]}],
 }
 CONFIG: JSON = {
@@ -182,7 +212,7 @@ CONFIG: JSON = {
     "backend": "rayward",
     # A number of rows that PyTriton's client takes for "batches"; the limit of a request is ours.
     "max_batch_size": 9_999_999,
-    "input": [{"name": name, "data_type": kind, "dims": ["1"]} for name, _, kind in _INPUTS],
+    "input": [{"name": name, "data_type": kind, "dims": list(map(str, shape)), "optional": True} for name, _, kind, shape in INPUTS],
     "output": [{"name": "rewards", "data_type": "TYPE_FP32", "dims": ["1"]}],
 }
 _OBJECT: JSON = {"type": "object"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
@@ -18,14 +19,14 @@ from rayward.wire.dialects.reading import (
     Form,
     Peer,
     conversation_items,
+    input_items,
     own_model,
     pair_items,
     request_id_of,
-    text_items,
     texts_of,
 )
 from rayward.wire.dialects.replies import (
-    OPENAI_STATUSES,
+    ENGINE_STATUSES,
     Endianness,
     body,
     flat_rewards,
@@ -40,6 +41,11 @@ from rayward.wire.items import ScoreItem
 from rayward.wire.rules import Limits
 
 Texts = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]
+IDS = {"type": "array", "items": {"type": "integer"}}
+Inputs = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, IDS, {"type": "array", "items": IDS}]}),
+]
 Messages = Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "object"}})]
 
 WITHOUT_EFFECT = frozenset({"user", "priority", "cache_salt", "truncation_side", "use_activation", "activation", "softmax"})
@@ -83,13 +89,13 @@ class _Common(Peer):
 class ClassifyRequest(_Common):
     """Of `/classify`: one of input and messages."""
 
-    input: Texts = None
+    input: Inputs = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def items(self, limits: Limits, *, trace: bool = False) -> tuple[ScoreItem, ...]:
-        """Texts as they are, or one conversation."""
+        """Texts or token ids as they are, or one conversation."""
         if (self.input is None) == (self.messages is None):
             given = "both" if self.messages is not None else "neither"
             raise RuleError(
@@ -98,7 +104,7 @@ class ClassifyRequest(_Common):
         if self.messages is None:
             if self.chat_template_kwargs:
                 raise RuleError("unsupported_option", "chat_template_kwargs: input goes through no template", remedy="send messages")
-            return text_items(texts_of(self.input, "input"), limits, "input", trace=trace)
+            return input_items(self.input, limits, "input", trace=trace)
         if self.add_special_tokens:
             raise RuleError(
                 "unsupported_option",
@@ -322,10 +328,10 @@ def _route(path: str, summary: str, parse: Callable[[bytes, Limits], Call], form
         dialect="vllm",
         summary=summary,
         parse=parse,
-        error=openai_error,
+        error=partial(openai_error, statuses=ENGINE_STATUSES),
         request=form.schema(),
         reply=reply,
-        statuses=OPENAI_STATUSES,
+        statuses=ENGINE_STATUSES,
     )
 
 

@@ -27,6 +27,12 @@ def test_native_classify_of_a_list_is_a_list() -> None:
     assert parsed("/classify", {"text": "a", "rid": "mine"}).request_id == "mine"
 
 
+def test_token_ids_are_scored_as_they_are() -> None:
+    assert post("/classify", {"input_ids": [1, 2]}, 1.5)["embedding"] == [1.5]
+    assert [row["embedding"] for row in post("/classify", {"input_ids": [[1, 2], [3]]}, 1.5, 2.5)] == [[1.5], [2.5]]
+    assert [item.token_ids for item in parsed("/v1/embeddings", {"input": [[1, 2], [3]]}).items] == [(1, 2), (3,)]
+
+
 def test_native_classify_of_pairs() -> None:
     reply = post("/classify", {"text": [["Q", "a"], ["Q", "b"]], "is_cross_encoder_request": True}, 1.0, 2.0)
     assert [row["embedding"] for row in reply] == [[1.0], [2.0]]
@@ -35,8 +41,11 @@ def test_native_classify_of_pairs() -> None:
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"input_ids": [1, 2], "text": TEXT}, "token ids"),
-        ({"input_ids": [1, 2]}, "input_ids: token ids"),
+        ({"input_ids": [1, 2], "text": TEXT}, "both of text and input_ids"),
+        ({"input_ids": None}, "neither of text and input_ids"),
+        ({"input_ids": "text"}, "input_ids: Input should be token ids"),
+        ({"input_ids": ["text"]}, "input_ids: Input should be token ids"),
+        ({"input_ids": []}, "input_ids is empty"),
         ({"text": TEXT, "image_data": ["x"]}, "images"),
         ({"text": TEXT, "dimensions": 8}, "dimensions"),
         ({"text": ["a", "b"], "rid": ["x"]}, "1 ids in rid for 2 texts"),
@@ -73,10 +82,10 @@ def test_openai_client_asks_for_base64_and_reads_float32() -> None:
 
 
 def test_v1_errors_are_flat_and_nested() -> None:
-    status, error = refusal("/v1/embeddings", {"input": [[1, 2]], "model": "m"})
+    status, error = refusal("/v1/embeddings", {"input": [[1, -2]], "model": "m"})
     assert status == 400
     assert (error["object"], error["code"], error["type"]) == ("error", 400, "BadRequestError")
-    assert "token ids" in error["message"]
+    assert "no token id" in error["message"]
     assert error["error"]["message"] == error["message"]
     assert refusal("/v1/embeddings", {"input": "a", "dimensions": 4})[0] == 400
 

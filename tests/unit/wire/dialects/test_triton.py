@@ -80,6 +80,22 @@ def test_tensors_in_json() -> None:
     assert "application/octet-stream" in route_of(PATH).media_types
 
 
+def tokens(rows: list[list[int]], lengths: list[Any], shape: list[int] | None = None) -> dict[str, Any]:
+    """What NeMo-Aligner's PPO actor sends: padded ids and how many of each row count."""
+    given = {"name": "tokens", "datatype": "INT64", "shape": shape or [len(rows), len(rows[0])], "data": rows}
+    return {"inputs": [given, {"name": "sequence_lengths", "datatype": "INT64", "shape": [len(lengths), 1], "data": lengths}]}
+
+
+def test_ppo_actor_sends_padded_token_ids() -> None:
+    request = tokens([[5, 6, 7], [8, 0, 0]], [3, 1])
+    assert [item.token_ids for item in parsed(PATH, request).items] == [(5, 6, 7), (8,)]
+    parts = [struct.pack("<6q", 5, 6, 7, 8, 0, 0), struct.pack("<2q", 3, 1)]
+    for given, part in zip(request["inputs"], parts, strict=True):
+        given["parameters"] = {"binary_data_size": len(part)}
+        del given["data"]
+    assert [item.token_ids for item in parsed(PATH, json.dumps(request).encode() + b"".join(parts)).items] == [(5, 6, 7), (8,)]
+
+
 def tensor(**fields: Any) -> dict[str, Any]:
     """A request of one input."""
     return {"inputs": [{"name": "sentences", "datatype": "BYTES", "shape": [1, 1], "data": ["a"], **fields}]}
@@ -88,22 +104,30 @@ def tensor(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        (tensor(name="tokens", datatype="INT64", data=[1]), "token ids are not scored here"),
+        (tensor(name="tokens", datatype="INT64", data=[1]), "inputs are tokens"),
+        (tokens([[1, 2]], [3]), "outside 1 to 2"),
+        (tokens([[1, 2]], [0]), "outside 1 to 2"),
+        (tokens([[1, -2]], [2]), "no token id"),
+        (tokens([[1, 2]], [2], shape=[1, 3]), "2 elements for shape [1, 3]"),
+        (tokens([[1, 2]], [2], shape=[2, 1]), "tokens has shape [2, 1] and sequence_lengths [1, 1]"),
+        (tokens([[1, 2]], [2.0]), "1 elements"),
+        ({"inputs": tokens([[1]], [1])["inputs"] * 2}, "each once"),
         (tensor(name="texts"), "'texts'"),
         (tensor(datatype="FP32"), "FP32"),
         (tensor(shape=[2, 1]), "1 elements for shape [2, 1]"),
         (tensor(shape=[1, 2]), "shape [1, 2]"),
-        (tensor(shape=[]), "shape []"),
+        (tensor(shape=[]), "at least 1 item"),
+        (tensor(shape=[2**31] * 5_000), "at most 2 items"),
         (tensor(shape=[0, 1], data=[]), "sentences is empty"),
         (tensor(shape=[-1, 1]), "shape"),
         (tensor(data=[3]), "sentences has"),
         (tensor(parameters={"binary_data_size": 5}), "0 stand behind the JSON"),
         (tensor(parameters={"binary_data_size": -5}), "stand behind the JSON"),
         (tensor(parameters={"binary_data_size": "x"}), "stand behind the JSON"),
-        ({"inputs": []}, "no sentences"),
+        ({"inputs": []}, "inputs are none"),
         (in_json(["a"], outputs=[{"name": "values"}]), "'values'"),
         (in_json(["a\x00"]), "NUL"),
-        (in_binary(TEXTS, size=3), "in the middle"),
+        (in_binary(["ab"], size=3)[:-3], "in the middle"),
         (in_binary(["a"]) + b"more", "belong to no input"),
         (in_binary(["a\x00b"]), "NUL"),
         (in_binary(["a"]).replace(b"\x01\x00\x00\x00a", b"\x01\x00\x00\x00\xff"), "no UTF-8"),
@@ -149,7 +173,11 @@ def test_config_is_what_pytritons_parser_needs() -> None:
     config = call.render(Scored([]).of(call)).content
     assert not isinstance(config, bytes)
     assert config["max_batch_size"] > 0, "else the client refuses infer_batch"
-    assert [(each["name"], each["data_type"], each["dims"]) for each in config["input"]] == [("sentences", "TYPE_STRING", ["1"])]
+    assert [(each["name"], each["data_type"], each["optional"]) for each in config["input"]] == [
+        ("sentences", "TYPE_STRING", True),
+        ("tokens", "TYPE_INT64", True),
+        ("sequence_lengths", "TYPE_INT64", True),
+    ]
     assert [(each["name"], each["data_type"], each["dims"]) for each in config["output"]] == [("rewards", "TYPE_FP32", ["1"])]
 
 

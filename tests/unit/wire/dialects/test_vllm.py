@@ -53,6 +53,13 @@ def test_messages_are_a_conversation_whose_last_turn_is_judged() -> None:
     assert post("/classify", {"messages": MESSAGES}, 0.5)["data"][0]["probs"] == [0.5]
 
 
+def test_token_ids_are_scored_as_they_are() -> None:
+    (item,) = parsed("/classify", {"input": [1, 5, 7]}).items
+    assert (item.form, item.token_ids, item.completions) == ("tokens", (1, 5, 7), ("",))
+    assert [item.token_ids for item in parsed("/pooling", {"input": [[1], [2, 3]]}).items] == [(1,), (2, 3)]
+    assert post("/classify", {"input": [[1], [2, 3]]}, 0.5, 1.5)["data"][1]["probs"] == [1.5]
+
+
 def test_a_tools_answer_stands_before_the_turn_that_is_judged() -> None:
     call = {
         "role": "assistant",
@@ -77,20 +84,25 @@ def test_a_tools_answer_stands_before_the_turn_that_is_judged() -> None:
         ({"chat_template_kwargs": {"a": 1}}, "goes through no template"),
         ({"messages": MESSAGES}, "both of input and messages"),
         ({"request_id": "a\r\nset-cookie: b"}, "request_id"),
-        ({"input": [1, 2, 3]}, "token ids"),
-        ({"input": [[1], [2]]}, "token ids"),
-        ({"input": [[]]}, "token ids"),
+        ({"input": [[]]}, "input[0] is empty"),
+        ({"input": [1, -2]}, "no token id"),
+        ({"input": [1, True]}, "input"),
+        ({"input": [[1], "a"]}, "input"),
+        ({"input": [[1], [2.5]]}, "input[1] holds what is no token id"),
+        ({"input": [2**31]}, "no token id"),
+        ({"input": [1] * 1001}, "1001 token ids"),
+        ({"input": [[1]] * 51}, "51 texts"),
         ({"input": []}, "input is empty"),
         ({"input": ["a", 1]}, "input"),
         ({"input": None}, "neither of input and messages"),
     ],
 )
-def test_what_would_change_a_score_is_refused_with_400(options: dict[str, Any], named: str) -> None:
+def test_what_would_change_a_score_is_refused_by_name(options: dict[str, Any], named: str) -> None:
     status, error = refusal("/classify", {"input": TEXT, **options})
-    assert status == 400
+    assert status == (413 if "1001" in named or "51 texts" in named else 400)
     assert named in error["error"]["message"]
     assert error["error"].keys() == {"message", "type", "param", "code"}
-    assert (error["error"]["type"], error["error"]["code"]) == ("BadRequestError", 400)
+    assert (error["error"]["type"], error["error"]["code"]) == ("BadRequestError", status)
 
 
 @pytest.mark.parametrize(
