@@ -198,11 +198,11 @@ class WaitingScorer:
     """`ScorerDeployment` around a `WaitingModel`."""
 
     def __init__(self) -> None:
-        from rayward.config.scoring import ReplicaConfig
-        from rayward.serving.engine.engine import Engine
-
         # Before the first forward, which would be measured as slow as this import is.
         import torch
+
+        from rayward.config.scoring import ReplicaConfig
+        from rayward.serving.engine.engine import Engine
 
         torch.set_num_threads(1)
         time.sleep(START_S)
