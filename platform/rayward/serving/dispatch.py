@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 
 from rayward.errors import DeadlineError, OverloadedError, RaywardError, ServerError, UnavailableError
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
-from rayward.serving.poison import Quarantine
+from rayward.serving.poison import Convictions, Quarantine
 from rayward.serving.routes import Choice, RouteTable
 from rayward.serving.shadow import Shadows
 from rayward.serving.tally import Tally
-from rayward.serving.view import Handles, ReadTable, ScorerHandle, TableView
+from rayward.serving.view import REFRESH_S, Handles, ReadTable, ScorerHandle, TableView
 from rayward.wire.dialect import Timings
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
 from rayward.wire.native import ModelInfo
@@ -114,6 +114,7 @@ class Dispatcher:
         clock: monotonic seconds.
         sleep, jitter: between tries.
         quarantine: what is known of items that kill replicas.
+        convictions: where other ingresses of the application read it; None: there are none.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Dispatcher:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
         quarantine: Quarantine | None = None,
+        convictions: Convictions | None = None,
     ) -> None:
         self._view = TableView(read, handles, clock)
         self._handles = handles
@@ -134,6 +136,7 @@ class Dispatcher:
         self._sleep = sleep
         self._jitter = jitter
         self._quarantine = quarantine or Quarantine(clock)
+        self._convictions = convictions
         self._tally = Tally()
         self._shadows = Shadows(self._tally)
         # Suspects of one version go through one by one, so that a death has one cause.
@@ -141,11 +144,15 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Read the table every second, until cancelled."""
-        await self._view.run(self._sleep)
+        while True:
+            await self.refresh()
+            await self._sleep(REFRESH_S)
 
     async def refresh(self) -> None:
-        """Read the table now."""
+        """Read the table now, and what other ingresses know of poisonous items."""
         await self._view.refresh()
+        if self._convictions is not None:
+            self._quarantine.hear(await asyncio.to_thread(self._convictions.exchange, self._quarantine.untold()))
 
     @property
     def table(self) -> RouteTable | None:

@@ -5,11 +5,19 @@ One death makes suspects of all that were there; a second one, of an item that w
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+
+import pyarrow as pa
+import pyarrow.fs as pafs
 
 from rayward.schema import digest
+from rayward.storage import resolve, write_text
 from rayward.wire.items import ScoreItem
+
+logger = logging.getLogger("ray.serve")
 
 HOLD_S = 600.0
 """How long an item is suspected, or refused, after the last death that it was there at."""
@@ -39,6 +47,7 @@ class Quarantine:
         # Content hash -> when it is forgotten, in that order.
         self._suspects: OrderedDict[str, float] = OrderedDict()
         self._convicts: OrderedDict[str, float] = OrderedDict()
+        self._untold: list[str] = []
 
     @property
     def num_convicts(self) -> int:
@@ -69,12 +78,27 @@ class Quarantine:
     def convict(self, item: ScoreItem) -> None:
         """It was alone when a replica died, after another had died of its company."""
         name = content_hash(item)
-        self._suspects.pop(name, None)
-        self._remember(self._convicts, name)
+        self._untold.append(name)
+        self._convict(name)
+
+    def untold(self) -> list[str]:
+        """Hashes that were convicted here since the last call."""
+        told, self._untold = self._untold, []
+        return told
+
+    def hear(self, names: Collection[str]) -> None:
+        """Hashes that were convicted elsewhere."""
+        for name in names:
+            if name not in self._convicts:
+                self._convict(name)
 
     def clear(self, item: ScoreItem) -> None:
         """It was answered alone: it was no cause."""
         self._suspects.pop(content_hash(item), None)
+
+    def _convict(self, name: str) -> None:
+        self._suspects.pop(name, None)
+        self._remember(self._convicts, name)
 
     def _remember(self, book: OrderedDict[str, float], name: str) -> None:
         book[name] = self._clock() + self._hold_s
@@ -87,3 +111,45 @@ class Quarantine:
         for book in (self._suspects, self._convicts):
             while book and next(iter(book.values())) <= now:
                 book.popitem(last=False)
+
+
+class Convictions:
+    """What the ingresses of one application tell each other: an empty file for each content, named by its hash and when it is forgotten.
+
+    Args:
+        location: directory or URI.
+        now: seconds since 1970; of several machines, whose clocks may differ by little of `HOLD_S`.
+    """
+
+    def __init__(self, location: str, *, now: Callable[[], float] = time.time) -> None:
+        self._filesystem, self._root = resolve(location)
+        self._now = now
+
+    def exchange(self, names: Collection[str]) -> set[str]:
+        """Add hashes; all that are there. Storage that does not answer is logged: this process goes on by what it knows."""
+        try:
+            for name in names:
+                write_text(self._filesystem, f"{self._root}/{name}-{self._now() + HOLD_S:.0f}", "")
+            return self._read()
+        except (OSError, pa.ArrowException) as exc:
+            logger.warning("what other ingresses know of poisonous items cannot be read or told (%s)", exc)
+            return set(names)
+
+    def _read(self) -> set[str]:
+        found = set()
+        for info in self._filesystem.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
+            name, _, until = info.base_name.rpartition("-")
+            if not name or not until.isdecimal():
+                continue
+            if int(until) > self._now():
+                found.add(name)
+            else:
+                self._forget(info.path)
+        return found
+
+    def _forget(self, path: str) -> None:
+        try:
+            self._filesystem.delete_file(path)
+        except FileNotFoundError:
+            # Another ingress was faster.
+            return

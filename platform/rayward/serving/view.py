@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from rayward.errors import RaywardError, UnavailableError
@@ -75,12 +75,6 @@ class TableView:
         """Since it was read; infinite before."""
         return self._clock() - self._read_at
 
-    async def run(self, sleep: Callable[[float], Awaitable[None]]) -> None:
-        """Read the table every second, until cancelled."""
-        while True:
-            await self.refresh()
-            await sleep(REFRESH_S)
-
     async def refresh(self, *, not_older_than_s: float = -1.0) -> None:
         """Read the table now, unless it was read so lately. While storage does not answer, the last one stands."""
         async with self._reading:
@@ -93,6 +87,9 @@ class TableView:
                 logger.warning("the table of routes cannot be read (%s: %s); the last one stands", type(exc).__name__, exc)
                 return
             self._read_at = self._clock()
+            if table is not None and not table.generation and self._table is not None:
+                # A file that has gone is no word of the manager's.
+                table = None
             if table is not None and (self._table is None or table.generation != self._table.generation):
                 self._table = table
                 known = {(model, version) for model, routes in table.models.items() for version in routes.releases}

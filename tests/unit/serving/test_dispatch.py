@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from rayward.config.scoring import ReplicaConfig
 from rayward.errors import DeadlineError, OverloadedError, RaywardError, RuleError, ServerError, UnavailableError, VersionError
 from rayward.serving.calls import ScoreCall, ScoredCall
 from rayward.serving.dispatch import DEATHS, POISONED_ITEMS, QUARANTINED, REPEATS, REQUESTS, Dispatcher, ReplicaDiedError
-from rayward.serving.poison import HOLD_S, Quarantine, content_hash
+from rayward.serving.poison import HOLD_S, Convictions, Quarantine, content_hash
 from rayward.serving.routes import Canary, ModelRoutes, Release, RouteTable
 from rayward.serving.shadow import (
     ABS_DIFFERENCE,
@@ -226,6 +227,20 @@ def test_while_storage_is_away_the_last_table_stands() -> None:
 
     assert rewards(run(go())) == [(1.0,)]
     assert cluster.dispatcher.ready()
+
+
+def test_a_table_whose_file_has_gone_stands_and_one_that_begins_anew_is_taken() -> None:
+    cluster = Cluster(table(generation=8), Scorers("v1"), Scorers("v2"))
+
+    async def go() -> list[str]:
+        versions = []
+        for now in (cluster.table, RouteTable(), table(current="v2", generation=1)):
+            cluster.table = now
+            await cluster.dispatcher.refresh()
+            versions.append((await cluster.score(item("a"))).version)
+        return versions
+
+    assert run(go()) == ["v1", "v1", "v2"]
 
 
 def test_without_a_table_nothing_is_ready_and_requests_are_told_to_retry() -> None:
@@ -494,3 +509,36 @@ def test_a_quarantine_forgets_the_oldest_first() -> None:
     assert quarantine.split([item("a"), item("b"), item("c")]) == ([0], [2], [1])
     clock.now += HOLD_S
     assert quarantine.split([item("b"), item("c")]) == ([0, 1], [], [])
+
+
+def test_what_one_ingress_found_out_the_others_know(tmp_path: Path) -> None:
+    now = [1000.0]
+    clusters = [Cluster(table(), Scorers("v1", dies_of("poison"))) for _ in range(2)]
+    for cluster in clusters:
+        cluster.dispatcher = Dispatcher(
+            cluster.read,
+            cluster,
+            clock=cluster.clock,
+            sleep=cluster.clock.sleep,
+            convictions=Convictions(str(tmp_path / "x"), now=lambda: now[0]),
+        )
+    first, second = clusters
+
+    async def go() -> list[str | None]:
+        found = codes(await first.score(item("poison")))
+        await first.dispatcher.refresh()
+        await second.dispatcher.refresh()
+        return found + codes(await second.score(item("poison"), item("a")))
+
+    assert run(go()) == ["poisoned", "poisoned", None]
+    assert second.count(DEATHS) == 0
+    assert len(second.scorers["v1"].calls) == 1
+    now[0] += HOLD_S + 1.0
+    assert Convictions(str(tmp_path / "x"), now=lambda: now[0]).exchange([]) == set()
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+def test_storage_that_is_away_costs_nobody_a_reply(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    told = Convictions(str(tmp_path / "file" / "x"))
+    assert told.exchange(["a"]) == {"a"}
