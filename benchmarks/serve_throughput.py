@@ -270,9 +270,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "items.jsonl")
         write_items(source, file, 256)
-        items = {str(size): make_items(file, size, max(48, args.completions // size)) for size in SIZES}
+        items = {str(size): make_items(file, size, max(32, args.completions // size)) for size in SIZES}
         spec = {
-            "model": model, "items": items, "texts": {size: texts_of(model, given) for size, given in items.items()}, "warm_up": 16,
+            "model": model, "items": items, "texts": {size: texts_of(model, given) for size, given in items.items()}, "warm_up": 8,
             "threads": args.threads, "budget": args.tokens_per_batch, "device": args.device, "state": str(Path(scratch, "state")),
         }  # fmt: skip
         scorer = common.run_side(__file__, {**spec, "side": "scorer"}, num_threads=args.threads)
