@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from rayward.cluster import connect, device_environment
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError, RaywardError
-from rayward.serving.applications import HEALTH, ManagerDeployment, table_store
+from rayward.serving.applications import HEALTH, QUIET, ManagerDeployment, table_store
 from rayward.serving.assembly import assemble
 from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_secrets
 from rayward.serving.autoscaling import REPORT_ENVIRONMENT
@@ -66,6 +66,7 @@ def build(args: ScoringConfig) -> serve.Application:
             ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
             graceful_shutdown_timeout_s=10.0,
             **HEALTH,
+            **QUIET,
         )
         .bind(config)
     )
