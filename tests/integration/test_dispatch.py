@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -69,8 +70,10 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(ray_local: None, notes: Path) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
     """Runs coroutines in one event loop, as an ingress has one."""
-    from ray import serve
+    from ray import cloudpickle, serve
 
+    # The replicas cannot import the tests.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     deployment = serve.deployment(
         Mortal, name="scorer", num_replicas=2, max_ongoing_requests=64, graceful_shutdown_timeout_s=1.0, ray_actor_options={"num_cpus": 0.1}
     )

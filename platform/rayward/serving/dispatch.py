@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from rayward.errors import DeadlineError, OverloadedError, RaywardError, ServerError, UnavailableError
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
+from rayward.serving.flights import Flights
 from rayward.serving.poison import Convictions, Quarantine
 from rayward.serving.routes import Choice, RouteTable
 from rayward.serving.shadow import Shadows
@@ -46,7 +47,7 @@ REQUESTS = "dispatched_requests_total"
 """Labels: model, version, outcome (answered, or the error's type)."""
 
 REPEATS = "dispatch_repeats_total"
-"""Tries beyond the first; label reason: died, unavailable, overloaded, interrupted."""
+"""Tries beyond the first; label reason: died, unavailable, overloaded, interrupted, moved (to replicas that were added)."""
 
 DEATHS = "replica_deaths_total"
 """Calls that a replica died under; label cause: crash, or order (its node went, or somebody ended it)."""
@@ -137,6 +138,7 @@ class Dispatcher:
         self._jitter = jitter
         self._quarantine = quarantine or Quarantine(clock)
         self._convictions = convictions
+        self._flights = Flights()
         self._tally = Tally()
         self._shadows = Shadows(self._tally)
         # Suspects of one version go through one by one, so that a death has one cause.
@@ -149,8 +151,12 @@ class Dispatcher:
             await self._sleep(REFRESH_S)
 
     async def refresh(self) -> None:
-        """Read the table now, and what other ingresses know of poisonous items."""
+        """Read the table now, and what other ingresses know of poisonous items; give replicas that were added their share of the calls."""
         await self._view.refresh()
+        for key in self._flights.waiting():
+            num_replicas = await self._handles.of(*key).num_replicas()
+            if num_replicas is not None:
+                self._flights.seen(key, num_replicas)
         if self._convictions is not None:
             self._quarantine.hear(await asyncio.to_thread(self._convictions.exchange, self._quarantine.untold()))
 
@@ -297,14 +303,19 @@ class Dispatcher:
         self, handle: ScorerHandle, choice: Choice, request: _Request, indices: Sequence[int], *, alone: bool = False
     ) -> ScoredCall:
         call = ScoreCall([request.items[i] for i in indices], request_id=request.request_id, caller=request.caller, alone=alone)
-        for rest in range(self._num_tries(choice) - 1, -1, -1):
+        tries_left, scored = self._num_tries(choice), None
+        while scored is None:
+            sent = handle.score(replace(call, budget_s=self._budget_s(request)))
             try:
-                scored = await handle.score(replace(call, budget_s=self._budget_s(request)))
-                break
+                scored = await sent if alone else await self._flights.follow((choice.model, choice.version), sent)
             except OverloadedError:
-                if not rest:
+                tries_left -= 1
+                if not tries_left:
                     raise
                 self._tally.count(REPEATS, reason="overloaded")
+            else:
+                if scored is None:
+                    self._tally.count(REPEATS, reason="moved")
         if scored.version != choice.version or len(scored.results) != len(indices):
             raise ServerError(
                 f"version {choice.version} of {choice.model} was asked for {len(indices)} items, and {len(scored.results)} results of "

@@ -81,11 +81,25 @@ def our_error(exc: BaseException) -> RaywardError:
     return ServerError(f"the scorer failed ({type(cause).__name__})", remedy="retry; look into the server's log")
 
 
+STATUS_TIMEOUT_S = 1.0
+
+
+def _num_running(application: str) -> int | None:
+    try:
+        found = serve.status().applications.get(application)
+    except (RayError, RayServeException) as exc:
+        logger.info("nobody says how many replicas of %s run (%s)", application, type(exc).__name__)
+        return None
+    scorer = found.deployments.get(SCORER) if found is not None else None
+    return None if scorer is None else int(scorer.replica_states.get("RUNNING", 0))
+
+
 class ServeHandle:
     """One version's replicas."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
+        self._question: asyncio.Future[int | None] | None = None
 
     async def score(self, call: ScoreCall) -> ScoredCall:
         """One request; see `ScorerHandle`."""
@@ -96,6 +110,14 @@ class ServeHandle:
         """What is served."""
         info: ModelInfo = await self._answer(self._handle.info.remote())
         return info
+
+    async def num_replicas(self) -> int | None:
+        """Replicas that run, by the controller's word; None while it is away."""
+        # One question at a time: while the controller is away it takes a thread for as long.
+        if self._question is None or self._question.done():
+            self._question = asyncio.get_running_loop().run_in_executor(None, _num_running, self._handle.app_name)
+        done, _ = await asyncio.wait([self._question], timeout=STATUS_TIMEOUT_S)
+        return self._question.result() if done else None
 
     async def _answer(self, response: Any) -> Any:
         try:

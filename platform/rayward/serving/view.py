@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeAlias
 
 from rayward.errors import RaywardError, UnavailableError
 from rayward.serving.calls import ScoreCall, ScoredCall
@@ -21,12 +21,16 @@ REFRESH_S = 1.0
 class ScorerHandle(Protocol):
     """The replicas of one version. Whatever it raises is of our tree; a cancelled call is cancelled at the replica too."""
 
-    async def score(self, call: ScoreCall) -> ScoredCall:
+    def score(self, call: ScoreCall) -> Coroutine[Any, Any, ScoredCall]:
         """Raises ReplicaDiedError, UnavailableError, OverloadedError, ServerError, DeadlineError."""
         ...
 
     async def info(self) -> ModelInfo:
         """What is served; may wait for a replica."""
+        ...
+
+    async def num_replicas(self) -> int | None:
+        """Replicas that run; None: nobody knows just now."""
         ...
 
 

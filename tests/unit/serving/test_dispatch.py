@@ -79,6 +79,11 @@ class Scorers:
     def result(self, it: ScoreItem) -> ItemResult:
         return ItemResult(rewards=tuple(len(text_of(it)) + self.shift + k for k in range(len(it.completions))))
 
+    running = 1
+
+    async def num_replicas(self) -> int | None:
+        return self.running
+
     async def info(self) -> ModelInfo:
         return ModelInfo(id="whatever", version=self.version, max_tokens=10, outputs=["reward"])
 
@@ -542,3 +547,50 @@ def test_storage_that_is_away_costs_nobody_a_reply(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     told = Convictions(str(tmp_path / "file" / "x"))
     assert told.exchange(["a"]) == {"a"}
+
+
+def test_replicas_that_are_added_get_their_share_of_the_calls_that_wait() -> None:
+    cluster = Cluster(table(max_replicas=3), Scorers("v1"))
+    scorers = cluster.scorers["v1"]
+    scorers.hang = True
+
+    async def go() -> list[list[tuple[float, ...] | None]]:
+        tasks = [asyncio.create_task(cluster.score(item("x" * (i + 1)), request_id=f"{i}")) for i in range(6)]
+        while len(scorers.calls) < 6:
+            await asyncio.sleep(0)
+        await cluster.dispatcher.refresh()
+        assert scorers.cancelled == 0
+        scorers.hang, scorers.running = False, 3
+        await cluster.dispatcher.refresh()
+        moved = [await task for task in tasks[2:]]
+        # The oldest stay where they are, and whoever is gone is not sent again.
+        assert not tasks[0].done()
+        for task in tasks[:2]:
+            task.cancel()
+        await asyncio.gather(*tasks[:2], return_exceptions=True)
+        return [rewards(scored) for scored in moved]
+
+    assert run(go()) == [[(float(i + 1),)] for i in range(2, 6)]
+    assert cluster.count(REPEATS, reason="moved") == 4
+    assert len(scorers.calls) == 10
+    assert cluster.count(REQUESTS, outcome="cancelled") == 2
+
+
+def test_replicas_that_go_move_nothing() -> None:
+    cluster = Cluster(table(max_replicas=3), Scorers("v1"))
+    scorers = cluster.scorers["v1"]
+    scorers.hang, scorers.running = True, 3
+
+    async def go() -> None:
+        task = asyncio.create_task(cluster.score(item("a")))
+        while not scorers.calls:
+            await asyncio.sleep(0)
+        for running in (3, 1, 0):
+            scorers.running = running
+            await cluster.dispatcher.refresh()
+        assert len(scorers.calls) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(go())
