@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: demo test install check lint types unit numerics integration drills clients latest clean
+.PHONY: demo test install check lint types unit numerics integration drills gpu clients latest clean
 
 demo: install
 	$(VENV)/bin/python jobs/demo.py
@@ -56,7 +56,12 @@ clients:
 	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[dev,bench]"
 	$(CLIENTS)/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2 verl==0.9.1
 	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" tensordict omegaconf hydra-core codetiming pylatexenc
+	rm -rf $(CLIENTS)/lib/python3*/site-packages/tests  # of OpenRLHF's wheel, in the way of ours
 	$(CLIENTS)/bin/python -m pytest -m clients tests/integration/test_real_clients.py
+
+# On a machine with a GPU.
+gpu: install
+	$(VENV)/bin/python -m pytest tests/gpu
 
 # The unit tests on the newest releases, also those above the ranges of pyproject.toml (pip says which), beside the environment in use.
 latest:

@@ -164,7 +164,7 @@ def run_service(spec: dict[str, Any]) -> dict[str, Any]:
     url = serve_model(config, port=0, name="throughput")
     found: dict[str, Any] = {}
     for size, items in spec["items"].items():
-        found[size] = {HANDLE: asyncio.run(by_handle(items, spec["warm_up"]))}
+        found[size] = {HANDLE: asyncio.run(by_handle(items, spec["warm_up"], spec["state"]))}
         for side, (in_flight, per_request) in HTTP.items():
             bodies = [{"items": items[start : start + per_request]} for start in range(0, len(items), per_request)]
             loop = over_http(url, "/v1/score", bodies, in_flight, max(1, spec["warm_up"] // per_request), rewards_of_reply)
@@ -181,16 +181,17 @@ def run_service(spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-async def by_handle(items: Sequence[dict[str, Any]], warm_up: int) -> dict[str, Any]:
-    """One item a call through the handle client."""
-    from rayward.client.handle import HandleRewardClient
+async def by_handle(items: Sequence[dict[str, Any]], warm_up: int, state: str) -> dict[str, Any]:
+    """One item a call, past HTTP."""
+    from rayward import AsyncRewardClient
+    from rayward.serving.direct import direct
 
-    client = HandleRewardClient("throughput")
+    async with AsyncRewardClient(direct("throughput", state=state), deadline_s=600.0) as client:
 
-    async def send(item: dict[str, Any]) -> list[list[float]]:
-        return [await client.score(item["prompt"], item["completions"])]
+        async def send(item: dict[str, Any]) -> list[list[float]]:
+            return [await client.score(item["prompt"], item["completions"])]
 
-    return await closed_loop(items, send, 8, warm_up)
+        return await closed_loop(items, send, 8, warm_up)
 
 
 async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
@@ -269,9 +270,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "items.jsonl")
         write_items(source, file, 256)
-        items = {str(size): make_items(file, size, max(48, args.completions // size)) for size in SIZES}
+        items = {str(size): make_items(file, size, max(32, args.completions // size)) for size in SIZES}
         spec = {
-            "model": model, "items": items, "texts": {size: texts_of(model, given) for size, given in items.items()}, "warm_up": 16,
+            "model": model, "items": items, "texts": {size: texts_of(model, given) for size, given in items.items()}, "warm_up": 8,
             "threads": args.threads, "budget": args.tokens_per_batch, "device": args.device, "state": str(Path(scratch, "state")),
         }  # fmt: skip
         scorer = common.run_side(__file__, {**spec, "side": "scorer"}, num_threads=args.threads)

@@ -235,7 +235,7 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"Every request while versions change; median of the steady phase {statistics.median(found['seconds'][:50]):.2f} s", fontsize=10
     )
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=130)
 
 

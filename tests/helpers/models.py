@@ -38,14 +38,14 @@ CONVERSATIONS: tuple[tuple[tuple[Message, ...], str], ...] = (
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed: int = 0, max_tokens: int = 512
+    tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, seed: int = 0, max_tokens: int = 512, hidden_size: int = 32
 ) -> LlamaForSequenceClassification:
     """Random weights, but large enough that rewards differ between texts by far more than rounding."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -68,11 +68,12 @@ def make_export(
     max_shard_size: str = "1GB",
     make: Callable[[Path], PreTrainedTokenizerFast] = make_tokenizer,
     max_tokens: int = MAX_TOKENS,
+    hidden_size: int = 32,
 ) -> Path:
     """Write model, tokenizer (by `make`) and contract to `directory`; `golden_shift` falsifies the golden rewards."""
     directory.mkdir(parents=True)
     tokenizer = make(directory)
-    model = make_model(tokenizer, seed=seed, num_labels=len(outputs), max_tokens=max_tokens)
+    model = make_model(tokenizer, seed=seed, num_labels=len(outputs), max_tokens=max_tokens, hidden_size=hidden_size)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     contract = Contract.from_tokenizer(tokenizer, max_tokens=max_tokens).for_head(outputs, reward_weights)
     golden = []

@@ -127,6 +127,7 @@ def test_trl_trains_on_rewards_and_masks_what_has_none(
         num_generations=4,
         max_completion_length=12,
         max_steps=3,
+        beta=0.0,  # no reference model, which would be read from the hub
         learning_rate=1e-3,
         logging_steps=1,
         use_cpu=True,

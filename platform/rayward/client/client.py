@@ -85,6 +85,8 @@ class _Client:
 
     def _opened(self, cores: loops.Cores) -> None:
         self._cores = cores
+        # What was opened for blocking calls; other loops are closed by whoever runs them.
+        weakref.finalize(self, loops.close, cores)
 
     def __getstate__(self) -> dict[str, Any]:
         # Connections stay behind: a copy in another process opens its own, and takes a key from its own environment.
@@ -231,10 +233,6 @@ class RewardClient(_Client):
         headers: sent with every request.
         transport, clock, sleep, jitter: seams for tests; clock counts seconds, jitter draws from [0, 1).
     """
-
-    def _opened(self, cores: loops.Cores) -> None:
-        super()._opened(cores)
-        weakref.finalize(self, loops.close, cores)
 
     def score(
         self,

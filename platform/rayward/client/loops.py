@@ -49,18 +49,20 @@ class _Background:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.thread: threading.Thread | None = None
 
     def loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="rayward-client", daemon=True).start()
+                self.thread = threading.Thread(target=self._loop.run_forever, name="rayward-client", daemon=True)
+                self.thread.start()
             return self._loop
 
     def forget(self) -> None:
         # A forked child has the loop, but not its thread.
         self._lock = threading.Lock()
-        self._loop = None
+        self._loop = self.thread = None
 
     def current(self) -> asyncio.AbstractEventLoop | None:
         return self._loop
@@ -99,6 +101,9 @@ def close(cores: Cores) -> None:
     if loop is None or not loop.is_running():
         return
     future = asyncio.run_coroutine_threadsafe(cores.close(), loop)
+    if threading.current_thread() is _background.thread:
+        # A collection of garbage on the loop itself cannot wait for it.
+        return
     try:
         future.result(CLOSE_TIMEOUT_S)
     except TimeoutError:

@@ -29,7 +29,8 @@ class FlatTexts:
 
     def __init__(self, contract: Contract, template: ChatTemplate, control: ControlTokens, *, bos: str | None) -> None:
         self._contract, self._template, self._control = contract, template, control
-        self._outside = tuple(sorted({contract.end_token, contract.pad_token, *([bos] if bos else [])}, key=len, reverse=True))
+        self._after = tuple(token for token in (contract.end_token, contract.pad_token) if token)
+        self._outside = tuple(sorted({*self._after, *([bos] if bos else [])}, key=len, reverse=True))
 
     def read(self, text: str) -> tuple[Rendered, TakenAs]:
         """The text as it is tokenized, and what it was taken as.
@@ -102,20 +103,25 @@ class FlatTexts:
         return self._control.last_end(text[:start])
 
     def _without_lead(self, text: str) -> str:
-        stripped = text.lstrip()
-        while (token := next((token for token in self._outside if stripped.startswith(token)), None)) is not None:
-            text = stripped.removeprefix(token)
-            stripped = text.lstrip()
-        return text
+        # By places, not by shorter and shorter copies: a text may be padded to any length.
+        found = place = 0
+        while True:
+            while place < len(text) and text[place].isspace():
+                place += 1
+            token = next((token for token in self._outside if text.startswith(token, place)), None)
+            if token is None:
+                return text[found:]
+            found = place = place + len(token)
 
     def _without_end(self, text: str) -> tuple[str, bool]:
-        ended = False
+        found = place = len(text)
         while True:
-            stripped = text.rstrip()
-            token = next((token for token in (self._contract.end_token, self._contract.pad_token) if stripped.endswith(token)), None)
+            while place and text[place - 1].isspace():
+                place -= 1
+            token = next((token for token in self._after if text.endswith(token, 0, place)), None)
             if token is None:
-                return text, ended
-            text, ended = stripped.removesuffix(token), True
+                return text[:found], found < len(text)
+            found = place = place - len(token)
 
     @cached_property
     def _preludes(self) -> list[str]:

@@ -80,6 +80,9 @@ class Scorer:
         self.model_id = model_id
         self.version = version
         self._model = model.eval()
+        # What a compiled layer computes may depend on the shapes that it has seen before.
+        if model.layout == "packed" and not alone and not self.facts.writes_critiques and self._on_cuda(model):
+            model.compile_layers()
         self._encoder = encoder
         self._device = next(model.parameters()).device
         self._directory = directory
@@ -96,6 +99,10 @@ class Scorer:
             self.facts, vocabulary, tokens_per_batch, gated=self.contract.gate is not None, alone=alone, why_no_trace=why
         )
         self._texts = TextEncoder(encoder, self._rules)
+
+    @staticmethod
+    def _on_cuda(model: RewardModel) -> bool:
+        return next(model.parameters()).device.type == "cuda"
 
     @classmethod
     def load(

@@ -18,12 +18,13 @@ from typing import Any, cast
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from rayward.cluster import connect, device_environment
 from rayward.config.scoring import ScoringConfig
 from rayward.errors import ConfigError, RaywardError
-from rayward.serving.applications import HEALTH, ManagerDeployment, table_store
+from rayward.serving.applications import HEALTH, QUIET, ManagerDeployment, table_store
 from rayward.serving.assembly import assemble
 from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_secrets
 from rayward.serving.autoscaling import REPORT_ENVIRONMENT
@@ -44,6 +45,7 @@ KEEP_ALIVE_S = 90
 
 POLL_S = 0.25
 INGRESS_PATIENCE_S = 10.0
+MANAGER_PATIENCE_S = 60.0
 MANAGER = "manager"
 
 
@@ -64,6 +66,7 @@ def build(args: ScoringConfig) -> serve.Application:
             ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": device_environment(0)}},
             graceful_shutdown_timeout_s=10.0,
             **HEALTH,
+            **QUIET,
         )
         .bind(config)
     )
@@ -232,8 +235,17 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
 def _wait_for_models(config: ScoringConfig, name: str, on_note: Callable[[str], None]) -> None:
     handle: Any = serve.get_deployment_handle(MANAGER, app_name=name)
     noted = ""
+    heard = time.monotonic()
     while True:
-        listing = handle.administer.remote("list", b"").result()
+        try:
+            listing = handle.administer.remote("list", b"").result(timeout_s=MANAGER_PATIENCE_S)
+            heard = time.monotonic()
+        except (RayError, RayServeException, TimeoutError) as exc:
+            # One that is replaced meanwhile goes on where the table says.
+            if time.monotonic() - heard > MANAGER_PATIENCE_S:
+                raise startup_error(_failure_message(name) or str(exc)) from exc
+            time.sleep(POLL_S)
+            continue
         waits = [_waits_for(listing, model, source) for model, source in config.models.items()]
         note = "\n".join(each for each in waits if each)
         if note and note != noted:

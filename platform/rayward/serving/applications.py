@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from rayward.cluster import device_environment
 from rayward.config.scoring import ReplicaConfig, ScoringConfig
@@ -37,6 +37,9 @@ HEALTH: dict[str, Any] = {
     # A constructor that refuses its model refuses it every time; what is wanted all the same, the manager starts again.
     "max_constructor_retry_count": 1,
 }
+
+QUIET: dict[str, Any] = {"logging_config": LoggingConfig(enable_access_log=False)}
+"""For who is called by handle: a line of log for each call, of which there are thousands, says nothing that the counts do not."""
 
 MAX_WAITING_PER_CALLER = 4096
 """Requests that wait in one ingress for a replica that comes from zero, or has its hands full; the ingress's own bound is below it."""
@@ -78,6 +81,7 @@ def scorer_application(front: str, model: str, release: Release) -> serve.Applic
             },
             **scaling_options(config),
             **HEALTH,
+            **QUIET,
         )
         .bind(release.source, config, model, front, release.content),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -29,6 +30,8 @@ def serve_until_interrupted(
     connect()
     from rayward.serving.app import cluster_address, serve_model
 
+    # What matters is said here; how Serve goes about it stands in its own logs.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     note_cluster(MARK.expanduser(), cluster_address())
 
     def ready(url: str) -> None:

@@ -160,6 +160,15 @@ def test_a_copy_in_another_process_opens_its_own_connections(server: Counting) -
     client.close()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Whoever is started in the background by a shell ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_work_on_the_other_thread() -> None:
     cancelled = threading.Event()
 

@@ -143,6 +143,18 @@ def test_what_only_looks_a_little_like_the_template(tokenizers: dict[str, PreTra
     assert chatml.encode_text("<|im_start|>assistant\nyo<|im_end|>").taken_as == "rendered"
 
 
+def test_any_amount_of_padding_is_nothing(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    encoder = encoder_of(tokenizers["llama3"])
+    pad, end, bos = encoder.contract.pad_token, encoder.contract.end_token, tokenizers["llama3"].bos_token
+    conversation, many = encoder.render([QUESTION], "Cold."), 30_000
+    assert encoder.encode_text(f"{pad * many}{bos * many}{conversation}{end * many} \n{pad * many}").ids == encoder.encode(
+        [QUESTION], "Cold."
+    )
+    assert encoder.encode_text(f"{pad * many}Just words. {end}{pad * many}").ids == encoder.encode_text("Just words. ").ids
+    only_end = encoder.encode_text(pad * many)
+    assert only_end.ids == [tokenizers["llama3"].bos_token_id, encoder.contract.end_token_id]
+
+
 def test_a_template_that_writes_two_tokens_at_the_end(tmp_path: Path) -> None:
     tokenizer = make_family_tokenizer(tmp_path / "t", "chatml")
     tokenizer.chat_template = (

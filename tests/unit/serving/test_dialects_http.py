@@ -15,7 +15,7 @@ from rayward.config.scoring import ScoringConfig
 from rayward.contract.conversation import TakenAs
 from rayward.errors import DeadlineError, OverloadedError, ServerError
 from rayward.serving.auth import Keys
-from rayward.serving.engine.engine import count_chars
+from rayward.serving.engine.work import count_chars
 from rayward.serving.front import Front
 from rayward.serving.http import build_http
 from rayward.serving.mounts import all_routes

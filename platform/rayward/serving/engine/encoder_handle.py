@@ -48,6 +48,8 @@ class EncoderHandle:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "TOKENIZERS_PARALLELISM": "false",
+            # That there is no torch, as is meant.
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }

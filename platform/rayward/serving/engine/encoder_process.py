@@ -96,6 +96,8 @@ def main() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_WithoutTexts("%(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # Transformers imports torch wherever there is one: seconds and hundreds of megabytes that no tokenizer needs.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         encoder = pickle.loads(pipe.recv_bytes()).load()
     # Broad on purpose: whatever it is, the parent says it.
