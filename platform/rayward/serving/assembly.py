@@ -22,11 +22,13 @@ from rayward.serving.front import Endpoint, Front, Incoming, no_span
 from rayward.serving.handles import ServeHandles, our_error
 from rayward.serving.metrics import Recorder
 from rayward.serving.mounts import all_routes
+from rayward.serving.poison import Convictions
 from rayward.serving.proxies import running_address
 from rayward.serving.routes import RouteTable
 from rayward.serving.seeing import Seeing
 from rayward.serving.status import ServiceStatus
 from rayward.serving.tracing import tracing_of
+from rayward.storage import join
 from rayward.wire.dialect import JSON
 
 logger = logging.getLogger("ray.serve")
@@ -54,7 +56,9 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
     front = serve.get_replica_context().app_name
     handles = ServeHandles(front, lambda model, version: (dispatcher.table or RouteTable()).application(front, model, version))
     source = f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    dispatcher = Dispatcher(table_store(config, front).read, handles, source=source)
+    store = table_store(config, front)
+    convictions = Convictions(join(store.location, "poisoned")) if config.ingress_replicas > 1 else None
+    dispatcher = Dispatcher(store.read, handles, source=source, convictions=convictions)
 
     async def read_table() -> None:
         try:
