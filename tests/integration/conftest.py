@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -24,6 +25,13 @@ def ray_local() -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """The frames of an exception that a test waited for hold actors, and these hold CPUs, until they are collected."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
