@@ -27,10 +27,9 @@ def ray_local() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """The frames of an exception that a test waited for hold actors, and these hold CPUs, until they are collected."""
-    yield
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    # The frames of an exception that the last test waited for, or that was logged in it, hold actors, and these hold CPUs that this test needs.
     gc.collect()
 
 
