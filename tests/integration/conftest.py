@@ -29,7 +29,7 @@ def ray_local() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    # The frames of an exception that the last test waited for, or that was logged in it, hold actors, and these hold CPUs that this test needs.
+    # The frames of an exception that the last test waited for, or logged, hold actors, and these hold CPUs that this test needs.
     gc.collect()
 
 
