@@ -182,8 +182,3 @@ def refuse_plain_texts(items: Sequence[ScoreItem], results: Sequence[ItemResult]
         if item.form == "text" and result.taken_as == "as_given" and result.error is None:
             error = ItemError.of("not_templated", "the text has none of the contract's turns, and flat_text is refuse")
             raise ItemFailedError(error, item=index)
-
-
-def single_rewards(results: Sequence[ItemResult]) -> list[float]:
-    """The rewards of items of one completion each; raises as `rewards_of`."""
-    return [reward for (reward,) in rewards_of(results)]
