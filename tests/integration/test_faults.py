@@ -172,6 +172,7 @@ def test_another_number_of_workers_continues_the_same_trajectory(world: Path, un
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
+@pytest.mark.drill
 def test_a_run_continues_after_its_first_epoch(world: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -217,6 +217,7 @@ def test_a_name_and_a_port_belong_to_who_took_them(app: ModuleType, config: Scor
     assert httpx.get(f"{url}/readyz", timeout=60.0).status_code == 200
 
 
+@pytest.mark.drill
 def test_a_killed_manager_goes_on_where_it_was(
     app: ModuleType, url: str, service: Service, exports: list[Path], versions: list[str], expected: dict[str, tuple[float, ...]]
 ) -> None:
@@ -235,6 +236,7 @@ def test_a_killed_manager_goes_on_where_it_was(
     assert load.wrong == []
 
 
+@pytest.mark.drill
 def test_a_new_service_with_the_same_state_serves_the_same_versions(
     app: ModuleType, config: ScoringConfig, url: str, versions: list[str], expected: dict[str, tuple[float, ...]]
 ) -> None:
@@ -250,6 +252,7 @@ def test_a_new_service_with_the_same_state_serves_the_same_versions(
     assert load.wrong == []
 
 
+@pytest.mark.drill
 def test_changed_settings_swap_the_model_without_a_gap(
     app: ModuleType, config: ScoringConfig, url: str, exports: list[Path], versions: list[str], expected: dict[str, tuple[float, ...]]
 ) -> None:
