@@ -104,9 +104,12 @@ def resumed(config: Config) -> Path:
 
 def over_http(export: Path, **options: Any) -> RewardClient:
     from rayward.serving.app import serve_model
+    from rayward.serving.proxies import running_address
 
-    # The same application each time: the model is replaced.
-    return RewardClient(serve_model(ScoringConfig(model=str(export), cpus_per_replica=0.5), port=0, name="methods"), **options)
+    # The same application each time, behind the same port: the model is replaced.
+    port = 0 if running_address() is None else None
+    config = ScoringConfig(model=str(export), cpus_per_replica=0.5)
+    return RewardClient(serve_model(config, port=port, name="methods", replace=True), **options)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
