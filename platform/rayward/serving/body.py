@@ -59,6 +59,7 @@ class Bodies:
         try:
             await self._receive(body, stream, limits)
             whole = bytes(body) if encoding is None else await asyncio.to_thread(inflate, bytes(body), encoding, limits)
+        # Also a client that hangs up cancels: however it ends, the bytes are held no longer.
         except BaseException:
             self.num_held_bytes -= len(body)
             raise
