@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def _in_a_directory_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iter
     data = directory / "runs" / "demo" / "data"
     write_demo(data, 7000, 700, 0)
     for path in data.glob("*.jsonl"):
-        path.write_text("".join(line for line in path.open() if json.loads(line)["source"] == KIND))
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in rows if json.loads(line)["source"] == KIND), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         yield
@@ -102,14 +104,20 @@ def resumed(config: Config) -> Path:
     return export
 
 
-def over_http(export: Path, **options: Any) -> RewardClient:
-    from rayward.serving.app import serve_model
+@contextmanager
+def over_http(export: Path, **options: Any) -> Iterator[RewardClient]:
+    """A client of an endpoint that serves an export, and that is taken down afterwards: its CPUs are for the next training."""
+    from rayward.serving.app import serve_model, take_down
     from rayward.serving.proxies import running_address
 
-    # The same application each time, behind the same port: the model is replaced.
     port = 0 if running_address() is None else None
     config = ScoringConfig(model=str(export), cpus_per_replica=0.5)
-    return RewardClient(serve_model(config, port=port, name="methods", replace=True), **options)
+    url = serve_model(config, port=port, name="methods")
+    try:
+        with RewardClient(url, **options) as client:
+            yield client
+    finally:
+        take_down(config, "methods")
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
