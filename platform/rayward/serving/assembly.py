@@ -58,7 +58,8 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
     source = f"ingress-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     store = table_store(config, front)
     convictions = Convictions(join(store.location, "poisoned")) if config.ingress_replicas > 1 else None
-    dispatcher = Dispatcher(store.read, handles, source=source, convictions=convictions)
+    recorder = Recorder(source, "ingress")
+    dispatcher = Dispatcher(store.read, handles, recorder=recorder, convictions=convictions)
 
     async def read_table() -> None:
         try:
@@ -66,9 +67,8 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
         finally:
             await dispatcher.close()
 
-    recorder = Recorder(source, "ingress")
     tracing = tracing_of(config)
-    seeing = Seeing(_RemoteManager(manager), recorder.stats, dispatcher.stats, page=config.page)
+    seeing = Seeing(_RemoteManager(manager), dispatcher.stats, page=config.page)
     return Front(
         dispatcher,
         routes=all_routes(),

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from rayward.errors import DeadlineError, OverloadedError, RaywardError, ServerError, UnavailableError
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
 from rayward.serving.flights import Flights
+from rayward.serving.metrics import Recorder
 from rayward.serving.poison import Convictions, Quarantine
 from rayward.serving.routes import Choice, RouteTable
 from rayward.serving.shadow import Shadows
-from rayward.serving.tally import Tally
 from rayward.serving.view import REFRESH_S, Handles, ReadTable, ScorerHandle, TableView
 from rayward.wire.dialect import Timings
 from rayward.wire.items import ItemError, ItemResult, ScoreItem
@@ -111,7 +111,7 @@ class Dispatcher:
     Args:
         read: the table of routes in storage.
         handles: the scorers.
-        source: unique name of this process.
+        recorder: of this process; None: one of its own.
         clock: monotonic seconds.
         sleep, jitter: between tries.
         quarantine: what is known of items that kill replicas.
@@ -123,7 +123,7 @@ class Dispatcher:
         read: ReadTable,
         handles: Handles,
         *,
-        source: str = "ingress",
+        recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -132,15 +132,14 @@ class Dispatcher:
     ) -> None:
         self._view = TableView(read, handles, clock)
         self._handles = handles
-        self._source = source
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
         self._quarantine = quarantine or Quarantine(clock)
         self._convictions = convictions
         self._flights = Flights()
-        self._tally = Tally()
-        self._shadows = Shadows(self._tally)
+        self._recorder = recorder or Recorder("ingress", "ingress")
+        self._shadows = Shadows(self._recorder)
         # Suspects of one version go through one by one, so that a death has one cause.
         self._lanes: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -200,7 +199,7 @@ class Dispatcher:
         finally:
             # A name that is not served is the caller's text, and no label.
             served = {"model": choice.model, "version": choice.version} if choice is not None else {"model": "", "version": ""}
-            self._tally.count(REQUESTS, outcome=outcome, **served)
+            self._recorder.add(REQUESTS, outcome=outcome, **served)
         results = tuple(request.answers[index] for index in range(len(request.items)))
         scored = ScoredCall(choice.version, results, request.timings, request.replica)
         if choice.shadow is not None:
@@ -214,7 +213,7 @@ class Dispatcher:
             reason = await self._try(choice, request)
             if reason is None:
                 return choice
-            self._tally.count(REPEATS, reason=reason)
+            self._recorder.add(REPEATS, reason=reason)
             # Half to one and a half: callers of one dead replica do not come back all at once.
             await self._sleep(pause_s * (0.5 + self._jitter()))
             pause_s = min(2.0 * pause_s, LONGEST_PAUSE_S)
@@ -242,7 +241,7 @@ class Dispatcher:
             for index in alone:
                 await self._try_alone(handle, choice, request, index)
         except ReplicaDiedError as exc:
-            self._tally.count(DEATHS, cause="order" if exc.by_order else "crash")
+            self._recorder.add(DEATHS, cause="order" if exc.by_order else "crash")
             if not exc.by_order:
                 self._quarantine.suspect([request.items[index] for index in company if index not in request.answers])
             return "died"
@@ -275,7 +274,7 @@ class Dispatcher:
             except ReplicaDiedError as exc:
                 if exc.by_order:
                     raise
-                self._tally.count(DEATHS, cause="crash")
+                self._recorder.add(DEATHS, cause="crash")
                 self._convict(request, index)
                 return
             except (OverloadedError, DeadlineError) as exc:
@@ -296,7 +295,7 @@ class Dispatcher:
         self._poisoned(request, index)
 
     def _poisoned(self, request: _Request, index: int) -> None:
-        self._tally.count(POISONED_ITEMS)
+        self._recorder.add(POISONED_ITEMS)
         request.refuse(index, "poisoned", "replicas died when they computed this item; it is refused for a while")
 
     async def _call(
@@ -312,10 +311,10 @@ class Dispatcher:
                 tries_left -= 1
                 if not tries_left:
                     raise
-                self._tally.count(REPEATS, reason="overloaded")
+                self._recorder.add(REPEATS, reason="overloaded")
             else:
                 if scored is None:
-                    self._tally.count(REPEATS, reason="moved")
+                    self._recorder.add(REPEATS, reason="moved")
         if scored.version != choice.version or len(scored.results) != len(indices):
             raise ServerError(
                 f"version {choice.version} of {choice.model} was asked for {len(indices)} items, and {len(scored.results)} results of "
@@ -336,12 +335,11 @@ class Dispatcher:
 
     def stats(self) -> Stats:
         """What was counted since the start."""
-        gauges = dict(self._tally.gauges)
-        gauges[QUARANTINED, ()] = self._quarantine.num_convicts
+        self._recorder.set(QUARANTINED, self._quarantine.num_convicts)
         if self._view.table is not None:
-            gauges[TABLE_GENERATION, ()] = self._view.table.generation
-            gauges[TABLE_AGE, ()] = self._view.age_s
-        return Stats(self._source, "ingress", time.time(), counters=dict(self._tally.counters), gauges=gauges)
+            self._recorder.set(TABLE_GENERATION, self._view.table.generation)
+            self._recorder.set(TABLE_AGE, self._view.age_s)
+        return self._recorder.stats()
 
     async def close(self) -> None:
         """End what runs in the background."""

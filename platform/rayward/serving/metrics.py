@@ -170,6 +170,12 @@ class Recorder:
         with self._lock:
             self._gauges[key] = self._gauges.get(key, 0.0) + change
 
+    def raise_to(self, name: str, value: float, **labels: str) -> None:
+        """A gauge of the greatest value so far."""
+        key = _key(name, "gauge", labels)
+        with self._lock:
+            self._gauges[key] = max(value, self._gauges.get(key, value))
+
     def observe(self, name: str, value: float, **labels: str) -> None:
         """One observation of a histogram; NaN is none."""
         key = _key(name, "histogram", labels)

@@ -15,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from rayward.serving.calls import Histogram, Stats
 from rayward.serving.metrics import Key, Labels, Recorder
@@ -300,16 +300,6 @@ def reference_of(table: RouteTable | None, model: str, version: str) -> tuple[fl
     release = None if routes is None else routes.releases.get(version)
     normaliser = None if release is None or release.info is None else release.info.normaliser
     return None if normaliser is None else (normaliser.mean, normaliser.std)
-
-
-def merged(*parts: Stats) -> Stats:
-    """What several parts of one process have counted, as that of the first."""
-    return replace(
-        parts[0],
-        counters={key: value for part in parts for key, value in part.counters.items()},
-        gauges={key: value for part in parts for key, value in part.gauges.items()},
-        histograms={key: value for part in parts for key, value in part.histograms.items()},
-    )
 
 
 def _in_table(table: RouteTable | None) -> set[tuple[str, str]]:

@@ -123,15 +123,11 @@ class ScoredRequests:
         budget_s = self._budget_of(exchange, call) - (self._clock() - exchange.started_s)
         if budget_s <= 0.0:
             raise _too_late()
-        model = call.model
-        foreign = exchange.route is not None and exchange.route.foreign_models
-        if foreign and model is not None and all(info.id != model for info in self._backends.models()):
-            model = None
         version = call.version or exchange.request.headers.get(VERSION_HEADER)
         try:
             async with asyncio.timeout(budget_s + GRACE_S) as timer:
                 name, scored = await self._backends.score(
-                    call.items, request_id=exchange.request_id, caller=caller, budget_s=budget_s, model=model, version=version
+                    call.items, request_id=exchange.request_id, caller=caller, budget_s=budget_s, model=call.model, version=version
                 )
         except TimeoutError as exc:
             if not timer.expired():

@@ -1,6 +1,6 @@
 """What people and machines look at, mounted beside the scores: `/metrics`, `GET /v1/status`, the page at `/`; and the reports behind them.
 
-    seeing = Seeing(manager, recorder.stats, dispatcher.stats, page=config.page)
+    seeing = Seeing(manager, dispatcher.stats, page=config.page)
     Front(backends, endpoints=seeing.endpoints(), background=[seeing.report], recorder=recorder, ...)
 
 No Ray here: `manager` is anything with the three methods, by handle in the service.
@@ -18,7 +18,7 @@ from rayward.serving.calls import Stats
 from rayward.serving.front import Endpoint, Incoming
 from rayward.serving.metrics import CONTENT_TYPE, render
 from rayward.serving.page import MEDIA_TYPE, document
-from rayward.serving.reporting import merged, report_forever
+from rayward.serving.reporting import report_forever
 from rayward.serving.status import ServiceStatus
 from rayward.wire.dialect import Body
 
@@ -47,13 +47,13 @@ class Seeing:
     """One ingress process's part of it.
 
     Args:
-        takes: what gives the counts of this process's parts; the first one names the process.
+        take: gives the counts of this process.
         page: whether the page is served.
     """
 
-    def __init__(self, manager: Manager, *takes: Callable[[], Stats], page: bool = True) -> None:
+    def __init__(self, manager: Manager, take: Callable[[], Stats], *, page: bool = True) -> None:
         self._manager = manager
-        self._takes = takes
+        self._take = take
         self._page = page
 
     def endpoints(self) -> list[Endpoint]:
@@ -72,13 +72,10 @@ class Seeing:
 
     async def report(self) -> None:
         """Report this process's counts to the manager until cancelled; work for `Front.background`."""
-        await report_forever(self._taken, self._manager.report)
-
-    def _taken(self) -> Stats:
-        return merged(*(take() for take in self._takes))
+        await report_forever(self._take, self._manager.report)
 
     async def _metrics(self, _incoming: Incoming) -> Body:
-        own = self._taken()
+        own = self._take()
         try:
             async with asyncio.timeout(MANAGER_TIMEOUT_S):
                 # The manager first learns what this process has counted: of two ingresses that are scraped in turn, none then shows less of

@@ -9,8 +9,8 @@ from itertools import combinations
 
 from rayward.errors import RaywardError
 from rayward.serving.calls import ScoreCall, ScoredCall
+from rayward.serving.metrics import Recorder
 from rayward.serving.routes import Choice
-from rayward.serving.tally import Tally
 from rayward.wire.items import ItemResult, ScoreItem
 
 logger = logging.getLogger("ray.serve")
@@ -46,8 +46,8 @@ UNCOMPARED = "shadow_uncompared_total"
 class Shadows:
     """Sends uncharged copies of answered calls to a shadow version, in the background, and tallies how far its rewards are off."""
 
-    def __init__(self, tally: Tally, *, max_outstanding: int = MAX_OUTSTANDING) -> None:
-        self._tally = tally
+    def __init__(self, recorder: Recorder, *, max_outstanding: int = MAX_OUTSTANDING) -> None:
+        self._recorder = recorder
         self._max_outstanding = max_outstanding
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -64,7 +64,7 @@ class Shadows:
         """Compare in the background what `score` says; nothing that goes wrong there reaches anybody."""
         labels = {"model": choice.model, "current": answered.version, "shadow": choice.shadow or ""}
         if len(self._tasks) >= self._max_outstanding:
-            self._tally.count(UNCOMPARED, len(items), reason="skipped", **labels)
+            self._recorder.add(UNCOMPARED, len(items), reason="skipped", **labels)
             return
         call = ScoreCall(items, request_id=request_id, caller=caller, budget_s=BUDGET_S, charged=False)
         task = asyncio.get_running_loop().create_task(self._compare(score, call, answered, labels))
@@ -79,25 +79,24 @@ class Shadows:
                 scored = await score(call)
         except (RaywardError, TimeoutError) as exc:
             logger.info("shadow version %s did not answer: %s", labels["shadow"], type(exc).__name__)
-            self._tally.count(UNCOMPARED, len(call.items), reason="failed", **labels)
+            self._recorder.add(UNCOMPARED, len(call.items), reason="failed", **labels)
             return
         for current, shadow in zip(answered.results, scored.results, strict=True):
-            self._tally_item(current, shadow, labels)
+            self._record(current, shadow, labels)
 
-    def _tally_item(self, current: ItemResult, shadow: ItemResult, labels: dict[str, str]) -> None:
-        tally = self._tally
+    def _record(self, current: ItemResult, shadow: ItemResult, labels: dict[str, str]) -> None:
         if current.rewards is None or shadow.rewards is None:
-            tally.count(UNCOMPARED, reason="item", **labels)
+            self._recorder.add(UNCOMPARED, reason="item", **labels)
             return
         differences = [b - a for a, b in zip(current.rewards, shadow.rewards, strict=True)]
-        tally.count(COMPLETIONS, len(differences), **labels)
-        tally.count(ABS_DIFFERENCE, sum(map(abs, differences)), **labels)
-        tally.add(DIFFERENCE, sum(differences), **labels)
-        tally.raise_to(MAX_DIFFERENCE, max(map(abs, differences)), **labels)
+        self._recorder.add(COMPLETIONS, len(differences), **labels)
+        self._recorder.add(ABS_DIFFERENCE, sum(map(abs, differences)), **labels)
+        self._recorder.move(DIFFERENCE, sum(differences), **labels)
+        self._recorder.raise_to(MAX_DIFFERENCE, max(map(abs, differences)), **labels)
         for (a, b), (c, d) in zip(combinations(current.rewards, 2), combinations(shadow.rewards, 2), strict=True):
             if a != b:
-                tally.count(PAIRS, **labels)
-                tally.count(AGREEING_PAIRS, float((a < b) == (c < d) and c != d), **labels)
+                self._recorder.add(PAIRS, **labels)
+                self._recorder.add(AGREEING_PAIRS, float((a < b) == (c < d) and c != d), **labels)
 
     async def close(self) -> None:
         """End what is outstanding."""

@@ -116,7 +116,6 @@ class Route:
         dialect: name of the dialect, for metrics and headers.
         statuses: those of our HTTP statuses that the dialect's clients know by another one.
         request, reply: JSON schemas for the OpenAPI document.
-        foreign_models: whether `Call.model` is a name of the other system's configuration, and the default model answers for any.
         asks: `ready` and `alive`: probes of other systems, which have no items; `ready` is refused with 503 while nothing can score.
         pick: where dialects share a path, the route whose body it is, with an error shape of its own.
         media_types: of a request body; any charset.
@@ -131,7 +130,6 @@ class Route:
     reply: Mapping[str, JSON]
     methods: tuple[str, ...] = ("POST",)
     statuses: Mapping[int, int] = field(default_factory=dict)
-    foreign_models: bool = False
     asks: Literal["scores", "ready", "alive"] = "scores"
     pick: Callable[[bytes], Route] | None = None
     media_types: tuple[str, ...] = ("application/json",)

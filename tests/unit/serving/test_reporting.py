@@ -14,7 +14,7 @@ import pytest
 from rayward.errors import ConfigError
 from rayward.serving.calls import QUEUED_TOKENS, TOKENS_PER_S, Stats
 from rayward.serving.metrics import Recorder, render
-from rayward.serving.reporting import EXPIRY_S, MIN_REWARDS, Board, added, merged, parts_of, report_forever
+from rayward.serving.reporting import EXPIRY_S, MIN_REWARDS, Board, added, parts_of, report_forever
 from rayward.serving.routes import Canary, ModelRoutes, Release, RouteTable
 from rayward.serving.status import ServiceStatus, build_status
 from rayward.wire.native import ModelInfo, WireNormaliser
@@ -225,15 +225,6 @@ def test_parts_of_a_version() -> None:
     assert parts_of(TABLE, "helper", "aaa") == {"current": 0.75}
     assert parts_of(TABLE, "helper", "bbb") == {"canary": 0.25, "shadow": 0.0}
     assert parts_of(TABLE, "helper", "ccc") == parts_of(TABLE, "nobody", "aaa") == parts_of(None, "helper", "aaa") == {}
-
-
-def test_parts_of_one_process_report_as_one() -> None:
-    http, dispatcher = Recorder("i", "ingress"), Recorder("other", "ingress")
-    http.add("requests_total", 2, dialect="rayward", status="200")
-    dispatcher.add("poisoned_items_total")
-    whole = merged(http.stats(), dispatcher.stats())
-    assert whole.source == "i"
-    assert whole.counters == http.stats().counters | dispatcher.stats().counters
 
 
 def test_histograms_of_two_programs_are_not_added() -> None:

@@ -57,10 +57,9 @@ class Mounted:
 
     def __init__(self, *, keys: str = "", page: bool = True, source: str = "ingress-1") -> None:
         self.manager = Manager()
-        dispatcher = Recorder("dispatcher", "ingress")
-        dispatcher.add("poisoned_items_total", 2)
         recorder = Recorder(source, "ingress")
-        self.seeing = Seeing(self.manager, recorder.stats, dispatcher.stats, page=page)
+        recorder.add("poisoned_items_total", 2)
+        self.seeing = Seeing(self.manager, recorder.stats, page=page)
         front = Front(
             FakeBackends(), routes=all_routes(), endpoints=self.seeing.endpoints(), background=[self.seeing.report], recorder=recorder
         )
