@@ -26,6 +26,7 @@ from rayward.config.scoring import ScoringConfig
 from rayward.contract.conversation import strings_in
 from rayward.errors import ConfigError, OverloadedError, RuleError, ScoringError, UnavailableError
 from rayward.serving.dispatch import Dispatcher
+from rayward.serving.metrics import Recorder
 from rayward.serving.routes import RouteTable
 from rayward.wire.dialects.reading import text_items
 from rayward.wire.items import ScoreItem
@@ -58,7 +59,7 @@ def _link(front: str, state: str | None) -> Link:
     read = table_store(ScoringConfig(state=state), front).read
     handles = ServeHandles(front, lambda model, version: (dispatcher.table or RouteTable()).application(front, model, version))
     caller = f"{socket.gethostname()}-{os.getpid()}"
-    dispatcher = Dispatcher(read, handles, source=f"client-{caller}")
+    dispatcher = Dispatcher(read, handles, recorder=Recorder(f"client-{caller}", "ingress"))
     return DirectLink(dispatcher, caller)
 
 

@@ -150,7 +150,7 @@ class Recorder:
         self._histograms: dict[Key, _Buckets] = {}
         self.set("start_time_seconds", clock())
 
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
+    def add(self, name: str, amount: float = 1.0, /, **labels: str) -> None:
         """Let a counter grow."""
         key = _key(name, "counter", labels)
         if not amount >= 0.0:
@@ -158,25 +158,25 @@ class Recorder:
         with self._lock:
             self._counters[key] = self._counters.get(key, 0.0) + amount
 
-    def set(self, name: str, value: float, **labels: str) -> None:
+    def set(self, name: str, value: float, /, **labels: str) -> None:
         """A gauge as it stands."""
         key = _key(name, "gauge", labels)
         with self._lock:
             self._gauges[key] = float(value)
 
-    def move(self, name: str, change: float, **labels: str) -> None:
+    def move(self, name: str, change: float, /, **labels: str) -> None:
         """Let a gauge rise or fall."""
         key = _key(name, "gauge", labels)
         with self._lock:
             self._gauges[key] = self._gauges.get(key, 0.0) + change
 
-    def raise_to(self, name: str, value: float, **labels: str) -> None:
+    def raise_to(self, name: str, value: float, /, **labels: str) -> None:
         """A gauge of the greatest value so far."""
         key = _key(name, "gauge", labels)
         with self._lock:
             self._gauges[key] = max(value, self._gauges.get(key, value))
 
-    def observe(self, name: str, value: float, **labels: str) -> None:
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
         """One observation of a histogram; NaN is none."""
         key = _key(name, "histogram", labels)
         if math.isnan(value):
