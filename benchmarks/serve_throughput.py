@@ -13,7 +13,7 @@ card or `--threads` threads for everybody. One run, in this order, each side in 
     flat          POST /get_reward with the n texts of one prompt, 8 in flight
     peers         their own server, /get_reward with the n texts of one prompt, 8 in flight, the same texts
 
-A closed loop: so many requests are always in flight, until all items are answered; the first requests warm up and do not count. Every
+A closed loop: so many requests are always in flight, until all items are answered; the first answers warm up and do not count. Every
 reward is compared with the scorer's.
 """
 
@@ -110,20 +110,25 @@ def run_scorer(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 async def closed_loop(jobs: Sequence[Any], send: Callable[[Any], Awaitable[Any]], in_flight: int, warm_up: int) -> dict[str, Any]:
-    """Send all jobs, always `in_flight` at a time; seconds from the end of the warm-up to the last answer, latencies, answers in order."""
+    """Send all jobs, always `in_flight` at a time.
+
+    `seconds` is from the answer that ends the warm-up to the last one: as many answers come in that time as are counted, where from the
+    sending of a request on those of the requests before it would come too.
+    """
     answers: list[Any] = [None] * len(jobs)
     latencies: list[float] = []
     pending = iter(range(len(jobs)))
-    begun = 0.0
+    num_answered, begun = 0, time.perf_counter()
 
     async def caller() -> None:
-        nonlocal begun
+        nonlocal num_answered, begun
         for index in pending:
-            if index == warm_up:
-                begun = time.perf_counter()
             start = time.perf_counter()
             answers[index] = await send(jobs[index])
-            if index >= warm_up:
+            num_answered += 1
+            if num_answered == warm_up:
+                begun = time.perf_counter()
+            elif num_answered > warm_up:
                 latencies.append(time.perf_counter() - start)
 
     await asyncio.gather(*(caller() for _ in range(in_flight)))
@@ -174,7 +179,7 @@ def run_service(spec: dict[str, Any]) -> dict[str, Any]:
         print(size, {side: round(run["seconds"], 1) for side, run in found[size].items()}, flush=True)
         # One at a time, and at seven tenths of the full rate: what p99 is compared with.
         bodies = [{"items": [item]} for item in items]
-        alone = asyncio.run(over_http(url, "/v1/score", bodies[: max(8, len(bodies) // 4)], 1, 2, rewards_of_reply))
+        alone = asyncio.run(over_http(url, "/v1/score", bodies, 1, 0, rewards_of_reply))
         rate = (len(bodies) - spec["warm_up"]) / found[size]["http, 8 in flight"]["seconds"]
         found[size]["alone"] = alone
         found[size]["at 70 %"] = asyncio.run(open_loop(url, bodies, 0.7 * rate))
@@ -199,19 +204,29 @@ async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float) -> 
     import random
 
     gaps = random.Random(0)
-    latencies: list[float] = []
+    latencies: list[float] = [0.0] * len(bodies)
+    arrivals: list[float] = []
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=httpx.Limits(max_connections=256)) as client:
 
-        async def send(body: dict[str, Any]) -> None:
-            start = time.perf_counter()
-            (await client.post("/v1/score", json=body)).raise_for_status()
-            latencies.append(time.perf_counter() - start)
+        async def send(index: int) -> None:
+            (await client.post("/v1/score", json=bodies[index])).raise_for_status()
+            latencies[index] = time.perf_counter() - arrivals[index]
 
         async with asyncio.TaskGroup() as group:
-            for body in bodies:
-                group.create_task(send(body))
+            for index in range(len(bodies)):
+                arrivals.append(time.perf_counter())
+                group.create_task(send(index))
                 await asyncio.sleep(gaps.expovariate(rate))
-    return {"latencies": latencies, "rate": rate}
+    return {"latencies": latencies, "arrivals": arrivals, "rate": rate}
+
+
+def one_after_another(arrivals: Sequence[float], alone: Sequence[float]) -> list[float]:
+    """What the requests would have taken if each had its time alone, and they were served in the order in which they came."""
+    free, took = 0.0, []
+    for arrival, seconds in zip(arrivals, alone, strict=True):
+        free = max(free, arrival) + seconds
+        took.append(free - arrival)
+    return took
 
 
 def run_peer(spec: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +284,8 @@ def main() -> None:
     source = common.data_file(args.data)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "items.jsonl")
-        write_items(source, file, 256)
+        # No prompt twice: the ceiling knows all of them beforehand, and would compute once what the service meets minutes apart.
+        write_items(source, file, args.completions)
         items = {str(size): make_items(file, size, max(32, args.completions // size)) for size in SIZES}
         spec = {
             "model": model, "items": items, "texts": {size: texts_of(model, given) for size, given in items.items()}, "warm_up": 8,
@@ -289,7 +305,8 @@ def main() -> None:
             common.table(["side", *sizes], rows),
             "",
             "Seconds of a request over HTTP, one item each: alone on an idle service, and at 70 % of the rate of 8 in flight (exponential "
-            "gaps):",
+            "gaps). `over alone`: p99 over the median alone; `in theory`: the same if every request took what it takes alone and they were "
+            "served one after another, in the order and at the times in which they came.",
             "",
             common.table(["", *sizes], latency),
         ]
@@ -304,7 +321,13 @@ def _table(
     sides = [HANDLE, *HTTP, FLAT]
     names = ["ceiling: bare forward", "scorer", *sides, *peers]
     speeds: dict[str, list[float]] = {name: [] for name in names}
-    gaps, latency = 0.0, {name: list[str]() for name in ("alone, median", "at 70 %, median", "at 70 %, p99", "p99 over alone")}
+    gaps, latency = (
+        0.0,
+        {
+            name: list[str]()
+            for name in ("alone, median", "at 70 %, median", "alone, p99", "at 70 %, p99", "p99 over alone", "in theory, one after another")
+        },
+    )
     for size, given in items.items():
         total, number = sum(len(item["completions"]) for item in given), int(size)
         speeds[names[0]].append(total / scorer[size]["ceiling_s"])
@@ -319,19 +342,25 @@ def _table(
             gaps = max(gaps, *(abs(a - b) for a, b in pairs))
         for peer, runs in peers.items():
             speeds[peer].append((total - number * warm_up) / runs[size]["seconds"])
-        alone = statistics.median(service[size]["alone"]["latencies"])
-        loaded = sorted(service[size]["at 70 %"]["latencies"])
-        p99 = loaded[min(len(loaded) - 1, int(0.99 * len(loaded)))]
-        for name, value in zip(latency, (alone, statistics.median(loaded), p99, p99 / alone), strict=True):
+        times, loaded = service[size]["alone"]["latencies"], service[size]["at 70 %"]
+        alone, p99 = statistics.median(times), _p99(loaded["latencies"])
+        theory = _p99(one_after_another(loaded["arrivals"], times)) / alone
+        for name, value in zip(
+            latency, (alone, statistics.median(loaded["latencies"]), _p99(times), p99, p99 / alone, theory), strict=True
+        ):
             latency[name].append(f"{value:.3f}")
     ceiling = speeds[names[0]]
     rows = [[name, *(f"{v:.1f} ({v / c:.2f})" for v, c in zip(values, ceiling, strict=True))] for name, values in speeds.items()]
     return rows, [[name, *cells] for name, cells in latency.items()], gaps
 
 
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
 def _without_answers(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_answers(each) for key, each in value.items() if key not in ("answers", "rewards")}
+        return {key: _without_answers(each) for key, each in value.items() if key not in ("answers", "rewards", "arrivals")}
     return value
 
 
