@@ -61,7 +61,9 @@ def kill_a_replica(version: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_completions", "num_kills"), [(4_000, 1), pytest.param(100_000, 3, marks=pytest.mark.drill)], ids=["small", "hundred-thousand"]
+    ("num_completions", "num_kills"),
+    [(4_000, 1), pytest.param(100_000, 3, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])],
+    ids=["small", "hundred-thousand"],
 )
 def test_nothing_is_lost_and_nothing_invented(app: ModuleType, tmp_path: Path, num_completions: int, num_kills: int) -> None:
     exports = [make_export(tmp_path / "one"), make_export(tmp_path / "two", seed=5)]
