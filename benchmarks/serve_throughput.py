@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ SIZES = (1, 4, 16)
 HANDLE, FLAT = "handle, 8 in flight", "flat, 8 in flight"
 HTTP = {"http, 8 in flight": (8, 1), "http, 64 in flight": (64, 1), "http, 8 items, 8 in flight": (8, 8)}
 """Requests in flight, items of a request."""
+
+PARTS = {
+    ":scorer": "scorer", "encoder_process": "its encoders", ":ingress": "ingress", ":manager": "manager", "ProxyActor": "proxy",
+    "ServeController": "controller", "raylet": "Ray's own", "gcs_server": "Ray's own", "ray/": "Ray's own", "ray::": "Ray's own",
+}  # fmt: skip
+"""What a process is, by the first of these that is part of its command line."""
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -171,9 +178,11 @@ def run_service(spec: dict[str, Any]) -> dict[str, Any]:
     for size, items in spec["items"].items():
         found[size] = {HANDLE: asyncio.run(by_handle(items, spec["warm_up"], spec["state"]))}
         for side, (in_flight, per_request) in HTTP.items():
+            before = cpu_seconds()
             bodies = [{"items": items[start : start + per_request]} for start in range(0, len(items), per_request)]
             loop = over_http(url, "/v1/score", bodies, in_flight, max(1, spec["warm_up"] // per_request), rewards_of_reply)
             found[size][side] = asyncio.run(loop)
+            found[size][side]["cpu_s"] = {part: seconds - before.get(part, 0.0) for part, seconds in cpu_seconds().items()}
         texts = [{"query": each} for each in spec["texts"][size]]
         found[size][FLAT] = asyncio.run(over_http(url, "/get_reward", texts, 8, spec["warm_up"], lambda reply: [reply["rewards"]]))
         print(size, {side: round(run["seconds"], 1) for side, run in found[size].items()}, flush=True)
@@ -183,6 +192,20 @@ def run_service(spec: dict[str, Any]) -> dict[str, Any]:
         rate = (len(bodies) - spec["warm_up"]) / found[size]["http, 8 in flight"]["seconds"]
         found[size]["alone"] = alone
         found[size]["at 70 %"] = asyncio.run(open_loop(url, bodies, 0.7 * rate))
+    return found
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Of this process, which is the client, and of everything that it has started, by part."""
+    import psutil
+
+    me = psutil.Process()
+    found = {"client": sum(me.cpu_times()[:2])}
+    for process in me.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            line = " ".join(process.cmdline())
+            part = next((part for mark, part in PARTS.items() if mark in line), "others")
+            found[part] = found.get(part, 0.0) + sum(process.cpu_times()[:2])
     return found
 
 
@@ -309,6 +332,10 @@ def main() -> None:
             "served one after another, in the order and at the times in which they came.",
             "",
             common.table(["", *sizes], latency),
+            "",
+            "Processor time of a request over HTTP, 8 in flight, in ms:",
+            "",
+            common.table(["", *sizes], _cpu_rows(service, items)),
         ]
     )
     values = {"scorer": scorer, "service": service, "peers": peers}
@@ -352,6 +379,12 @@ def _table(
     ceiling = speeds[names[0]]
     rows = [[name, *(f"{v:.1f} ({v / c:.2f})" for v, c in zip(values, ceiling, strict=True))] for name, values in speeds.items()]
     return rows, [[name, *cells] for name, cells in latency.items()], gaps
+
+
+def _cpu_rows(service: dict[str, Any], items: dict[str, Any]) -> list[list[str]]:
+    used = {size: run["http, 8 in flight"]["cpu_s"] for size, run in service.items()}
+    parts = sorted({part for each in used.values() for part in each}, key=lambda part: -used["1"].get(part, 0.0))
+    return [[part, *(f"{1e3 * used[size].get(part, 0.0) / len(items[size]):.1f}" for size in items)] for part in parts]
 
 
 def _p99(values: Sequence[float]) -> float:
