@@ -51,6 +51,8 @@ PARTS = {
 }  # fmt: skip
 """What a process is, by the first of these that is part of its command line."""
 
+TIMES = ("alone, median", "at 70 %, median", "alone, p99", "at 70 %, p99", "p99 over alone", "in theory, one after another")
+
 PEERS = Path(__file__).parent / "peers"
 
 
@@ -348,13 +350,8 @@ def _table(
     sides = [HANDLE, *HTTP, FLAT]
     names = ["ceiling: bare forward", "scorer", *sides, *peers]
     speeds: dict[str, list[float]] = {name: [] for name in names}
-    gaps, latency = (
-        0.0,
-        {
-            name: list[str]()
-            for name in ("alone, median", "at 70 %, median", "alone, p99", "at 70 %, p99", "p99 over alone", "in theory, one after another")
-        },
-    )
+    latency = {name: list[str]() for name in TIMES}
+    gaps = 0.0
     for size, given in items.items():
         total, number = sum(len(item["completions"]) for item in given), int(size)
         speeds[names[0]].append(total / scorer[size]["ceiling_s"])
