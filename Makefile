@@ -55,7 +55,7 @@ clients:
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[dev,bench]"
 	$(CLIENTS)/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2 verl==0.9.1
-	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" tensordict omegaconf hydra-core codetiming pylatexenc
+	$(CLIENTS)/bin/python -m pip install --quiet "$(TORCH)" tensordict omegaconf hydra-core codetiming orjson pylatexenc
 	rm -rf $(CLIENTS)/lib/python3*/site-packages/tests  # of OpenRLHF's wheel, in the way of ours
 	$(CLIENTS)/bin/python -m pytest -m clients tests/integration/test_real_clients.py
 
