@@ -63,7 +63,7 @@ def cluster() -> Iterator[str]:
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     }  # fmt: skip
     command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=1", f"--autoscaling-config={path}",
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1", f"--autoscaling-config={path}",
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         f"--temp-dir={directory}", "--disable-usage-stats", "--object-store-memory=100000000",
     ]  # fmt: skip
