@@ -23,6 +23,7 @@ from typing import Any
 
 import common
 from growing_cluster import cluster
+from load import quantile
 
 TOKENS_PER_S = 2000.0
 """Speed of one replica's device."""
@@ -259,11 +260,6 @@ def run_one(target_ongoing_requests: float | None) -> dict[str, Any]:
 
 
 # ---- results ------------------------------------------------------------------------------------------------------
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def summary(side: dict[str, Any]) -> dict[str, float]:

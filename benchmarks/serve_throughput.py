@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from typing import Any
 import httpx
 
 import common
+from load import closed_loop, one_after_another, open_loop, over_http, quantile
 from score_scale import write_items
 from smollm2 import smollm2
 
@@ -115,48 +116,7 @@ def run_scorer(spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-# ---- the load ---------------------------------------------------------------------------------------------------
-
-
-async def closed_loop(jobs: Sequence[Any], send: Callable[[Any], Awaitable[Any]], in_flight: int, warm_up: int) -> dict[str, Any]:
-    """Send all jobs, always `in_flight` at a time.
-
-    `seconds` is from the answer that ends the warm-up to the last one: as many answers come in that time as are counted, where from the
-    sending of a request on those of the requests before it would come too.
-    """
-    answers: list[Any] = [None] * len(jobs)
-    latencies: list[float] = []
-    pending = iter(range(len(jobs)))
-    num_answered, begun = 0, time.perf_counter()
-
-    async def caller() -> None:
-        nonlocal num_answered, begun
-        for index in pending:
-            start = time.perf_counter()
-            answers[index] = await send(jobs[index])
-            num_answered += 1
-            if num_answered == warm_up:
-                begun = time.perf_counter()
-            elif num_answered > warm_up:
-                latencies.append(time.perf_counter() - start)
-
-    await asyncio.gather(*(caller() for _ in range(in_flight)))
-    return {"seconds": time.perf_counter() - begun, "latencies": latencies, "answers": answers}
-
-
-async def over_http(
-    url: str, path: str, bodies: Sequence[dict[str, Any]], in_flight: int, warm_up: int, read: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """The closed loop over HTTP with kept connections."""
-    limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
-    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
-
-        async def send(body: dict[str, Any]) -> Any:
-            response = await client.post(path, json=body)
-            response.raise_for_status()
-            return read(response.json())
-
-        return await closed_loop(bodies, send, in_flight, warm_up)
+# ---- the service ------------------------------------------------------------------------------------------------
 
 
 def rewards_of_reply(reply: Any) -> list[list[float]]:
@@ -222,36 +182,6 @@ async def by_handle(items: Sequence[dict[str, Any]], warm_up: int, state: str) -
             return [await client.score(item["prompt"], item["completions"])]
 
         return await closed_loop(items, send, 8, warm_up)
-
-
-async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
-    """Requests that come when they come, `rate` a second on average (exponential gaps): latencies."""
-    import random
-
-    gaps = random.Random(0)
-    latencies: list[float] = [0.0] * len(bodies)
-    arrivals: list[float] = []
-    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=httpx.Limits(max_connections=256)) as client:
-
-        async def send(index: int) -> None:
-            (await client.post("/v1/score", json=bodies[index])).raise_for_status()
-            latencies[index] = time.perf_counter() - arrivals[index]
-
-        async with asyncio.TaskGroup() as group:
-            for index in range(len(bodies)):
-                arrivals.append(time.perf_counter())
-                group.create_task(send(index))
-                await asyncio.sleep(gaps.expovariate(rate))
-    return {"latencies": latencies, "arrivals": arrivals, "rate": rate}
-
-
-def one_after_another(arrivals: Sequence[float], alone: Sequence[float]) -> list[float]:
-    """What the requests would have taken if each had its time alone, and they were served in the order in which they came."""
-    free, took = 0.0, []
-    for arrival, seconds in zip(arrivals, alone, strict=True):
-        free = max(free, arrival) + seconds
-        took.append(free - arrival)
-    return took
 
 
 def run_peer(spec: dict[str, Any]) -> dict[str, Any]:
@@ -367,10 +297,10 @@ def _table(
         for peer, runs in peers.items():
             speeds[peer].append((total - number * warm_up) / runs[size]["seconds"])
         times, loaded = service[size]["alone"]["latencies"], service[size]["at 70 %"]
-        alone, p99 = statistics.median(times), _p99(loaded["latencies"])
-        theory = _p99(one_after_another(loaded["arrivals"], times)) / alone
+        alone, p99 = statistics.median(times), quantile(loaded["latencies"], 0.99)
+        theory = quantile(one_after_another(loaded["arrivals"], times), 0.99) / alone
         for name, value in zip(
-            latency, (alone, statistics.median(loaded["latencies"]), _p99(times), p99, p99 / alone, theory), strict=True
+            latency, (alone, statistics.median(loaded["latencies"]), quantile(times, 0.99), p99, p99 / alone, theory), strict=True
         ):
             latency[name].append(f"{value:.3f}")
     ceiling = speeds[names[0]]
@@ -382,10 +312,6 @@ def _cpu_rows(service: dict[str, Any], items: dict[str, Any]) -> list[list[str]]
     used = {size: run["http, 8 in flight"]["cpu_s"] for size, run in service.items()}
     parts = sorted({part for each in used.values() for part in each}, key=lambda part: -used["1"].get(part, 0.0))
     return [[part, *(f"{1e3 * used[size].get(part, 0.0) / len(items[size]):.1f}" for size in items)] for part in parts]
-
-
-def _p99(values: Sequence[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
 def _without_answers(value: Any) -> Any:

@@ -17,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 
 import common
+from load import quantile
 from smollm2 import smollm2
 
 KEY = "of-the-benchmark-and-nobody-else"
@@ -191,9 +192,9 @@ def _text(found: dict[str, Any], args: argparse.Namespace) -> str:
     rows = []
     steady = 0.0
     for phase, indices in zip(PHASES, phases_of(found), strict=True):
-        seconds = sorted(found["seconds"][i] for i in indices)
+        seconds = [found["seconds"][i] for i in indices]
         answered = [found["versions"][i] for i in indices]
-        p50, p99 = (_quantile(seconds, share) for share in (0.5, 0.99))
+        p50, p99 = (quantile(seconds, share) for share in (0.5, 0.99))
         steady = steady or p50
         shares = ", ".join(f"{answered.count(version) / len(answered):.0%}" for version in dict.fromkeys(found["versions"]))
         rows.append([phase, len(indices), shares, f"{p50 * 1e3:.0f}", f"{p99 * 1e3:.0f}", f"{(p50 - steady) * 1e3:+.0f}"])
@@ -209,10 +210,6 @@ def _text(found: dict[str, Any], args: argparse.Namespace) -> str:
             common.table(header, rows),
         ]
     )
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
 def _plot(found: dict[str, Any], path: Path) -> None:
