@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+from tests.helpers.processes import alive, descendants, kill, named, until
 from tests.helpers.runs import NUM_STEPS, final_weights, losses, tiny_config, write_world
 
 from rayward.config.load import dump_config
@@ -49,26 +48,13 @@ def run_here(world: Path, storage: Path, **training: object) -> None:
     train(config, prepare(config))
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
-
-
 def committed(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*/commit.json"))
 
 
-def training_workers(of: psutil.Process) -> list[psutil.Process]:
-    found = []
-    for process in of.children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+def training_workers() -> list[psutil.Process]:
+    """Of the Ray that this process started."""
+    return named("RayTrainWorker", psutil.Process().children(recursive=True))
 
 
 def run_with_a_killer(world: Path, run: Path) -> None:
@@ -76,9 +62,8 @@ def run_with_a_killer(world: Path, run: Path) -> None:
     over = threading.Event()
 
     def kill_one() -> None:
-        wait_for(lambda: bool(committed(run)) or over.is_set(), timeout_s=300.0)
-        for victim in training_workers(psutil.Process())[-1:]:
-            victim.send_signal(signal.SIGKILL)
+        until(lambda: committed(run) or over.is_set(), 300.0)
+        kill(training_workers()[-1:])
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -114,12 +99,12 @@ def kill_the_driver(command: Sequence[str], run: Path, environment: Mapping[str,
     """Start the job and kill its driver once a checkpoint is committed; its Ray is gone afterwards."""
     with (run.parent / "first.log").open("w") as log:
         driver = subprocess.Popen(command, cwd=run.parent, env=environment, stdout=log, stderr=log)
-    wait_for(lambda: bool(committed(run)) or driver.poll() is not None, timeout_s=300.0)
+    until(lambda: committed(run) or driver.poll() is not None, 300.0)
     assert driver.poll() in (None, 0), (run.parent / "first.log").read_text()[-3000:]
-    children = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
+    children = descendants(driver)
     driver.kill()
     driver.wait()
-    wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    until(lambda: not alive(children))
 
 
 def test_a_killed_driver_continues_with_the_same_command(world: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -208,4 +193,4 @@ def test_a_diverging_run_stops_everywhere_and_names_the_rows(world: Path, tmp_pa
     assert set(caught.value.comparison_ids) <= ids
     assert caught.value.comparison_ids
     assert vars(RaywardError.from_json((run / "failure.json").read_text())) == vars(caught.value)
-    assert not training_workers(psutil.Process())
+    assert not training_workers()

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from tests.helpers.processes import descendants, end
 from tests.helpers.runs import losses, tiny_config, write_world
 
 from rayward.config.load import dump_config
@@ -81,12 +81,10 @@ def start_head(directory: str) -> tuple[subprocess.Popen[bytes], str]:
 
 def stop(head: subprocess.Popen[bytes]) -> None:
     """End the node and all its processes."""
-    processes = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+    processes = descendants(head)
     head.terminate()
     head.wait(timeout=60)
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    for process in alive:
-        process.kill()
+    end(processes)
 
 
 def test_a_submitted_job_trains_and_exports(job_server: str, tmp_path: Path) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import psutil
 import pytest
 from tests.helpers.ledger import Ledger, make_pool, offline_rewards, when
 from tests.helpers.models import make_export
+from tests.helpers.processes import kill, named, until
 
 from rayward.config.scoring import ScoringConfig
 from rayward.scoring.scorer import Scorer
@@ -50,14 +48,7 @@ def app(ray_local: None) -> Iterator[ModuleType]:
 def kill_a_replica(version: str) -> None:
     """SIGKILL, when there is one that runs."""
     title = f"ray::ServeReplica:{application_of(APP, 'm', version)}:"
-    until = time.monotonic() + 120.0
-    while time.monotonic() < until:
-        found = [p.pid for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or ())]
-        if found:
-            os.kill(found[0], signal.SIGKILL)
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"no replica of {version} runs")
+    kill(until(lambda: named(title), otherwise=lambda: f"no replica of {version} runs")[:1])
 
 
 @pytest.mark.parametrize(

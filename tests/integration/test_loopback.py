@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.helpers.models import make_export
+from tests.helpers.processes import descendants, end, until
 
 from rayward import RewardClient
 
@@ -83,22 +83,20 @@ def service(export: Path) -> Iterator[Service]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 240
-        while f"at {url}" not in (text := (directory / "serve.log").read_text()):
-            assert process.poll() is None, text[-4000:]
-            assert time.monotonic() < deadline, text[-4000:]
-            time.sleep(0.5)
+        log_file = directory / "serve.log"
+        until(
+            lambda: f"at {url}" in log_file.read_text() or process.poll() is not None, 240.0, otherwise=lambda: log_file.read_text()[-4000:]
+        )
+        assert process.poll() is None, log_file.read_text()[-4000:]
         yield Service(process, environment, url)
     finally:
-        own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        own = descendants(process)
         process.send_signal(signal.SIGINT)
         try:
             process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             process.kill()
-        _, alive = psutil.wait_procs(own, timeout=30)
-        for each in alive:
-            each.kill()
+        end(own)
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.helpers.models import CONVERSATIONS, change_contract, make_export
+from tests.helpers.processes import named
 
 from rayward.config.placement import Placement
 from rayward.config.scoring import ReplicaConfig
@@ -105,7 +106,7 @@ def test_a_template_that_loops_fails_alone(replica: Any) -> None:
 
 def test_a_killed_replica_takes_its_encoders_along_and_another_one_answers(replica: Any) -> None:
     before = replica.stats.remote().result(timeout_s=60).source
-    (process,) = (each for each in psutil.process_iter() if _is_replica(each))
+    (process,) = named(f"ServeReplica:{APP}")
     encoders = process.children(recursive=True)
     assert encoders
     process.send_signal(signal.SIGKILL)
@@ -126,10 +127,3 @@ def _answered_again(replica: Any) -> Any:
         except RayActorError:
             continue
     raise AssertionError("no replica answered")
-
-
-def _is_replica(process: psutil.Process) -> bool:
-    try:
-        return f"ServeReplica:{APP}" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False

@@ -6,16 +6,15 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import httpx
-import psutil
 import pytest
 from tests.helpers.models import make_export
+from tests.helpers.processes import named, until
 
 from rayward.config.scoring import ScoringConfig
 from rayward.contract.contract import Contract
@@ -36,7 +35,6 @@ APP = f"rollout-{os.getpid()}"
 KEY = "for-the-administrator-of-a-test"
 PROMPT, COMPLETIONS = "Hi", ("Hello", "No!", "Good morning to you")
 ITEM = {"prompt": PROMPT, "completions": COMPLETIONS}
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +87,6 @@ def url(app: ModuleType, config: ScoringConfig) -> str:
 @pytest.fixture
 def service(url: str) -> Service:
     return Service(url)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end, "the condition never held"
-        time.sleep(0.1)
 
 
 class Load:
@@ -224,7 +214,7 @@ def test_a_killed_manager_goes_on_where_it_was(
     title = f"ray::ServeReplica:{APP}:manager"
 
     def managers() -> list[int]:
-        return [p.pid for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or ())]
+        return [process.pid for process in named(title)]
 
     (before,) = managers()
     with Load(url, expected, 1) as load:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.helpers.models import make_export
 from tests.helpers.prepared import prepared_row, write_prepared
+from tests.helpers.processes import alive, descendants, until
 
 from rayward.config.placement import Placement
 from rayward.contract.contract import Contract
@@ -60,18 +60,14 @@ def test_a_killed_job_goes_on_and_scores_nothing_twice(export: Path, tmp_path: P
     words = ("score", str(export), str(source), "--output", str(output), "--output-format", "jsonl", "--keep-columns", "--device", "cpu",
              "--rows-per-part", "64", "--scorers", "2")  # fmt: skip
     first = command(*words)
-    deadline = time.monotonic() + 180
-    while len(commits(output)) < 3:
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: len(commits(output)) >= 3 or first.poll() is not None, 180.0)
+    assert first.poll() is None, first.communicate()
+    started = descendants(first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     # The scorers of a driver that died go with it, after what they are at.
-    before: dict[str, int] = {}
-    while (found := commits(output)) != before:
-        before = found
-        time.sleep(2)
+    until(lambda: not alive(started))
+    before = commits(output)
     assert 3 <= len(before) < 49
     assert not (output / "_manifest.json").exists()
 

@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import httpx
-import psutil
 import pyarrow as pa
 import pytest
 from tests.helpers.models import CONVERSATIONS, MAX_TOKENS, make_export, plain_reward
+from tests.helpers.processes import named
 from tests.helpers.templates import make_family_tokenizer
 from transformers import LlamaForSequenceClassification
 
@@ -237,7 +237,7 @@ def test_killed_replica_is_replaced_and_no_request_gets_a_made_up_reward(url: st
 
 def scorer_pids() -> list[int]:
     title = f"ray::ServeReplica:{APP}.tiny."
-    return [process.pid for process in psutil.process_iter(["cmdline"]) if title in " ".join(process.info["cmdline"] or ())]
+    return [process.pid for process in named(title)]
 
 
 def test_a_full_backlog_is_refused_with_a_retryable_429(app: ModuleType, config: ScoringConfig, url: str) -> None:
