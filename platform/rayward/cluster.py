@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +96,7 @@ def _join_or_start(**settings: Any) -> bool:
 
     # That tokens are used is said in the documentation, and when one is missing.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    with _on_loopback():
+    with _on_loopback(), _own_sigterm():
         if os.environ.get("RAY_ADDRESS") == "local":
             _start(**settings)
             return True
@@ -152,6 +154,15 @@ def _on_loopback() -> Iterator[None]:
         os.environ.pop(LOOPBACK_VARIABLE)
         if variable is not None:
             os.environ[LOOPBACK_VARIABLE] = variable
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    # Ray puts its own handler over the process's, which prints a C++ trace and ends without waiting for what Serve still answers.
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _inside_working_dir() -> bool:

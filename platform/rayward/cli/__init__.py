@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -21,6 +22,8 @@ def main() -> None:
 
 def run(command: typer.Typer) -> None:
     """Run a command line; a Rayward error prints what was given, the rule and the remedy, and nothing else."""
+    # A supervisor's SIGTERM is a Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
     except RaywardError as exc:

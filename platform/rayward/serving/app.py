@@ -7,6 +7,7 @@ Nothing of the front holds a model, so publishing, promoting and rolling back ch
 """
 
 # No `from __future__ import annotations`: Serve reads the type of the builder's argument, to validate the file's `args:` with it.
+import asyncio
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from rayward.serving.applications import HEALTH, QUIET, ManagerDeployment, table
 from rayward.serving.assembly import assemble
 from rayward.serving.auth import KEYS_VARIABLE, Keys, check_exposure, without_secrets
 from rayward.serving.autoscaling import REPORT_ENVIRONMENT
+from rayward.serving.handles import handle_for_a_while
 from rayward.serving.ingress import Ingress
 from rayward.serving.manager import declared_models
 from rayward.serving.preflight import check_listening, check_sources, free_port, startup_error
@@ -167,7 +169,7 @@ def serve_model(
             serve.run(build(config), name=name, route_prefix=route_prefix)
         except (RuntimeError, ValueError, RayServeException) as exc:
             raise startup_error(_failure_message(name) or str(exc)) from exc
-        _wait_for_models(config, name, on_note)
+        asyncio.run(_wait_for_models(config, name, on_note))
         _wait_for_ingress(url)
         if on_ready is not None:
             on_ready(url)
@@ -232,28 +234,29 @@ def _proxies(host: str | None, port: int | None, config: ScoringConfig) -> tuple
     return *running, False
 
 
-def _wait_for_models(config: ScoringConfig, name: str, on_note: Callable[[str], None]) -> None:
-    handle: Any = serve.get_deployment_handle(MANAGER, app_name=name)
+async def _wait_for_models(config: ScoringConfig, name: str, on_note: Callable[[str], None]) -> None:
     noted = ""
     heard = time.monotonic()
-    while True:
-        try:
-            listing = handle.administer.remote("list", b"").result(timeout_s=MANAGER_PATIENCE_S)
-            heard = time.monotonic()
-        except (RayError, RayServeException, TimeoutError) as exc:
-            # One that is replaced meanwhile goes on where the table says.
-            if time.monotonic() - heard > MANAGER_PATIENCE_S:
-                raise startup_error(_failure_message(name) or str(exc)) from exc
-            time.sleep(POLL_S)
-            continue
-        waits = [_waits_for(listing, model, source) for model, source in config.models.items()]
-        note = "\n".join(each for each in waits if each)
-        if note and note != noted:
-            on_note(note)
-        noted = note
-        if all(each is None for each in waits):
-            return
-        time.sleep(POLL_S)
+    async with handle_for_a_while(name, MANAGER) as handle:
+        while True:
+            try:
+                async with asyncio.timeout(MANAGER_PATIENCE_S):
+                    listing = await handle.administer.remote("list", b"")
+                heard = time.monotonic()
+            except (RayError, RayServeException, TimeoutError) as exc:
+                # One that is replaced meanwhile goes on where the table says.
+                if time.monotonic() - heard > MANAGER_PATIENCE_S:
+                    raise startup_error(_failure_message(name) or str(exc)) from exc
+                await asyncio.sleep(POLL_S)
+                continue
+            waits = [_waits_for(listing, model, source) for model, source in config.models.items()]
+            note = "\n".join(each for each in waits if each)
+            if note and note != noted:
+                on_note(note)
+            noted = note
+            if all(each is None for each in waits):
+                return
+            await asyncio.sleep(POLL_S)
 
 
 def _wait_for_ingress(url: str) -> None:

@@ -18,7 +18,7 @@ from rayward.errors import ConfigError, ServerError, marking
 from rayward.serving.autoscaling import REPORT_ENVIRONMENT, scaling_options
 from rayward.serving.calls import Stats
 from rayward.serving.drift import Drift, drift_of
-from rayward.serving.handles import SCORER
+from rayward.serving.handles import SCORER, handle_for_a_while
 from rayward.serving.loopback import stay_on_loopback
 from rayward.serving.manager import AppState, Manager, Standing
 from rayward.serving.replica import ScorerDeployment
@@ -128,7 +128,12 @@ class ServeFleet:
 
     def info(self, application: str) -> ModelInfo:
         """What its replicas say that they serve."""
-        info: ModelInfo = serve.get_deployment_handle(SCORER, app_name=application).info.remote().result(timeout_s=INFO_TIMEOUT_S)
+        return asyncio.run(_info(application))
+
+
+async def _info(application: str) -> ModelInfo:
+    async with handle_for_a_while(application, SCORER) as handle, asyncio.timeout(INFO_TIMEOUT_S):
+        info: ModelInfo = await handle.info.remote()
         return info
 
 

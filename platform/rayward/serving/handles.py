@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -81,6 +83,17 @@ def our_error(exc: BaseException) -> RaywardError:
     return ServerError(f"the scorer failed ({type(cause).__name__})", remedy="retry; look into the server's log")
 
 
+@asynccontextmanager
+async def handle_for_a_while(application: str, deployment: str) -> AsyncIterator[Any]:
+    """A handle for one event loop: with RAY_SERVE_THROUGHPUT_OPTIMIZED, its router lives in the loop of whoever calls, and ends with it."""
+    # A copy: Serve keeps the one that it gives, for the next who asks and for its own end.
+    handle = copy.copy(serve.get_deployment_handle(deployment, app_name=application))
+    try:
+        yield handle
+    finally:
+        await handle.shutdown_async()
+
+
 STATUS_TIMEOUT_S = 1.0
 
 
@@ -129,9 +142,9 @@ class ServeHandle:
         except (RayError, RayServeException) as exc:
             raise our_error(exc) from exc
 
-    def close(self) -> None:
-        """Let go; blocks until its router has ended."""
-        self._handle.shutdown()
+    async def close(self) -> None:
+        """Let go, and wait until its router has ended."""
+        await self._handle.shutdown_async()
 
 
 class ServeHandles:
@@ -145,6 +158,7 @@ class ServeHandles:
     def __init__(self, front: str, application: Callable[[str, str], str] | None = None) -> None:
         self._application = application or partial(application_of, front)
         self._handles: dict[tuple[str, str], ServeHandle] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def of(self, model: str, version: str) -> ServeHandle:
         """The handle of one version; it waits for an application that is not there yet."""
@@ -159,5 +173,6 @@ class ServeHandles:
     def keep(self, versions: set[tuple[str, str]]) -> None:
         """Let go of the handles of all other versions."""
         for key in set(self._handles) - versions:
-            handle = self._handles.pop(key)
-            asyncio.get_running_loop().run_in_executor(None, handle.close)
+            task = asyncio.get_running_loop().create_task(self._handles.pop(key).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

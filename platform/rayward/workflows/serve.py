@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 from pathlib import Path
 
 from rayward.cluster import connect, started_here
@@ -25,8 +24,6 @@ def serve_until_interrupted(
     # Before a cluster is started for it.
     check_listening(host, port, config)
     check_sources(config)
-    # A supervisor's SIGTERM is a Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     connect()
     from rayward.serving.app import cluster_address, serve_model
 
