@@ -48,7 +48,8 @@ HTTP = {"http, 8 in flight": (8, 1), "http, 64 in flight": (64, 1), "http, 8 ite
 
 PARTS = {
     ":scorer": "scorer", "encoder_process": "its encoders", ":ingress": "ingress", ":manager": "manager", "ProxyActor": "proxy",
-    "ServeController": "controller", "raylet": "Ray's own", "gcs_server": "Ray's own", "ray/": "Ray's own", "ray::": "Ray's own",
+    "haproxy": "HAProxy", "HAProxyManager": "HAProxy", "ServeController": "controller", "raylet": "Ray's own", "gcs_server": "Ray's own",
+    "ray/": "Ray's own", "ray::": "Ray's own",
 }  # fmt: skip
 """What a process is, by the first of these that is part of its command line."""
 

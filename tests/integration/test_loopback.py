@@ -6,48 +6,31 @@ Real here: the command in a process of its own, with a home and a Ray session of
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from tests.helpers.command import Command, serving
 from tests.helpers.models import make_export
-from tests.helpers.processes import descendants, end, until
 
 from rayward import RewardClient
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@dataclass(frozen=True)
-class Service:
-    process: subprocess.Popen[bytes]
-    environment: dict[str, str]
-    url: str
-
-    def listening(self) -> dict[tuple[str, int], str]:
-        """Address and port -> command, of all processes that belong to it."""
-        found = {}
-        own = psutil.Process(self.process.pid)
-        for process in (own, *own.children(recursive=True)):
-            try:
-                for connection in process.net_connections("inet"):
-                    if connection.status == psutil.CONN_LISTEN:
-                        found[connection.laddr.ip, connection.laddr.port] = " ".join(process.cmdline())
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def gcs_port(self) -> int:
-        return next(port for (_, port), command in self.listening().items() if "gcs_server" in command)
+def listening(service: Command) -> dict[tuple[str, int], str]:
+    """Address and port -> command, of all processes that belong to it."""
+    found = {}
+    for process in service.processes():
+        try:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found[connection.laddr.ip, connection.laddr.port] = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def network_addresses() -> list[str]:
@@ -56,66 +39,28 @@ def network_addresses() -> list[str]:
     return [address.address for address in found if not address.address.startswith("127.")]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(tmp_path_factory.mktemp("models") / "tiny")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    with serving(make_export(tmp_path_factory.mktemp("models") / "tiny")) as command:
+        yield command
 
 
-@pytest.fixture(scope="module")
-def service(export: Path) -> Iterator[Service]:
-    directory = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))  # short: socket paths are limited to 107 characters
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    home = directory / "home"
-    home.mkdir()
-    environment = {
-        **kept, "HOME": str(home), "RAY_TMPDIR": str(directory), "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "platform"),
-        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    port = free_port()
-    command = [sys.executable, "-m", "rayward.cli", "serve", str(export), "--port", str(port), "cpus_per_replica=0.1", "device=cpu"]
-    with open(directory / "serve.log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        log_file = directory / "serve.log"
-        until(
-            lambda: f"at {url}" in log_file.read_text() or process.poll() is not None, 240.0, otherwise=lambda: log_file.read_text()[-4000:]
-        )
-        assert process.poll() is None, log_file.read_text()[-4000:]
-        yield Service(process, environment, url)
-    finally:
-        own = descendants(process)
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        end(own)
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def test_it_scores(service: Service) -> None:
+def test_it_scores(service: Command) -> None:
     with RewardClient(service.url, deadline_s=60.0) as client:
         assert len(client.score("Hello", ["Hi.", "No."])) == 2
 
 
-def test_every_process_listens_on_loopback_alone(service: Service) -> None:
-    listening = service.listening()
-    commands = " ".join(listening.values())
+def test_every_process_listens_on_loopback_alone(service: Command) -> None:
+    found = listening(service)
+    commands = " ".join(found.values())
     for part in ("gcs_server", "raylet", "ServeReplica", "ProxyActor", "ServeController", "dashboard"):
         assert part in commands, f"{part} is not among what was looked at"
-    open_to_others = {key: command for key, command in listening.items() if key[0] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
+    open_to_others = {key: command for key, command in found.items() if key[0] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
     assert open_to_others == {}
 
 
-def test_no_port_answers_at_the_machines_other_addresses(service: Service) -> None:
-    ports = [port for _, port in service.listening()]
+def test_no_port_answers_at_the_machines_other_addresses(service: Command) -> None:
+    ports = [port for _, port in listening(service)]
     answering = []
     for address in network_addresses():
         for port in ports:
@@ -138,9 +83,10 @@ except Exception as exc:
 """
 
 
-def join(service: Service, **changed: str | None) -> dict[str, object]:
+def join(service: Command, **changed: str | None) -> dict[str, object]:
     """What became of a driver of ours that asks for the cluster by its address."""
-    environment: dict[str, str | None] = {**service.environment, "RAY_ADDRESS": f"127.0.0.1:{service.gcs_port()}", **changed}
+    gcs_port = next(port for (_, port), command in listening(service).items() if "gcs_server" in command)
+    environment: dict[str, str | None] = {**service.environment, "RAY_ADDRESS": f"127.0.0.1:{gcs_port}", **changed}
     done = subprocess.run(
         [sys.executable, "-c", JOIN],
         env={key: value for key, value in environment.items() if value is not None},
@@ -155,11 +101,18 @@ def join(service: Service, **changed: str | None) -> dict[str, object]:
     return found
 
 
-def test_who_has_the_token_joins(service: Service) -> None:
+def test_who_has_the_token_joins(service: Command) -> None:
     assert join(service, RAY_AUTH_MODE="token") == {"joined": 7}
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_who_has_another_token_or_none_does_not(service: Service, tmp_path: Path, mode: str) -> None:
+def test_who_has_another_token_or_none_does_not(service: Command, tmp_path: Path, mode: str) -> None:
     refused = join(service, HOME=str(tmp_path), RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN="f" * 64 if mode == "token" else None)
     assert "refused" in refused
+
+
+def test_a_supervisors_sigterm_takes_everything_down(service: Command) -> None:
+    # The last test here: the service is gone afterwards.
+    code, left = service.interrupted()
+    assert (code, left) == (0, [])
+    assert "SIGTERM received" not in service.log.read_text()

@@ -45,6 +45,9 @@ INGRESS_DRAIN_S = 60.0
 KEEP_ALIVE_S = 90
 """Longer than clients keep an idle connection, so that it is the client who ends it and no request meets a closed one."""
 
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Ray's variable: HAProxy instead of Serve's own proxies."""
+
 POLL_S = 0.25
 INGRESS_PATIENCE_S = 10.0
 MANAGER_PATIENCE_S = 60.0
@@ -156,6 +159,11 @@ def serve_model(
     check_sources(config)
     connect()
     host, port, started_serve = _proxies(host, port, config)
+    if os.environ.get(HAPROXY) == "1":
+        on_note(
+            "note: HAProxy shows its statistics (port 8404) and its metrics (port 9101) on every address of this machine, to whoever asks; "
+            "no texts and no rewards are among them"
+        )
     running = serve.status().applications
     if name in running and not replace:
         raise ConfigError(

@@ -19,7 +19,7 @@ from rayward.serving.auth import Keys, check_exposure
 from rayward.serving.calls import Stats
 from rayward.serving.dispatch import Dispatcher
 from rayward.serving.front import Endpoint, Front, Incoming, no_span
-from rayward.serving.handles import ServeHandles, our_error
+from rayward.serving.handles import ServeHandles, by_reference, our_error
 from rayward.serving.metrics import Recorder
 from rayward.serving.mounts import all_routes
 from rayward.serving.poison import Convictions
@@ -68,6 +68,7 @@ def assemble(config: ScoringConfig, manager: Any) -> Front:
             await dispatcher.close()
 
     tracing = tracing_of(config)
+    manager = by_reference(manager)
     seeing = Seeing(_RemoteManager(manager), dispatcher.stats, page=config.page)
     return Front(
         dispatcher,

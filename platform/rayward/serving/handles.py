@@ -83,11 +83,24 @@ def our_error(exc: BaseException) -> RaywardError:
     return ServerError(f"the scorer failed ({type(cause).__name__})", remedy="retry; look into the server's log")
 
 
+def new_handle(application: str, deployment: str, *, check_exists: bool = True) -> DeploymentHandle[Any]:
+    """A handle for the running event loop alone.
+
+    With RAY_SERVE_THROUGHPUT_OPTIMIZED the router of a handle lives in the loop that calls first, and Serve gives a process the same handle
+    again and again, also when that loop has ended. A copy has a router of its own.
+    """
+    return by_reference(copy.copy(serve.get_deployment_handle(deployment, app_name=application, _check_exists=check_exists)))
+
+
+def by_reference(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
+    """The handle, calling as Ray does: the gRPC of Serve's optimised paths refuses 4 MiB, and says of no call that its replica died."""
+    return handle.options(_by_reference=True)
+
+
 @asynccontextmanager
 async def handle_for_a_while(application: str, deployment: str) -> AsyncIterator[Any]:
-    """A handle for one event loop: with RAY_SERVE_THROUGHPUT_OPTIMIZED, its router lives in the loop of whoever calls, and ends with it."""
-    # A copy: Serve keeps the one that it gives, for the next who asks and for its own end.
-    handle = copy.copy(serve.get_deployment_handle(deployment, app_name=application))
+    """A handle until the end of the block; `asyncio.run` of it is how a thread without an event loop asks."""
+    handle = new_handle(application, deployment)
     try:
         yield handle
     finally:
@@ -166,8 +179,7 @@ class ServeHandles:
         if handle is None:
             application = self._application(model, version)
             # Unchecked: the question whether it exists would stop the event loop for as long as the controller is away.
-            made = serve.get_deployment_handle(SCORER, app_name=application, _check_exists=False)
-            handle = self._handles[model, version] = ServeHandle(made)
+            handle = self._handles[model, version] = ServeHandle(new_handle(application, SCORER, check_exists=False))
         return handle
 
     def keep(self, versions: set[tuple[str, str]]) -> None:

@@ -11,6 +11,7 @@ from ray.serve.exceptions import RayServeException
 from rayward.config.scoring import ReplicaConfig
 from rayward.errors import marking
 from rayward.serving.calls import ScoreCall, ScoredCall, Stats
+from rayward.serving.handles import new_handle
 from rayward.serving.loopback import stay_on_loopback
 from rayward.serving.reporting import report_forever
 from rayward.wire.native import ModelInfo, WireNormaliser
@@ -99,7 +100,7 @@ class ScorerDeployment:
 
     async def _send(self, stats: Stats) -> None:
         if self._manager is None:
-            self._manager = serve.get_deployment_handle(MANAGER, app_name=self._front, _check_exists=False)
+            self._manager = new_handle(self._front, MANAGER, check_exists=False)
         await self._manager.report.remote(stats)
 
 
