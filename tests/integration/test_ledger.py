@@ -45,18 +45,31 @@ def app(ray_local: None) -> Iterator[ModuleType]:
     serve.shutdown()
 
 
-def kill_a_replica(version: str) -> None:
+def kill_one(title: str) -> None:
     """SIGKILL, when there is one that runs."""
-    title = f"ray::ServeReplica:{application_of(APP, 'm', version)}:"
-    kill(until(lambda: named(title), otherwise=lambda: f"no replica of {version} runs")[:1])
+    kill(until(lambda: named(title), otherwise=lambda: f"no {title} runs")[:1])
+
+
+def replica_of(version: str) -> str:
+    return f"ray::ServeReplica:{application_of(APP, 'm', version)}:"
+
+
+INGRESS, MANAGER = (f"ray::ServeReplica:{APP}:{part}" for part in ("ingress", "manager"))
+PROXY, CONTROLLER = "ray::ProxyActor", "ray::ServeController"
 
 
 @pytest.mark.parametrize(
-    ("num_completions", "num_kills"),
-    [(4_000, 1), pytest.param(100_000, 3, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])],
-    ids=["small", "hundred-thousand"],
+    ("num_completions", "num_kills", "killed_beside"),
+    [
+        (4_000, 1, ()),
+        pytest.param(20_000, 0, (INGRESS, MANAGER, PROXY, CONTROLLER, PROXY), marks=[pytest.mark.drill, pytest.mark.timeout(1200)]),
+        pytest.param(100_000, 3, (), marks=[pytest.mark.drill, pytest.mark.timeout(3600)]),
+    ],
+    ids=["small", "whatever-stands-before-the-scorers", "hundred-thousand"],
 )
-def test_nothing_is_lost_and_nothing_invented(app: ModuleType, tmp_path: Path, num_completions: int, num_kills: int) -> None:
+def test_nothing_is_lost_and_nothing_invented(
+    app: ModuleType, tmp_path: Path, num_completions: int, num_kills: int, killed_beside: tuple[str, ...]
+) -> None:
     exports = [make_export(tmp_path / "one"), make_export(tmp_path / "two", seed=5)]
     scorers = [Scorer.load(path, device="cpu") for path in exports]
     first, second = (scorer.version for scorer in scorers)
@@ -74,7 +87,8 @@ def test_nothing_is_lost_and_nothing_invented(app: ModuleType, tmp_path: Path, n
         0.7: lambda: service.ask("rollback", {"model": "m"}),
     }
     kills = {0.1: first, 0.5: second, 0.85: first}
-    steps |= {share: partial(kill_a_replica, version) for share, version in list(kills.items())[:num_kills]}
+    steps |= {share: partial(kill_one, replica_of(version)) for share, version in list(kills.items())[:num_kills]}
+    steps |= {0.15 + 0.16 * index: partial(kill_one, title) for index, title in enumerate(killed_beside)}
 
     async def load() -> None:
         faults = asyncio.create_task(when(lambda: ledger.num_completions / num_completions, steps))

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,9 @@ from rayward.training.session import Job, Session, resume_point
 from rayward.training.tracking import follow
 
 logger = logging.getLogger(__name__)
+
+SETTLING_S = 5.0
+"""What has just ended may still be counted as taken for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,25 +174,48 @@ def _contract_and_vocabulary(prepared: PreparedData) -> tuple[Contract, int]:
         return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
 
 
-def _check_resources(config: Config) -> None:
-    # Without a CPU for the data tasks the workers would wait for ever.
-    training = config.training
+def check_resources(training: TrainingConfig) -> None:
+    """Say what the job has to wait for: Ray Train and Ray Data wait without a word, and without a CPU for the data tasks for ever.
+
+    Raises:
+        ConfigError: this machine, which is all there will be, is too small.
+    """
     low, _ = training.worker_range
     total = ray.cluster_resources().get("CPU", 0.0)
-    if low * training.cpus_per_worker + 1 <= total:
+    needed = {"CPU": low * training.cpus_per_worker + 1.0, "GPU": low * training.gpus_per_worker}
+    if needed["CPU"] > total:
+        problem = (
+            f"{low} workers with training.cpus_per_worker {training.cpus_per_worker} leave less than one of the cluster's {total:g} CPUs "
+            "to the data stream"
+        )
+        if started_here():
+            raise ConfigError(problem, remedy="lower training.cpus_per_worker or training.num_workers, or use a larger cluster")
+        logger.warning("%s; the job waits until the cluster grows", problem)
         return
-    problem = (
-        f"{low} workers with training.cpus_per_worker {training.cpus_per_worker} leave less than one of the cluster's {total:g} CPUs "
-        "to the data stream"
-    )
-    if started_here():
-        raise ConfigError(problem, remedy="lower training.cpus_per_worker or training.num_workers, or use a larger cluster")
-    logger.warning("%s; the job waits until the cluster grows", problem)
+    end = time.monotonic() + SETTLING_S
+    while lacking := _lacking(needed):
+        if time.monotonic() > end:
+            logger.warning(
+                "%s; the job waits for it. `ray status` shows what is taken; a version that a service keeps for a rollback is one such "
+                "thing, and `rayward models retire` frees it",
+                " and ".join(lacking),
+            )
+            return
+        time.sleep(0.25)
+
+
+def _lacking(needed: dict[str, float]) -> list[str]:
+    free = ray.available_resources()
+    return [
+        f"{low:g} {kind} are needed (workers and data) and {free.get(kind, 0.0):g} are free"
+        for kind, low in needed.items()
+        if low > free.get(kind, 0.0)
+    ]
 
 
 def _fit(job: Job, prepared: PreparedData, layout: Layout) -> None:
     training, manifest = job.config.training, prepared.manifest
-    _check_resources(job.config)
+    check_resources(training)
     if training.engine == "deepspeed" and training.gpus_per_worker == 0 and started_here():
         build_before_workers(worker_environment(training))
     low, high = training.worker_range

@@ -55,7 +55,7 @@ NOT_BAD = (BadRow.TIE, BadRow.DUPLICATE, BadRow.IN_VALIDATION, BadRow.CONTAMINAT
 
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 NUM_BLOCKS = 256
-MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 2 * 1024 * 1024, 48 * 1024 * 1024
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 8 * 1024 * 1024, 48 * 1024 * 1024
 """A task encodes a block of input, and every shard gathers its rows from what every task wrote: so they are few, and not small."""
 
 
