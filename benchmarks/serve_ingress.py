@@ -90,6 +90,8 @@ def main() -> None:
         ]
     )
     for run in (run for rounds in runs.values() for sizes in rounds for run in sizes.values()):
+        latencies = run.pop("latencies")
+        run["latency_s"] = {str(share): quantile(latencies, share) for share in (0.1, 0.5, 0.9, 0.99)}
         del run["answers"]
     common.write_results("serve_ingress", machine=machine, text=text, values={"ways": runs}, directory=args.results)
 

@@ -159,7 +159,7 @@ def serve_model(
     check_sources(config)
     connect()
     host, port, started_serve = _proxies(host, port, config)
-    if os.environ.get(HAPROXY) == "1":
+    if started_serve and os.environ.get(HAPROXY) == "1":
         on_note(
             "note: HAProxy shows its statistics (port 8404) and its metrics (port 9101) on every address of this machine, to whoever asks; "
             "no texts and no rewards are among them"
