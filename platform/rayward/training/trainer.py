@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,8 +44,8 @@ from rayward.training.tracking import follow
 
 logger = logging.getLogger(__name__)
 
-SETTLING_S = 5.0
-"""What has just ended may still be counted as taken for so long."""
+NUM_LOOKS = 20
+"""At what is free, before it is said that the job waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +174,11 @@ def _contract_and_vocabulary(prepared: PreparedData) -> tuple[Contract, int]:
         return Contract.load(directory), len(load_tokenizer(str(directory / "tokenizer")))
 
 
-def check_resources(training: TrainingConfig) -> None:
+def check_resources(training: TrainingConfig, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """Say what the job has to wait for: Ray Train and Ray Data wait without a word, and without a CPU for the data tasks for ever.
+
+    Args:
+        sleep: between two looks; what has just ended is counted as taken for a moment.
 
     Raises:
         ConfigError: this machine, which is all there will be, is too small.
@@ -192,16 +195,16 @@ def check_resources(training: TrainingConfig) -> None:
             raise ConfigError(problem, remedy="lower training.cpus_per_worker or training.num_workers, or use a larger cluster")
         logger.warning("%s; the job waits until the cluster grows", problem)
         return
-    end = time.monotonic() + SETTLING_S
-    while lacking := _lacking(needed):
-        if time.monotonic() > end:
-            logger.warning(
-                "%s; the job waits for it. `ray status` shows what is taken; a version that a service keeps for a rollback is one such "
-                "thing, and `rayward models retire` frees it",
-                " and ".join(lacking),
-            )
+    for _ in range(NUM_LOOKS):
+        lacking = _lacking(needed)
+        if not lacking:
             return
-        time.sleep(0.25)
+        sleep(0.25)
+    logger.warning(
+        "%s; the job waits for it. `ray status` shows what is taken; a version that a service keeps for a rollback is one such thing, and "
+        "`rayward models retire` frees it",
+        " and ".join(lacking),
+    )
 
 
 def _lacking(needed: dict[str, float]) -> list[str]:

@@ -12,9 +12,8 @@ from rayward.errors import ConfigError
 from rayward.training import trainer
 
 
-@pytest.fixture(autouse=True)
-def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "SETTLING_S", 0.0)
+def check(training: TrainingConfig) -> None:
+    trainer.check_resources(training, sleep=lambda _: None)
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, total: dict[str, float], *free: dict[str, float], started_here: bool) -> None:
@@ -36,13 +35,13 @@ def settings(**changed: Any) -> TrainingConfig:
 def test_a_machine_that_is_too_small_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, {"CPU": 2.0}, {"CPU": 2.0}, started_here=True)
     with pytest.raises(ConfigError, match="less than one of the cluster's 2 CPUs"):
-        trainer.check_resources(settings())
+        check(settings())
 
 
 def test_a_cluster_that_is_too_small_may_grow(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cluster(monkeypatch, {"CPU": 2.0}, {"CPU": 2.0}, started_here=False)
     with caplog.at_level(logging.WARNING):
-        trainer.check_resources(settings())
+        check(settings())
     assert "until the cluster grows" in caplog.text
 
 
@@ -59,19 +58,18 @@ def test_what_others_hold_is_waited_for_and_said(
 ) -> None:
     cluster(monkeypatch, {"CPU": 4.0, "GPU": 2.0}, free, started_here=True)
     with caplog.at_level(logging.WARNING):
-        trainer.check_resources(settings(gpus_per_worker=gpus))
+        check(settings(gpus_per_worker=gpus))
     assert said in caplog.text
     assert "rayward models retire" in caplog.text
 
 
 def test_enough_is_nothing_to_speak_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cluster(monkeypatch, {"CPU": 4.0}, {"CPU": 3.0}, started_here=True)
-    trainer.check_resources(settings())
+    check(settings())
     assert caplog.text == ""
 
 
 def test_what_has_just_ended_is_not_complained_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(trainer, "SETTLING_S", 60.0)
     cluster(monkeypatch, {"CPU": 4.0}, {"CPU": 0.0}, {"CPU": 4.0}, started_here=True)
-    trainer.check_resources(settings())
+    check(settings())
     assert caplog.text == ""
