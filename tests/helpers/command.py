@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import psutil
 from tests.helpers.processes import alive, descendants, end, until
+
+from rayward.serving.preflight import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,9 +59,7 @@ def serving(export: Path, *settings: str, variables: Mapping[str, str] | None = 
         **kept, "HOME": str(home), "RAY_TMPDIR": str(directory), "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "platform"),
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(variables or {}),
     }  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port("127.0.0.1", 0)
     words = [sys.executable, "-m", "rayward.cli", "serve", str(export), "--port", str(port), "cpus_per_replica=0.1", "device=cpu"]
     log = directory / "serve.log"
     with log.open("w") as output:
